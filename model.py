@@ -1,0 +1,296 @@
+"""A Llama to read: RMSNorm, RoPE, grouped-query attention, SwiGLU, and strict weight loading.
+
+Attention asks a cache for the keys and values to attend to. Whether the cache hands back all of
+them or a few sentences fetched from the host is the cache's business: this file knows nothing of
+text, of sentences, of memory tiers.
+
+Shapes, here and below (one prompt at a time, so there is no batch dimension):
+    T tokens, H query heads, H_kv key/value heads, G = H // H_kv query heads that share one,
+    D channels of a head.
+"""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The fields of `config.json` that decide the computation, under their Hugging Face names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # the four numbers of "llama3" scaling
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: dict) -> "LlamaConfig":
+        """Read a parsed `config.json`; ValueError for whatever this file does not compute."""
+        refuse_unsupported(raw)
+        rope = rope_settings(raw)
+        given = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+        given |= {"rope_theta": rope["rope_theta"]}
+        given |= {"rope_scaling": rope if rope["rope_type"] == "llama3" else None}
+        if heads := raw.get("num_attention_heads"):
+            given.setdefault("num_key_value_heads", heads)
+            given.setdefault("head_dim", raw.get("hidden_size", 0) // heads)
+        try:
+            config = cls(**given)
+        except TypeError as error:  # names the fields that are missing
+            raise ValueError(f"config.json: {str(error).partition(') ')[2]}") from None
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {config.num_attention_heads} is no multiple of"
+                             f" num_key_value_heads {config.num_key_value_heads}")
+        return config
+
+
+def refuse_unsupported(raw: dict) -> None:
+    architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
+    if architecture not in ("LlamaForCausalLM", "llama"):
+        raise ValueError(f"architecture {architecture} is not supported, only LlamaForCausalLM")
+    if method := raw.get("quantization_config"):
+        raise ValueError(f"quantised checkpoints ({method.get('quant_method')}) are not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+
+
+def rope_settings(raw: dict) -> dict:
+    """`rope_theta`, `rope_type` and the scaling's numbers, from either spelling of the config.
+
+    Newer files gather them in `rope_parameters`; the Llama 3.x checkpoints have `rope_theta` at
+    the top level and the rest in `rope_scaling`.
+    """
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": "default"}
+    for nested in (raw.get("rope_scaling"), raw.get("rope_parameters")):
+        rope |= nested or {}
+    kind = rope.pop("type", rope["rope_type"])  # the oldest files say `type`
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"RoPE type {kind!r} is not supported, only 'default' and 'llama3'")
+    return rope | {"rope_type": kind}
+
+
+def rope_frequencies(config: LlamaConfig, device) -> torch.Tensor:
+    """Radians by which each pair of channels turns per position, float32 (D/2,)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequency = config.rope_theta ** (-exponent / config.head_dim)
+    if config.rope_scaling is None:
+        return frequency
+    # Llama 3.1: turns that fit the original context `low` times or less are slowed by `factor`,
+    # those that fit `high` times or more are left alone, and between the two it blends.
+    scaling = config.rope_scaling
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (blend + (1 - blend) / scaling["factor"])
+
+
+def rope_table(config: LlamaConfig, positions: torch.Tensor, dtype) -> tuple:
+    """cos and sin (T, D) of every position's angles. RoFormer, arXiv 2104.09864."""
+    angles = positions[:, None].float() * rope_frequencies(config, positions.device)  # (T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (T, D)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each head's channel pairs (i, i + D/2) of x (heads, T, D) by their position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias)
+
+    def heads(self, x, rope):
+        """x (T, hidden) -> q (H, T, D), k and v (H_kv, T, D), positions already in q and k."""
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, *rope), rotate(k, *rope), v
+
+    def prefill(self, x, rope, cache):
+        q, k, v = self.heads(x, rope)
+        with cache.stage("attention"):
+            out = F.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, enable_gqa=True
+            )[0]  # (H, T, D)
+        cache.prefill(self.layer, q, k, v)
+        return self.o_proj(out.transpose(0, 1).flatten(1))
+
+    def decode(self, x, rope, cache):
+        q, k, v = self.heads(x, rope)
+        keys, values, mask = cache.decode(self.layer, q, k, v)  # (H_kv, n, D), mask (H_kv, 1, n)
+        with cache.stage("attention"):
+            # The G query heads of a group stand in for G query positions, so that each key and
+            # value is read once and never repeated.
+            grouped = q.view(len(k), -1, self.head_dim)  # (H_kv, G, D)
+            out = F.scaled_dot_product_attention(
+                grouped[None], keys[None], values[None], attn_mask=mask
+            )
+        return self.o_proj(out.view(1, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, attend):
+        """`attend` is the attention's `prefill` or `decode` with its other arguments bound."""
+        x = x + attend(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @torch.inference_mode()
+    def prefill(self, ids: torch.Tensor, cache, progress=iter) -> torch.Tensor:
+        """Run the prompt, ids (T,), through all layers. Returns the final states (T, hidden).
+
+        The cache is told of every layer's q, k and v as soon as its attention is done.
+        `progress` wraps the walk over the layers, to show it.
+        """
+        x = self.embed_tokens(ids)  # (T, hidden)
+        rope = rope_table(self.config, torch.arange(len(ids), device=ids.device), x.dtype)
+        for block in progress(self.layers):
+            x = block(x, lambda h: block.self_attn.prefill(h, rope, cache))
+        cache.advance(len(ids))
+        return self.norm(x)
+
+    @torch.inference_mode()
+    def decode(self, ids: torch.Tensor, cache) -> torch.Tensor:
+        """Run one more token, ids (1,), at position `cache.num_tokens`. Returns (1, hidden)."""
+        x = self.embed_tokens(ids)
+        position = torch.tensor([cache.num_tokens], device=ids.device)
+        rope = rope_table(self.config, position, x.dtype)
+        for block in self.layers:
+            x = block(x, lambda h: block.self_attn.decode(h, rope, cache))
+        cache.advance(1)
+        return self.norm(x)
+
+    @torch.inference_mode()
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(n, hidden) -> (n, vocab). Prefill needs those of its last state alone."""
+        tied = self.config.tie_word_embeddings
+        return F.linear(states, self.embed_tokens.weight if tied else self.lm_head.weight)
+
+
+def load_config(folder: Path) -> LlamaConfig:
+    """Raises ValueError if `folder` has no readable, supported `config.json`."""
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no config.json") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    return LlamaConfig.from_dict(raw)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's one safetensors file, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        files = [folder / name for name in sorted(set(shards))]
+    else:
+        files = [folder / "model.safetensors"]
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{folder} has no {file.name}")
+    return files
+
+
+def check_names_and_shapes(found: dict, expected: dict) -> None:
+    """Compare two dicts of name -> shape; ValueError lists every kind of difference."""
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "mis-shaped": [f"{name} {found[name]}, config.json implies {shape}"
+                       for name, shape in expected.items() if found.get(name, shape) != shape],
+    }
+    parts = [f"{len(names)} {kind}: {'; '.join(names[:4])}{'; …' if len(names) > 4 else ''}"
+             for kind, names in problems.items() if names]
+    if parts:
+        raise ValueError(f"the weights do not fit config.json: {', '.join(parts)}")
+
+
+def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
+    """`read(open_file, name)` for every weight in `files`, keyed by this file's module names."""
+    tensors = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    # Llama 2 checkpoints also store RoPE's frequencies, tied ones a second head.
+                    spare = "rotary_emb.inv_freq" in name
+                    spare |= name == "lm_head.weight" and config.tie_word_embeddings
+                    if not spare:
+                        tensors[name.removeprefix("model.")] = read(file, name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    return tensors
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
+    """Load the Llama in `folder`, its weights as `dtype` on `device`.
+
+    Tensors are read one at a time straight into their place: the weights are never held twice.
+    Raises ValueError naming every missing, unexpected or mis-shaped tensor.
+    """
+    config = load_config(folder)
+    with torch.device("meta"):  # the shapes without the memory
+        model = Llama(config)
+    files = weight_files(folder)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = read_tensors(files, config, lambda f, name: tuple(f.get_slice(name).get_shape()))
+    check_names_and_shapes(shapes, expected)
+    weights = read_tensors(files, config, lambda f, name: f.get_tensor(name).to(device, dtype))
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval()
