@@ -1,0 +1,310 @@
+"""Where keys and values live while a Llama reads and writes.
+
+`FullCache` keeps all of them on the device. `SentenceKVCache` has two tiers: the host holds every
+kept token, and the device holds a fixed number of slots, filled per KV head with
+
+    [ working set: rows fetched from the host | sinks | recent window + sentence being written ]
+
+Attention runs over these slots and never sees the rest. Their order does not matter, because
+positions are already in the keys. This file knows nothing of tokenizers, RoPE or weights, and
+leaves the scoring of sentences to `sentencekv`.
+
+A row is what one token leaves in one KV head: its key and its value, side by side (2, D), so that
+they move together. Shapes: L layers, H_kv KV heads, G query heads a KV head, D channels,
+    T prompt tokens, N rows on the host, S sentences, B working-set slots.
+"""
+
+from contextlib import nullcontext
+
+import torch
+
+from sentencekv import (
+    SCORES,
+    SentenceKVConfig,
+    keep_tokens,
+    select_rows,
+    sentence_bounds,
+    sentence_vectors,
+    token_importance,
+)
+
+SENTENCE_BLOCK = 64  # sentences; the room for generated ones grows by as many at a time
+
+
+class FullCache:
+    """Every key and value on the device: the plain Llama that SentenceKV is compared with.
+
+    `stage(name)` gives a context manager to put around a timed stage.
+    """
+
+    def __init__(self, model_config, max_tokens: int, device, dtype, stage=nullcontext):
+        self.stage = stage
+        self.num_tokens = 0
+        layers, heads, dim = kv_shape(model_config)
+        self.rows = torch.zeros(layers, heads, max_tokens, 2, dim, device=device, dtype=dtype)
+
+    def prefill(self, layer: int, q, k, v):
+        """q (H, T, D), k and v (H_kv, T, D) of one layer's whole prompt."""
+        self.rows[layer, :, : k.shape[1]] = torch.stack((k, v), dim=2)
+
+    def decode(self, layer: int, q, k, v) -> tuple:
+        """q (H, 1, D), k and v (H_kv, 1, D) -> keys and values (H_kv, n, D), mask or None."""
+        end = self.num_tokens + 1
+        self.rows[layer, :, self.num_tokens : end] = torch.stack((k, v), dim=2)
+        return *self.rows[layer, :, :end].unbind(dim=2), None
+
+    def advance(self, n_tokens: int):
+        """All layers have seen `n_tokens` more."""
+        self.num_tokens += n_tokens
+
+    def end_sentence(self, length: int):
+        """A full cache has no use for sentences."""
+
+    def report(self) -> dict:
+        """What is held and what was moved, in bytes."""
+        n_bytes = self.rows.untyped_storage().nbytes()
+        return {
+            "device_kv_parts": {"keys and values": n_bytes},
+            "device_kv_bytes": n_bytes,
+            "host_kv_bytes": 0,
+            "full_kv_bytes": self.num_tokens * self.rows[:, :, 0].nbytes,
+            "loaded_bytes": 0,
+            "hit_rate": None,
+        }
+
+
+class SentenceKVCache:
+    """Kept tokens on the host; sinks, recent tokens and the sentences asked for on the device.
+
+    `spans` are the prompt's sentences as (start, end) token positions. While decoding, at most
+    `token_budget` tokens are attended to in every KV head: the sinks, the last `recent_window`
+    tokens (all of the sentence being written, if that is longer), and fetched rows for the rest.
+    """
+
+    def __init__(self, config: SentenceKVConfig, model_config, spans: list, max_new_tokens: int,
+                 device, dtype, stage=nullcontext):
+        self.config, self.stage, self.device = config, stage, torch.device(device)
+        layers, heads, dim = kv_shape(model_config)
+        n_prompt = spans[-1][1]
+        self.sentence_ends = torch.tensor([end for _, end in spans], device=device)  # (S,)
+
+        # Positions count tokens of the text; rows count tokens kept on the host. They differ by
+        # what prefill dropped, which is never among the sinks or the last tokens.
+        self.num_tokens = 0
+        self.n_sinks = min(config.sink_tokens, n_prompt)
+        self.recent_start = 0  # position of the token in the first recent slot
+        self.open_start = 0  # position where the sentence being written begins
+        self.n_rows = config.kept_tokens(n_prompt)
+        self.n_sentences = len(spans)
+
+        in_cuda = self.device.type == "cuda"
+        self.host = torch.empty(  # pinned, or the GPU's copy engine could not reach it
+            layers, self.n_rows + max_new_tokens, heads, 2, dim, dtype=dtype, pin_memory=in_cuda
+        )
+        self.copy_stream = torch.cuda.Stream(device) if in_cuda else None
+
+        # Masked slots still enter the product with weight 0, so they must never hold a NaN.
+        n_slots = config.token_budget + config.sentence_limit
+        self.sink_slot = config.load_slots
+        self.recent_slot = self.sink_slot + config.sink_tokens
+        self.slots = torch.zeros(layers, heads, n_slots, 2, dim, device=device, dtype=dtype)
+        self.resident = torch.full((layers, heads, config.load_slots), -1, device=device)
+        room = self.n_sentences + SENTENCE_BLOCK
+        self.vectors = torch.zeros(layers, heads, room, dim, device=device, dtype=dtype)
+        self.bounds = torch.zeros(layers, heads, room + 1, device=device, dtype=torch.long)
+        self.scores = torch.zeros(layers, heads, room, device=device)
+        self.wanted_rows = torch.zeros((), device=device, dtype=torch.long)
+        self.loaded_rows = torch.zeros((), device=device, dtype=torch.long)
+
+    def prefill(self, layer: int, q, k, v):
+        """q (H, T, D), k and v (H_kv, T, D): keep, make sentence vectors, offload (Section 3.2)."""
+        rows = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
+        n_tokens = k.shape[1]
+        recent = rows[:, max(self.n_sinks, n_tokens - self.config.recent_window) :]
+        self.slots[layer, :, self.sink_slot : self.sink_slot + self.n_sinks] = rows[:, : self.n_sinks]
+        self.slots[layer, :, self.recent_slot : self.recent_slot + recent.shape[1]] = recent
+        kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1).contiguous()
+        if self.n_rows < n_tokens:
+            with self.stage("importance"):
+                importance = token_importance(q[:, -self.config.observation_window :], k)
+                kept = keep_tokens(importance, n_tokens, self.config)  # (H_kv, N)
+                rows = rows[torch.arange(len(k), device=k.device)[:, None], kept]
+        with self.stage("sentence vectors"):
+            n = self.n_sentences
+            bounds = sentence_bounds(kept, self.sentence_ends)
+            self.bounds[layer, :, : n + 1] = bounds
+            self.bounds[layer, :, n + 1 :] = self.n_rows  # empty, until sentences are written
+            self.vectors[layer, :, :n] = sentence_vectors(rows[:, :, 0], bounds)
+        with self.stage("offload"):
+            self.offload(layer, 0, rows)
+
+    def offload(self, layer: int, first_row: int, rows):
+        """Copy rows (H_kv, n, 2, D) to the host, on a GPU while the next layer computes."""
+        rows = rows.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
+        target = self.host[layer, first_row : first_row + len(rows)]
+        if self.copy_stream is None:
+            target.copy_(rows)
+            return
+        # Waiting for the layer before keeps a slow host link from piling layers up on the device.
+        self.finish_offload()
+        self.copy_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.copy_stream):
+            target.copy_(rows, non_blocking=True)
+        rows.record_stream(self.copy_stream)
+
+    def finish_offload(self):
+        if self.copy_stream is not None:
+            torch.cuda.current_stream().wait_stream(self.copy_stream)
+
+    def advance(self, n_tokens: int):
+        """All layers have seen `n_tokens` more: the prompt, or one token."""
+        if self.num_tokens == 0:
+            self.finish_offload()
+            self.open_start = n_tokens
+            self.recent_start = max(self.n_sinks, n_tokens - self.config.recent_window)
+        self.num_tokens += n_tokens
+        self.slide_window()
+
+    def window_start(self) -> int:
+        """First position of the recent window, or of the sentence being written if that is longer."""
+        start = min(self.num_tokens + 1 - self.config.recent_window, self.open_start)
+        return max(start, self.recent_start)
+
+    def slide_window(self):
+        """What the token at position `num_tokens` attends to besides what it asks for."""
+        config, n_tokens = self.config, self.num_tokens + 1
+        room = config.token_budget - self.n_sinks
+        start = max(self.window_start(), n_tokens - room)  # of a long sentence, only what fits
+        self.n_load = min(room - (n_tokens - start), config.load_slots)
+        # Finished sentences up to the window can be loaded; the window's own rows are here.
+        self.loadable_end = self.n_rows - max(self.open_start - start, 0)
+        slot = torch.arange(config.sink_tokens + config.recent_window + config.sentence_limit,
+                            device=self.device) - config.sink_tokens
+        recent = (slot >= start - self.recent_start) & (slot < n_tokens - self.recent_start)
+        sinks = slot < self.n_sinks - config.sink_tokens
+        self.always_seen = sinks | (recent & (slot >= 0))  # (n_slots - B,)
+
+    def decode(self, layer: int, q, k, v) -> tuple:
+        """q (H, 1, D), k and v (H_kv, 1, D) of the token at position `num_tokens` (Section 3.3).
+
+        Returns keys and values (H_kv, n_slots, D) and the mask (H_kv, 1, n_slots) of the slots
+        to attend to.
+        """
+        here = self.num_tokens - self.recent_start
+        assert here < self.config.recent_window + self.config.sentence_limit, "end_sentence is due"
+        self.slots[layer, :, self.recent_slot + here] = torch.cat((k, v), dim=1)
+        with self.stage("select"):
+            rows, wanted = self.select(layer, q)
+            slots, missing = assign_slots(rows, wanted, self.resident[layer])
+        with self.stage("load"):
+            self.load(layer, rows, slots, missing)
+            self.wanted_rows += wanted.sum()
+            self.loaded_rows += missing.sum()
+        seen = torch.zeros_like(wanted).scatter_(-1, slots, wanted)  # (H_kv, B)
+        mask = torch.cat((seen, self.always_seen.expand(len(k), -1)), dim=-1)
+        return *self.slots[layer].unbind(dim=2), mask.unsqueeze(1)
+
+    def select(self, layer: int, q) -> tuple:
+        """Rows (H_kv, B) of the sentences that the sentence being written asks for, best first.
+
+        The scores add up over that sentence's tokens, and start again with the next sentence.
+        """
+        grouped = q.view(self.bounds.shape[1], -1, q.shape[-1])  # (H_kv, G, D)
+        lengths = self.bounds[layer].diff(dim=-1)
+        self.scores[layer] += SCORES[self.config.score](grouped, self.vectors[layer], lengths)
+        rows, found = select_rows(self.scores[layer], self.bounds[layer], self.n_sinks,
+                                  self.loadable_end, self.config.load_slots)
+        return rows, found & (torch.arange(self.config.load_slots, device=q.device) < self.n_load)
+
+    def load(self, layer: int, rows, slots, missing):
+        """Bring the missing rows from the host into their slots; the others are there already."""
+        head, i = missing.nonzero(as_tuple=True)
+        rows, slots = rows[head, i], slots[head, i]
+        fetched = self.host[layer][rows.to("cpu"), head.to("cpu")]  # (n, 2, D)
+        self.slots[layer][head, slots] = fetched.to(self.device)
+        self.resident[layer][head, slots] = rows
+
+    def end_sentence(self, length: int):
+        """The first `length` tokens since the last sentence have become a sentence themselves.
+
+        They move to the host, get a semantic vector, and can be retrieved like any other.
+        """
+        with self.stage("seal"):
+            self.make_room()
+            recent = self.slots[:, :, self.recent_slot :]
+            first = self.open_start - self.recent_start
+            rows = recent[:, :, first : first + length]  # (L, H_kv, length, 2, D)
+            for layer in range(len(rows)):
+                self.offload(layer, self.n_rows, rows[layer])
+            self.finish_offload()
+            n = self.n_sentences
+            self.vectors[:, :, n] = rows[:, :, :, 0].float().mean(dim=2).to(rows.dtype)
+            self.n_rows += length
+            self.bounds[:, :, n + 1 :] = self.n_rows
+            self.scores.zero_()
+            self.n_sentences += 1
+            self.open_start += length
+            self.drop_old_slots(recent)
+
+    def make_room(self):
+        """More room for sentences, when it is used up."""
+        if self.n_sentences == self.vectors.shape[2]:
+            pad = torch.nn.functional.pad
+            self.vectors = pad(self.vectors, (0, 0, 0, SENTENCE_BLOCK))
+            self.scores = pad(self.scores, (0, SENTENCE_BLOCK))
+            self.bounds = pad(self.bounds, (0, SENTENCE_BLOCK))
+
+    def drop_old_slots(self, recent):
+        """Move the recent window, and the sentence being written, to the first recent slots."""
+        start = self.window_start()
+        n_tokens, shift = self.num_tokens - start, start - self.recent_start
+        recent[:, :, :n_tokens] = recent[:, :, shift : shift + n_tokens].clone()
+        self.recent_start = start
+        self.slide_window()
+
+    def report(self) -> dict:
+        """What is held and what was moved, in bytes, measured on the tensors themselves."""
+        tensors = {name: t for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        sizes = {name: t.untyped_storage().nbytes() for name, t in tensors.items()}
+        host, slots, vectors = sizes.pop("host"), sizes.pop("slots"), sizes.pop("vectors")
+        row_bytes = self.host[0, 0, 0].nbytes
+        wanted, loaded = self.wanted_rows.item(), self.loaded_rows.item()
+        return {
+            "device_kv_parts": {"slots": slots, "sentence vectors": vectors,
+                                "bookkeeping": sum(sizes.values())},
+            "device_kv_bytes": slots + vectors + sum(sizes.values()),
+            "host_kv_bytes": host,
+            "full_kv_bytes": self.num_tokens * self.host[:, 0].nbytes,
+            "loaded_bytes": loaded * row_bytes,
+            "hit_rate": 1 - loaded / wanted if wanted else None,
+        }
+
+
+def kv_shape(model_config) -> tuple:
+    """Layers, KV heads, channels of a head."""
+    return (model_config.num_hidden_layers, model_config.num_key_value_heads, model_config.head_dim)
+
+
+def assign_slots(rows, wanted, resident) -> tuple:
+    """A slot for every row, so that only rows that are not resident need to move.
+
+    A wanted row that is resident stays in its slot. The i-th of the others takes the i-th slot
+    whose row nobody wants. Static shapes and no value read back: a GPU never waits here.
+
+    rows, wanted (H_kv, B), resident (H_kv, B) rows in the slots -> slots, missing (H_kv, B)
+
+    >>> slots, missing = assign_slots(torch.tensor([[7, 3, 9]]), torch.tensor([[True] * 3]),
+    ...                               resident=torch.tensor([[5, 9, 3]]))
+    >>> slots.tolist(), missing.tolist()
+    ([[0, 2, 1]], [[True, False, False]])
+    """
+    by_row, slot_of = resident.sort(dim=-1)
+    place = torch.searchsorted(by_row, rows).clamp(max=rows.shape[-1] - 1)
+    hit = wanted & (by_row.gather(-1, place) == rows)
+    home = slot_of.gather(-1, place)  # the row's slot, where it is a hit
+    # One column more than there are slots takes what the rows without a home would write.
+    taken = torch.zeros(len(rows), rows.shape[-1] + 1, dtype=torch.bool, device=rows.device)
+    taken.scatter_(-1, home.where(hit, rows.shape[-1]), True)
+    free = taken[:, :-1].to(torch.uint8).argsort(dim=-1, stable=True)  # free slots first
+    turn = (~hit).cumsum(dim=-1) - 1
+    return home.where(hit, free.gather(-1, turn.clamp(min=0))), wanted & ~hit

@@ -1,0 +1,170 @@
+"""SentenceKV (arXiv 2504.00970) as pure functions on tensors.
+
+While reading the prompt: how important is each token, which tokens are kept, and one semantic
+vector per sentence. While writing: how well does each sentence answer the sentence being written,
+and which kept tokens does that bring back within the budget.
+
+This file knows nothing of text, devices, layers or memory: it is told where sentences end and
+returns numbers. Everything is per KV head, as the paper's Section 3 has it: grouped query heads
+are averaged, so what grouped-query attention saves stays saved.
+
+Shapes: T prompt tokens, N kept tokens ("rows"), S sentences, W the observation window,
+    H query heads, H_kv KV heads, G = H // H_kv, D channels, B rows to load.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+def mean_query(q: torch.Tensor, vectors: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """The paper's score: the query, averaged over its group, times the semantic vector.
+
+    The paper averages the queries of the sentence being written before it multiplies. That is
+    linear, so the sum of these scores over the sentence's tokens ranks sentences the same.
+
+    q (H_kv, G, D), vectors (H_kv, S, D), lengths (H_kv, S) -> (H_kv, S)
+    """
+    return (vectors @ q.mean(dim=1).unsqueeze(-1)).squeeze(-1).float()
+
+
+def votes(q: torch.Tensor, vectors: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Each query head spreads one vote over the sentences, as it would spread its attention.
+
+    A sentence of n keys near their mean k̄ would receive attention in proportion to
+    n · exp(q · k̄ / √D): a softmax over sentences, with ln n added. Not in the paper.
+
+    q (H_kv, G, D), vectors (H_kv, S, D), lengths (H_kv, S) -> (H_kv, S)
+    """
+    logits = (q @ vectors.mT).float() / math.sqrt(q.shape[-1])  # (H_kv, G, S)
+    return (logits + lengths.log().unsqueeze(1)).softmax(dim=-1).sum(dim=1)
+
+
+SCORES = {"mean_query": mean_query, "votes": votes}
+
+
+@dataclass(frozen=True)
+class SentenceKVConfig:
+    """What to keep and how much of it to attend to. Raises ValueError if it cannot work.
+
+    `keep_factor` is the paper's r: prefill keeps the r · token_budget most important tokens on
+    the host. The paper's runs use 1 to 5; infinity, the default here, keeps every token, so what
+    a later sentence asks for is never already gone, and importance need not be computed.
+    """
+
+    token_budget: int = 1024  # tokens attended to per KV head while decoding, τ
+    keep_factor: float = math.inf
+    sink_tokens: int = 32  # first tokens, always attended to
+    recent_window: int = 32  # last tokens, always attended to
+    observation_window: int = 32  # last queries of the prompt, which judge importance
+    score: str = "mean_query"
+    sentence_limit: int = 128  # tokens; a longer run of text is cut
+
+    def __post_init__(self):
+        for name, least in (("sink_tokens", 0), ("recent_window", 1), ("observation_window", 1),
+                            ("sentence_limit", 1), ("keep_factor", 1)):
+            if not getattr(self, name) >= least:  # `not >=` also refuses NaN
+                raise ValueError(f"{name} is {getattr(self, name)}, the least is {least}")
+        least = self.sink_tokens + self.always_kept + 1
+        if self.token_budget < least:
+            raise ValueError(f"token_budget is {self.token_budget}, the least is {least}:"
+                             f" {self.sink_tokens} sinks + {self.always_kept} recent + 1")
+        if self.score not in SCORES:
+            raise ValueError(f"score is {self.score!r}, the choices are {', '.join(SCORES)}")
+
+    @property
+    def always_kept(self) -> int:
+        """Tokens at the prompt's end that prefill never drops."""
+        judges = self.observation_window if self.keep_factor < math.inf else 0
+        return max(self.recent_window, judges)
+
+    @property
+    def load_slots(self) -> int:
+        """B, the rows of the budget that sentences are fetched into."""
+        return self.token_budget - self.sink_tokens - self.recent_window
+
+    def kept_tokens(self, n_tokens: int) -> int:
+        """N, the rows kept of a prompt: ⌊r · τ⌋, or all of them."""
+        return int(min(n_tokens, self.keep_factor * self.token_budget))
+
+
+def token_importance(q: torch.Tensor, k: torch.Tensor, pool: int = 7) -> torch.Tensor:
+    """Attention that the prompt's last W queries pay to each earlier token. SnapKV, 2404.14469.
+
+    Summed over the window, averaged over the group, max-pooled so that a needle's neighbours
+    come along.
+
+    q (H, W, D) of the last W tokens, k (H_kv, T, D) -> (H_kv, T - W)
+    """
+    (heads, window, dim), (kv_heads, tokens, _) = q.shape, k.shape
+    grouped = q.reshape(kv_heads, -1, dim)  # (H_kv, G * W, D)
+    logits = (grouped @ k.mT).float().view(kv_heads, -1, window, tokens) / math.sqrt(dim)
+    future = torch.ones(window, tokens, dtype=torch.bool, device=q.device)
+    logits.masked_fill_(future.triu(tokens - window + 1), -math.inf)
+    received = logits.softmax(dim=-1).sum(dim=2).mean(dim=1)  # (H_kv, T)
+    return F.max_pool1d(received[:, : tokens - window], pool, stride=1, padding=pool // 2)
+
+
+def keep_tokens(importance: torch.Tensor, n_tokens: int, config: SentenceKVConfig) -> torch.Tensor:
+    """Positions of the kept tokens of each head, in reading order.
+
+    The window's own tokens are always kept, as in the paper; the sinks and the recent tokens are
+    too, which the paper leaves to chance: they are attended to in any case, and so every head's
+    rows begin and end alike.
+
+    importance (H_kv, T - W) -> (H_kv, N)
+    """
+    importance = F.pad(importance, (0, n_tokens - importance.shape[-1]), value=math.inf)
+    importance[:, : config.sink_tokens] = math.inf
+    importance[:, n_tokens - config.always_kept :] = math.inf
+    return importance.topk(config.kept_tokens(n_tokens), dim=-1).indices.sort(dim=-1).values
+
+
+def sentence_bounds(kept: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows at which each sentence begins; a sentence's rows end where the next one's begin.
+
+    kept (H_kv, N) positions, ends (S,) token positions where sentences end -> (H_kv, S + 1)
+
+    >>> sentence_bounds(torch.tensor([[0, 1, 5, 8, 9]]), torch.tensor([4, 7, 10])).tolist()
+    [[0, 2, 3, 5]]
+    """
+    return F.pad(torch.searchsorted(kept, ends.expand(len(kept), -1).contiguous()), (1, 0))
+
+
+def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Semantic vector of every sentence: the mean of its kept keys (Section 3.2), after RoPE.
+
+    A sentence with nothing kept gets zeros. keys (H_kv, N, D), bounds (H_kv, S + 1) -> (H_kv, S, D)
+    """
+    lengths = bounds.diff(dim=-1)
+    sums = torch.segment_reduce(keys.float(), "sum", lengths=lengths, axis=1)
+    return (sums / lengths.clamp(min=1).unsqueeze(-1)).to(keys.dtype)
+
+
+def select_rows(scores, bounds, first: int, last: int, n_rows: int) -> tuple:
+    """The first B rows in order of their sentence's score; the last sentence is cut to fit.
+
+    Only rows from `first` up to `last` count, the others being on the device already. A row's
+    rank is its sentence's rank, so this sorts S scores and never looks at N tokens.
+
+    scores (H_kv, S), bounds (H_kv, S + 1) -> rows (H_kv, B), found (H_kv, B); where `found` is
+    False there was nothing left to select.
+
+    >>> rows, found = select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[0, 4, 7, 9]]),
+    ...                           first=1, last=9, n_rows=4)
+    >>> rows.tolist()  # the second sentence's rows, then the third's, as far as they fit
+    [[4, 5, 6, 7]]
+    """
+    bounds = bounds.clamp(first, max(first, last))
+    lengths = bounds.diff(dim=-1)
+    order = scores.argsort(dim=-1, descending=True, stable=True)  # (H_kv, S) best sentence first
+    filled = lengths.gather(-1, order).cumsum(dim=-1)  # slots full after the i-th best
+    slots = torch.arange(n_rows, device=scores.device).expand(len(scores), -1).contiguous()
+    rank = torch.searchsorted(filled, slots, right=True)  # (H_kv, B) whose turn it is in a slot
+    found = slots < filled[:, -1:]
+    rank = rank.clamp(max=scores.shape[-1] - 1)
+    # Counted back from the sentence's end, which saves asking how much was full before it.
+    end = bounds[:, 1:].gather(-1, order.gather(-1, rank))
+    return (end - filled.gather(-1, rank) + slots).where(found, -1), found
