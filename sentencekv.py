@@ -119,7 +119,9 @@ def keep_tokens(importance: torch.Tensor, n_tokens: int, config: SentenceKVConfi
     importance = F.pad(importance, (0, n_tokens - importance.shape[-1]), value=math.inf)
     importance[:, : config.sink_tokens] = math.inf
     importance[:, n_tokens - config.always_kept :] = math.inf
-    return importance.topk(config.kept_tokens(n_tokens), dim=-1).indices.sort(dim=-1).values
+    # Pooling makes ties; a stable sort settles them alike on every device, as `topk` does not.
+    ranked = importance.argsort(dim=-1, descending=True, stable=True)
+    return ranked[:, : config.kept_tokens(n_tokens)].sort(dim=-1).values
 
 
 def sentence_bounds(kept: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,95 @@
+"""Small random Llamas to prove things on, and the default model to prove them on again."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import Llama, LlamaConfig, load_model  # noqa: E402
+from weights.download import download  # noqa: E402
+
+REFERENCE = Path(__file__).parent / "reference"
+
+TINY = LlamaConfig(
+    vocab_size=260, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+    num_attention_heads=6, num_key_value_heads=2, head_dim=8, max_position_embeddings=2048,
+)
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU on this machine")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request):
+    return torch.device(request.param)
+
+
+def random_llama(device="cpu", config=TINY) -> Llama:
+    torch.manual_seed(0)
+    model = Llama(config)
+    for weight in model.parameters():
+        if weight.dim() == 2:  # louder than the default, so that attention is far from uniform
+            torch.nn.init.normal_(weight, std=1.5 * weight.shape[1] ** -0.5)
+    return model.requires_grad_(False).to(device)
+
+
+@pytest.fixture
+def tiny(device) -> Llama:
+    return random_llama(device)
+
+
+@pytest.fixture(scope="session")
+def default_folder() -> Path:
+    return download()
+
+
+@pytest.fixture(scope="session")
+def default_model(default_folder) -> Llama:
+    return load_model(default_folder, torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict:
+    return json.loads((REFERENCE / "smollm2-135m-instruct.json").read_text())
+
+
+@pytest.fixture
+def tiny_folder(tmp_path) -> Path:
+    """A whole model folder: TINY's random weights, a byte-level tokenizer, no chat template."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    config = {name: getattr(TINY, name) for name in TINY.__dataclass_fields__}
+    config |= {"architectures": ["LlamaForCausalLM"], "eos_token_id": 256}
+    (folder / "config.json").write_text(json.dumps(config))
+    names = {name if name.startswith("lm_head") else f"model.{name}": weight
+             for name, weight in random_llama().state_dict().items()}
+    save_file(names, folder / "model.safetensors")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def random_spans(n_tokens: int, longest: int = 20) -> list:
+    """Sentences of 1 to `longest` tokens that tile `n_tokens`, the same every time."""
+    generator = torch.Generator().manual_seed(n_tokens)
+    spans, start = [], 0
+    while start < n_tokens:
+        length = int(torch.randint(1, longest + 1, (), generator=generator))
+        spans.append((start, min(start + length, n_tokens)))
+        start += length
+    return spans
+
+
+def random_ids(n_tokens: int, device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n_tokens)
+    return torch.randint(0, TINY.vocab_size, (n_tokens,), generator=generator).to(device)

@@ -1,0 +1,106 @@
+"""SentenceKV the slow, obvious way: everything in one place, lists and loops, no tiers, no slots.
+
+It has the caches' interface and hands attention exactly the tokens that the method selects, so a
+model run with it shows what `SentenceKVCache` must compute.
+"""
+
+import math
+from contextlib import nullcontext
+
+import torch
+
+
+class SlowSentenceKV:
+    stage = nullcontext
+
+    def __init__(self, config, model_config, spans):
+        self.config, self.spans = config, list(spans)
+        self.kv = [[] for _ in range(model_config.num_hidden_layers)]  # [layer][token] -> (k, v)
+        self.kept = {}  # (layer, head) -> positions kept of the prompt
+        self.queries = [[] for _ in self.kv]  # of the sentence being written
+        self.num_tokens = 0
+        self.selected = []  # positions fetched, step by step
+
+    def prefill(self, layer, q, k, v):
+        n_tokens = k.shape[1]
+        self.kv[layer] = [(k[:, i], v[:, i]) for i in range(n_tokens)]
+        for head in range(len(k)):
+            self.kept[layer, head] = self.keep(q, k, head, n_tokens)
+
+    def keep(self, q, k, head, n_tokens):
+        config = self.config
+        n_kept = min(n_tokens, config.keep_factor * config.token_budget)
+        if n_kept == n_tokens:
+            return set(range(n_tokens))
+        received = torch.zeros(n_tokens)
+        group = len(q) // len(k)
+        window = config.observation_window
+        for i in range(n_tokens - window, n_tokens):
+            for query_head in range(head * group, (head + 1) * group):
+                logits = k[head, : i + 1] @ q[query_head, i] / math.sqrt(q.shape[-1])
+                received[: i + 1] += logits.softmax(0).cpu() / group
+        earlier = received[: n_tokens - window]
+        pooled = [max(earlier[max(0, i - 3) : i + 4]) for i in range(len(earlier))]
+        last = max(window, config.recent_window)
+        kept = set(range(config.sink_tokens)) | set(range(n_tokens - last, n_tokens))
+        for i in sorted(range(len(pooled)), key=lambda i: -pooled[i]):
+            if len(kept) < int(n_kept):
+                kept.add(i)
+        return kept
+
+    def advance(self, n_tokens):
+        if self.num_tokens == 0:
+            self.n_prompt = n_tokens
+        self.num_tokens += n_tokens
+
+    def end_sentence(self, length):
+        start = self.spans[-1][1]
+        self.spans.append((start, start + length))
+        self.queries = [[] for _ in self.kv]
+
+    def tokens_of(self, span, layer, head):
+        """Kept positions of a sentence. What the model wrote itself is kept whole."""
+        return [i for i in range(*span) if i >= self.n_prompt or i in self.kept[layer, head]]
+
+    def decode(self, layer, q, k, v):
+        self.kv[layer].append((k[:, 0], v[:, 0]))
+        self.queries[layer].append(q[:, 0])
+        chosen = [self.attended(layer, head, len(q) // len(k)) for head in range(len(k))]
+        longest = max(map(len, chosen))
+        keys, values = k.new_zeros(2, len(k), longest, k.shape[-1])
+        mask = torch.zeros(len(k), 1, longest, dtype=torch.bool, device=k.device)
+        for head, positions in enumerate(chosen):
+            for slot, i in enumerate(positions):
+                keys[head, slot], values[head, slot] = (x[head] for x in self.kv[layer][i])
+                mask[head, 0, slot] = True
+        return keys, values, mask
+
+    def attended(self, layer, head, group):
+        config, n = self.config, self.num_tokens + 1
+        sinks = list(range(min(config.sink_tokens, self.n_prompt)))
+        room = config.token_budget - len(sinks)
+        start = min(n - config.recent_window, self.spans[-1][1])
+        start = max(start, n - room, len(sinks))
+        recent = list(range(start, n))
+        fetched = []
+        for span in self.ranking(layer, head, group):
+            positions = self.tokens_of(span, layer, head)
+            fetched += [i for i in positions if len(sinks) <= i < start]
+        fetched = fetched[: min(room - len(recent), config.load_slots)]
+        self.selected.append(fetched)
+        assert len(sinks + fetched + recent) <= config.token_budget
+        return sinks + fetched + recent
+
+    def ranking(self, layer, head, group):
+        queries = torch.stack(self.queries[layer])[:, head * group : (head + 1) * group]  # (n, G, D)
+        spans = [s for s in self.spans if self.tokens_of(s, layer, head)]
+        keys = [torch.stack([self.kv[layer][i][0][head] for i in self.tokens_of(s, layer, head)])
+                for s in spans]
+        vectors = torch.stack([k.mean(0) for k in keys])
+        if self.config.score == "mean_query":
+            scores = vectors @ queries.mean(dim=(0, 1))
+        else:
+            lengths = torch.tensor([float(len(k)) for k in keys], device=vectors.device)
+            logits = queries @ vectors.T / math.sqrt(vectors.shape[-1]) + lengths.log()
+            scores = logits.softmax(-1).sum(dim=(0, 1))
+        return [spans[i] for i in scores.argsort(descending=True).tolist()]

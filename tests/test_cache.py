@@ -1,0 +1,247 @@
+import doctest
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+from conftest import TINY, needs_gpu, random_ids, random_llama, random_spans
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import SlowSentenceKV
+
+import cache as cache_module
+from cache import FullCache, SentenceKVCache, assign_slots
+from sentencekv import SentenceKVConfig
+
+N_NEW = 90
+
+
+def sentencekv_cache(config, n_prompt, device, new=N_NEW, cls=SentenceKVCache, longest=20):
+    return cls(config, TINY, random_spans(n_prompt, longest), new, device, torch.float32)
+
+
+def write(model, caches, n_prompt, n_new=N_NEW, ends=True):
+    """The same tokens through every cache. Yields each step's states, one tensor a cache.
+
+    The text written is in sentences of random length; at times the end of one is only seen one
+    token later, as with an abbreviation.
+    """
+    device = model.embed_tokens.weight.device
+    ids, lengths = random_ids(n_prompt + n_new, device), [b - a for a, b in random_spans(n_new + 7)]
+    yield [model.prefill(ids[:n_prompt], cache)[-1] for cache in caches]
+    since, delay = 0, 0
+    for i in range(n_prompt, n_prompt + n_new):
+        if ends and since >= lengths[0] + delay:
+            for cache in caches:
+                cache.end_sentence(lengths[0])
+            since, delay = since - lengths.pop(0), 1 - delay
+        yield [model.decode(ids[i : i + 1], cache)[0] for cache in caches]
+        since += 1
+
+
+def test_docstrings():
+    assert doctest.testmod(cache_module).failed == 0
+
+
+@pytest.mark.parametrize("n_prompt", [1, 2, 31, 33, 70, 300])
+@pytest.mark.parametrize("score", ["mean_query", "votes"])
+def test_a_budget_for_everything_is_full_attention(tiny, device, n_prompt, score):
+    config = SentenceKVConfig(token_budget=1024, score=score)
+    caches = [sentencekv_cache(config, n_prompt, device),
+              FullCache(TINY, n_prompt + N_NEW, device, torch.float32)]
+    for ours, full in write(tiny, caches, n_prompt):
+        torch.testing.assert_close(ours, full, rtol=0, atol=1e-4)
+
+
+SMALL = dict(token_budget=40, sink_tokens=4, recent_window=8, observation_window=8)
+LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window=16)
+
+
+@pytest.mark.parametrize("n_prompt, longest, small, keep_factor, score", [
+    (1, 1, SMALL, math.inf, "mean_query"),
+    (1, 1, SMALL, 1, "votes"),
+    (5, 20, SMALL, math.inf, "votes"),
+    (40, 20, SMALL, 1, "mean_query"),
+    (300, 20, SMALL, 1, "mean_query"),
+    (300, 20, SMALL, 2.5, "votes"),
+    (300, 20, SMALL, math.inf, "mean_query"),
+    (300, 20, LEAST, 1, "votes"),
+    (300, 20, LEAST, math.inf, "mean_query"),
+    (300, 128, SMALL, 2.5, "mean_query"),
+    (300, 128, SMALL, math.inf, "votes"),
+    (300, 20, dict(token_budget=96), 2.5, "mean_query"),
+    (300, 20, dict(token_budget=96), math.inf, "votes"),
+])
+def test_a_small_budget_selects_what_the_slow_way_selects(
+        tiny, device, n_prompt, longest, small, keep_factor, score):
+    config = SentenceKVConfig(keep_factor=keep_factor, score=score, **small)
+    caches = [sentencekv_cache(config, n_prompt, device, longest=longest),
+              SlowSentenceKV(config, TINY, random_spans(n_prompt, longest))]
+    for ours, slow in write(tiny, caches, n_prompt):
+        torch.testing.assert_close(ours, slow, rtol=0, atol=1e-4)
+    if longest == 20:  # then there was time for the text written to be asked for
+        assert any(i >= n_prompt for positions in caches[1].selected for i in positions)
+
+
+class AllResident(SentenceKVCache):
+    """Every kept row stays on the device as well, and every slot is filled anew at every step."""
+
+    def load(self, layer, rows, slots, missing):
+        everything = self.host.to(self.device)  # (L, N, H_kv, 2, D)
+        heads = torch.arange(len(rows), device=rows.device)[:, None]
+        wanted = rows >= 0
+        filled = everything[layer][rows.clamp(min=0), heads]  # (H_kv, B, 2, D)
+        kept = self.slots[layer][heads, slots]
+        self.slots[layer][heads, slots] = filled.where(wanted[..., None, None], kept)
+        super().load(layer, rows, slots, missing)
+
+
+@pytest.mark.parametrize("keep_factor", [1, math.inf])
+def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, keep_factor):
+    config = SentenceKVConfig(token_budget=96, keep_factor=keep_factor)
+    caches = [sentencekv_cache(config, 300, device), sentencekv_cache(config, 300, device, cls=AllResident)]
+    for ours, resident in write(tiny, caches, 300):
+        assert torch.equal(ours, resident)
+    report = caches[0].report()
+    assert 0 < report["hit_rate"] < 1
+    assert report["loaded_bytes"] == caches[0].loaded_rows.item() * 2 * TINY.head_dim * 4
+
+
+class Poisoned(SentenceKVCache):
+    """Rows on the host that are not selected are NaN; slots that nobody attends to are wild."""
+
+    def load(self, layer, rows, slots, missing):
+        kept = self.host[layer].clone()
+        heads, i = missing.nonzero(as_tuple=True)
+        selected = torch.zeros(kept.shape[:2], dtype=torch.bool)
+        selected[rows[heads, i].cpu(), heads.cpu()] = True
+        self.host[layer][~selected] = math.nan
+        super().load(layer, rows, slots, missing)
+        self.host[layer] = kept
+
+    def decode(self, layer, q, k, v):
+        keys, values, mask = super().decode(layer, q, k, v)
+        unseen = ~mask.transpose(1, 2)
+        return keys.masked_fill(unseen, 1e6), values.masked_fill(unseen, 1e6), mask
+
+
+def test_what_is_not_selected_takes_no_part_in_attention(tiny, device):
+    config = SentenceKVConfig(token_budget=96)
+    caches = [sentencekv_cache(config, 300, device), sentencekv_cache(config, 300, device, cls=Poisoned)]
+    for ours, poisoned in write(tiny, caches, 300):
+        assert torch.equal(ours, poisoned)
+
+
+def test_offloaded_keys_and_values_leave_the_device(device):
+    """After prefill, nothing on the device is larger for a prompt that is ten times longer."""
+    config, sizes = SentenceKVConfig(token_budget=96), []
+    for n_prompt in (200, 2000):
+        spans = [(i * n_prompt // 20, (i + 1) * n_prompt // 20) for i in range(20)]
+        cache = SentenceKVCache(config, TINY, spans, 10, device, torch.float32)
+        for layer in range(TINY.num_hidden_layers):
+            q, k, v = (torch.randn(h, n_prompt, TINY.head_dim, device=device) for h in (6, 2, 2))
+            cache.prefill(layer, q, k, v)
+            given = [weakref.ref(x) for x in (q, k, v)]
+            del q, k, v
+            gc.collect()
+            assert not any(ref() is not None for ref in given), "the cache holds on to its input"
+        cache.advance(n_prompt)
+        device_bytes = sum(
+            t.untyped_storage().nbytes() for t in gc.get_referents(cache.__dict__)
+            if isinstance(t, torch.Tensor) and t is not cache.host)
+        assert device_bytes == cache.report()["device_kv_bytes"]
+        assert cache.host.device.type == "cpu" and cache.host.is_pinned() == (device.type == "cuda")
+        sizes.append(device_bytes)
+    assert sizes[0] == sizes[1]
+
+
+@needs_gpu
+def test_device_memory_during_prefill_is_about_one_layer():
+    device, n_prompt = torch.device("cuda"), 20_000
+    cache = SentenceKVCache(SentenceKVConfig(), TINY, random_spans(n_prompt), 10, device, torch.float32)
+    layer_bytes = 2 * 2 * n_prompt * TINY.head_dim * 4
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for layer in range(TINY.num_hidden_layers):
+        q, k, v = (torch.randn(h, n_prompt, TINY.head_dim, device=device) for h in (6, 2, 2))
+        cache.prefill(layer, q, k, v)
+        del q, k, v
+    cache.advance(n_prompt)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() - before < layer_bytes
+
+
+def test_device_memory_does_not_grow_while_writing(tiny, device):
+    cache = sentencekv_cache(SentenceKVConfig(token_budget=96), 300, device, new=300)
+    sizes = [cache.report()["device_kv_bytes"] for _ in write(tiny, [cache], 300, 300)]
+    assert len(set(sizes)) == 1
+    assert cache.n_sentences > len(random_spans(300)) + 10
+
+
+def test_room_for_more_sentences_is_made(tiny, device):
+    """More sentences than there was room for at first, and still full attention."""
+    config = SentenceKVConfig(token_budget=1024)
+    caches = [sentencekv_cache(config, 10, device, new=300),
+              FullCache(TINY, 310, device, torch.float32)]
+    ids = random_ids(310, device)
+    for cache in caches:
+        tiny.prefill(ids[:10], cache)
+    for i in range(10, 310):
+        ours, full = (tiny.decode(ids[i : i + 1], cache) for cache in caches)
+        torch.testing.assert_close(ours, full, rtol=0, atol=1e-4)
+        if i % 2:
+            caches[0].end_sentence(2)
+    assert caches[0].n_sentences > 2 * cache_module.SENTENCE_BLOCK
+
+
+def test_a_sentence_longer_than_the_budget_stays_within_it(tiny, device):
+    """Without an end the sentence being written outgrows the budget; only its last part is seen."""
+    config = SentenceKVConfig(token_budget=40, sink_tokens=4, recent_window=8)
+    caches = [sentencekv_cache(config, 100, device), SlowSentenceKV(config, TINY, random_spans(100))]
+    for ours, slow in write(tiny, caches, 100, ends=False):
+        torch.testing.assert_close(ours, slow, rtol=0, atol=1e-4)
+
+
+def test_the_device_holds_no_more_than_it_attends_to(tiny, device):
+    cache = sentencekv_cache(SentenceKVConfig(token_budget=96), 300, device)
+    seen = []
+    attend = cache.decode
+
+    def decode(*args):
+        keys, values, mask = attend(*args)
+        seen.append(mask.sum(dim=-1))
+        return keys, values, mask
+
+    cache.decode = decode
+    list(write(tiny, [cache], 300))
+    assert torch.cat(seen).max() == 96
+
+
+def test_half_precision_keys_and_values_stay_half(device):
+    config = SentenceKVConfig(token_budget=96)
+    model = random_llama(device).to(torch.bfloat16)
+    cache = SentenceKVCache(config, TINY, random_spans(300), N_NEW, device, torch.bfloat16)
+    for (state,) in write(model, [cache], 300):
+        assert state.dtype == torch.bfloat16 and state.isfinite().all()
+    assert cache.host.dtype == cache.slots.dtype == cache.vectors.dtype == torch.bfloat16
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_slots_are_shared_out_one_to_one(data):
+    n = data.draw(st.integers(1, 10))
+    rows = torch.tensor([data.draw(st.permutations(range(2 * n)))[:n] for _ in range(2)])
+    n_wanted = data.draw(st.integers(0, n))
+    wanted = (torch.arange(n) < n_wanted).expand(2, -1)
+    resident = torch.tensor([data.draw(st.permutations(range(2 * n)))[:n] for _ in range(2)])
+    if data.draw(st.booleans()):
+        resident[:, n // 2 :] = -1
+    slots, missing = assign_slots(rows, wanted, resident)
+    for head in range(2):
+        assert sorted(slots[head].tolist()) == list(range(n))
+        for i in range(n_wanted):
+            row, slot = rows[head, i], slots[head, i]
+            assert missing[head, i] == (row not in resident[head])
+            assert missing[head, i] or resident[head, slot] == row
+        assert not missing[head, n_wanted:].any()

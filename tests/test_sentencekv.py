@@ -1,0 +1,130 @@
+import doctest
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sentencekv
+from sentencekv import (
+    SentenceKVConfig,
+    keep_tokens,
+    mean_query,
+    select_rows,
+    sentence_bounds,
+    sentence_vectors,
+    token_importance,
+    votes,
+)
+
+
+def random(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(math.prod(shape)))
+
+
+def test_docstrings():
+    assert doctest.testmod(sentencekv).failed == 0
+
+
+def test_importance_is_the_attention_of_the_last_queries():
+    heads, kv_heads, tokens, window, dim = 6, 2, 50, 8, 16
+    q, k = random(heads, tokens, dim), random(kv_heads, tokens, dim)
+    received = torch.zeros(kv_heads, tokens)
+    for head in range(heads):
+        for i in range(tokens - window, tokens):
+            logits = k[head // 3, : i + 1] @ q[head, i] / math.sqrt(dim)
+            received[head // 3, : i + 1] += logits.softmax(0) / 3
+    earlier = received[:, : tokens - window]
+    expected = torch.stack([earlier[:, max(0, i - 3) : i + 4].amax(1)
+                            for i in range(tokens - window)], dim=1)
+    torch.testing.assert_close(token_importance(q[:, -window:], k), expected)
+
+
+def test_the_most_important_tokens_are_kept_with_sinks_and_window():
+    config = SentenceKVConfig(token_budget=20, keep_factor=1, sink_tokens=2, recent_window=3,
+                              observation_window=5)
+    importance = random(2, 45)
+    kept = keep_tokens(importance, 50, config)
+    assert kept.shape == (2, 20)
+    for head in range(2):
+        always = {0, 1, *range(45, 50)}
+        others = sorted(set(range(45)) - always, key=lambda i: -importance[head, i])
+        assert kept[head].tolist() == sorted(always | set(others[:13]))
+
+
+def test_vectors_are_means_and_an_empty_sentence_gets_zeros():
+    keys = random(2, 9, 4)
+    bounds = torch.tensor([[0, 3, 3, 9], [0, 1, 5, 9]])
+    vectors = sentence_vectors(keys, bounds)
+    for head in range(2):
+        for s in range(3):
+            rows = keys[head, bounds[head, s] : bounds[head, s + 1]]
+            expected = rows.mean(0) if len(rows) else torch.zeros(4)
+            torch.testing.assert_close(vectors[head, s], expected)
+
+
+def test_bounds_count_the_kept_tokens_of_every_sentence():
+    kept, ends = torch.tensor([[0, 1, 5, 8, 9], [3, 4, 5, 6, 7]]), torch.tensor([4, 7, 10])
+    assert sentence_bounds(kept, ends).tolist() == [[0, 2, 3, 5], [0, 1, 4, 5]]
+
+
+def test_summed_scores_rank_like_the_mean_query():
+    queries, vectors = random(5, 2, 3, 8), random(2, 40, 8)  # (tokens, H_kv, G, D)
+    lengths = torch.ones(2, 40, dtype=torch.long)
+    summed = sum(mean_query(q, vectors, lengths) for q in queries)
+    expected = (vectors @ queries.mean(dim=(0, 2)).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(summed / 5, expected)
+    assert summed.argsort().tolist() == expected.argsort().tolist()
+
+
+def test_votes_are_the_attention_of_sentences_whose_keys_are_all_alike():
+    q, vectors = random(2, 3, 8), random(2, 4, 8)
+    lengths = torch.tensor([[1, 5, 2, 0], [3, 3, 1, 4]])
+    for head in range(2):
+        keys = vectors[head].repeat_interleave(lengths[head], dim=0)
+        attention = (q[head] @ keys.T / math.sqrt(8)).softmax(-1).sum(0)
+        sentence = torch.arange(4).repeat_interleave(lengths[head])
+        expected = torch.zeros(4).index_add(0, sentence, attention)
+        torch.testing.assert_close(votes(q, vectors, lengths)[head], expected)
+
+
+def walk_down_the_ranking(scores, bounds, first, last, n_rows):
+    rows = []
+    for s in sorted(range(len(scores)), key=lambda s: -scores[s]):
+        rows += [r for r in range(bounds[s], bounds[s + 1]) if first <= r < last]
+    return rows[:n_rows]
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
+    n_sentences = data.draw(st.integers(1, 12))
+    lengths = data.draw(st.lists(st.lists(st.integers(0, 6), min_size=n_sentences,
+                                          max_size=n_sentences), min_size=1, max_size=3))
+    scores = torch.tensor([data.draw(st.permutations(range(n_sentences))) for _ in lengths]).float()
+    bounds = torch.nn.functional.pad(torch.tensor(lengths).cumsum(-1), (1, 0))
+    first, last = data.draw(st.integers(0, 8)), data.draw(st.integers(0, 60))
+    n_rows = data.draw(st.integers(1, 40))
+    rows, found = select_rows(scores, bounds, first, last, n_rows)
+    for head in range(len(lengths)):
+        expected = walk_down_the_ranking(scores[head].tolist(), bounds[head].tolist(), first, last, n_rows)
+        assert rows[head][found[head]].tolist() == expected
+        assert found[head].tolist() == [i < len(expected) for i in range(n_rows)]
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"token_budget": 64}, "token_budget is 64, the least is 65: 32 sinks + 32 recent + 1"),
+    ({"token_budget": 100, "keep_factor": 1, "observation_window": 70},
+     "token_budget is 100, the least is 103: 32 sinks + 70 recent + 1"),
+    ({"keep_factor": 0.5}, "keep_factor is 0.5, the least is 1"),
+    ({"keep_factor": math.nan}, "keep_factor is nan, the least is 1"),
+    ({"sink_tokens": -1}, "sink_tokens is -1, the least is 0"),
+    ({"recent_window": 0}, "recent_window is 0, the least is 1"),
+    ({"sentence_limit": 0}, "sentence_limit is 0, the least is 1"),
+    ({"score": "best"}, "score is 'best', the choices are mean_query, votes"),
+])
+def test_impossible_settings_are_refused_with_value_and_limit(settings, message):
+    with pytest.raises(ValueError) as error:
+        SentenceKVConfig(**settings)
+    assert str(error.value) == message
