@@ -147,14 +147,14 @@ class SentenceKVCache:
             return
         # Waiting for the layer before keeps a slow host link from piling layers up on the device.
         self.finish_offload()
-        self.copy_stream.wait_stream(torch.cuda.current_stream())
+        self.copy_stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copy_stream):
             target.copy_(rows, non_blocking=True)
         rows.record_stream(self.copy_stream)
 
     def finish_offload(self):
         if self.copy_stream is not None:
-            torch.cuda.current_stream().wait_stream(self.copy_stream)
+            torch.cuda.current_stream(self.device).wait_stream(self.copy_stream)
 
     def advance(self, n_tokens: int):
         """All layers have seen `n_tokens` more: the prompt, or one token."""

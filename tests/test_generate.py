@@ -1,0 +1,297 @@
+import doctest
+import io
+import json
+import sys
+
+import pytest
+import sentencepiece
+import torch
+from conftest import TINY, needs_gpu
+
+import generate
+from generate import StageTimer, Tokenizer, make_chooser
+
+TEXT = "It was late. Mr. Fox slept, dreaming of 3.14 geese! Where had they gone? " * 6
+
+
+def run(capfd, *arguments):
+    """Exit status, standard output, standard error."""
+    status = generate.main([str(a) for a in arguments])
+    out, err = capfd.readouterr()
+    return status, out, err
+
+
+def run_json(capfd, *arguments):
+    status, out, err = run(capfd, *arguments, "--json")
+    assert status == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def test_docstrings():
+    assert doctest.testmod(generate).failed == 0
+
+
+def test_default_tokenizer_makes_the_reference_s_ids(default_folder, reference):
+    tokenizer = Tokenizer(default_folder)
+    for case in reference["tokenizer"]:
+        ids = tokenizer.encode(case["text"], add_bos=False)
+        assert ids == case["ids"]
+        if "<|" not in case["text"]:
+            assert "".join(tokenizer.pieces(ids)) == case["text"]
+
+
+def test_default_template_renders_like_the_reference(default_folder, reference):
+    expected = reference["chat_template"]
+    (message,) = expected["messages"]
+    assert Tokenizer(default_folder).render_chat(message["content"]) == expected["rendered"]
+
+
+def test_pieces_are_whole_characters_and_special_tokens_end_paragraphs(default_folder):
+    tokenizer = Tokenizer(default_folder)
+    ids = tokenizer.encode("<|im_start|>👩‍👧 naïve<|im_end|>", add_bos=False)
+    pieces = tokenizer.pieces(ids)
+    assert pieces[0] == pieces[-1] == "\n\n"
+    assert "".join(pieces[1:-1]) == "👩‍👧 naïve"
+    assert "" in pieces and "\ufffd" not in "".join(pieces)
+
+
+@pytest.fixture(scope="module")
+def llama2_folder(tmp_path_factory):
+    """A tokenizer as Llama 2 has it: sentencepiece with byte fallback, BOS, a chat template."""
+    folder = tmp_path_factory.mktemp("llama2")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split(".")), model_prefix=str(folder / "tokenizer"),
+        vocab_size=300, model_type="bpe", byte_fallback=True, character_coverage=1.0,
+        hard_vocab_limit=False, minloglevel=2,
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": {"content": "<s>"}, "eos_token": "</s>",
+        "chat_template": "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]",
+    }))
+    return folder
+
+
+def test_sentencepiece_tokenizers_add_bos_and_fall_back_to_bytes(llama2_folder):
+    tokenizer = Tokenizer(llama2_folder)
+    ids = tokenizer.prompt_ids("Mr. Fox 🙂", raw=True)
+    assert ids[0] == 1 and 1 not in ids[1:]
+    assert "".join(tokenizer.pieces(ids[1:])) == " Mr. Fox 🙂"
+    assert tokenizer.pieces(ids).count("") == 3  # the first three bytes of the face
+    assert generate.stop_tokens(llama2_folder, tokenizer) == {2}
+
+
+def test_sentencepiece_finds_the_control_tokens_of_the_template(llama2_folder):
+    tokenizer = Tokenizer(llama2_folder)
+    ids = tokenizer.prompt_ids("Mr. Fox", raw=False)
+    assert ids[0] == 1 and 1 not in ids[1:]
+    assert "".join(tokenizer.pieces(ids)).replace("\n", "") == " [INST] Mr. Fox [/INST]"
+
+
+def test_templates_by_name_in_a_file_or_absent(llama2_folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((llama2_folder / "tokenizer.model").read_bytes())
+    settings = tmp_path / "tokenizer_config.json"
+    assert Tokenizer(tmp_path).chat_template is None
+    settings.write_text(json.dumps({"chat_template": [{"name": "rag", "template": "no"},
+                                                      {"name": "default", "template": "yes"}]}))
+    assert Tokenizer(tmp_path).chat_template == "yes"
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no system turn') }}")
+    with pytest.raises(ValueError, match="chat template failed: no system turn"):
+        Tokenizer(tmp_path).render_chat("hello")
+
+
+@pytest.mark.parametrize("cache", ["full", "sentencekv"])
+@pytest.mark.parametrize("keep_factor", ["1", "inf"])
+def test_the_report_is_complete_and_adds_up(capfd, tiny_folder, prompt, cache, keep_factor):
+    report = run_json(
+        capfd, "--prompt", prompt, "--model", tiny_folder, "--cache", cache, "--max-new-tokens",
+        40, "--token-budget", 80, "--keep-factor", keep_factor, "--device", "cpu")
+    assert set(report) >= {
+        "text", "prompt_tokens", "new_tokens", "sentences", "ttft_ms", "decode_ms_per_token",
+        "stages_ms", "device_kv_bytes", "host_kv_bytes", "full_kv_bytes", "loaded_bytes",
+        "hit_rate", "device", "dtype", "torch"}
+    assert report["prompt_tokens"] == len(TEXT) and report["sentences"] == 18
+    assert 1 <= report["new_tokens"] <= 40
+    stages = {"full": ({"attention"}, {"attention"}),
+              "sentencekv": ({"attention", "sentence vectors", "offload"},
+                             {"attention", "select", "load", "seal"})}[cache]
+    if (cache, keep_factor) == ("sentencekv", "1"):
+        stages[0].add("importance")
+    for phase, expected in zip(("prefill", "decode"), stages):
+        parts = report["stages_ms"][phase]
+        assert expected <= set(parts) | {"seal"}
+        assert set(parts) <= expected | {"rest", "total"}
+        assert all(ms >= 0 for ms in parts.values())
+        total = parts.pop("total")
+        assert sum(parts.values()) == pytest.approx(total)
+    if cache == "full":
+        assert report["device_kv_bytes"] >= report["full_kv_bytes"] and not report["host_kv_bytes"]
+    else:
+        assert report["host_kv_bytes"] > 0 and report["loaded_bytes"] > 0
+
+
+def test_both_caches_answer_alike_when_the_budget_holds_everything(capfd, tiny_folder, prompt):
+    texts = [run_json(capfd, "--prompt", prompt, "--model", tiny_folder, "--cache", cache,
+                      "--max-new-tokens", 60, "--device", "cpu")["text"]
+             for cache in ("full", "sentencekv")]
+    assert texts[0] == texts[1] != ""
+
+
+def test_text_streams_to_standard_output_and_tables_do_not(capfd, tiny_folder, prompt):
+    common = ("--prompt", prompt, "--model", tiny_folder, "--max-new-tokens", 20)
+    report = run_json(capfd, *common)
+    status, out, err = run(capfd, *common)
+    assert status == 0 and out == report["text"] + "\n"
+    for words in ("prefill ms", "the rest", "device: sentence vectors", "full cache"):
+        assert words in err
+
+
+def test_standard_input_is_a_prompt(capfd, tiny_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    report = run_json(capfd, "--prompt", "-", "--model", tiny_folder, "--max-new-tokens", 3)
+    assert report["prompt_tokens"] == len(TEXT)
+
+
+def test_one_token_is_a_prompt(capfd, tiny_folder, tmp_path):
+    (tmp_path / "one").write_text("x")
+    report = run_json(capfd, "--prompt", tmp_path / "one", "--model", tiny_folder,
+                      "--max-new-tokens", 1)
+    assert (report["prompt_tokens"], report["new_tokens"]) == (1, 1)
+    assert report["decode_ms_per_token"] == 0
+
+
+def test_sampling_follows_the_seed(capfd, tiny_folder, prompt):
+    def sample(seed):
+        return run_json(capfd, "--prompt", prompt, "--model", tiny_folder, "--temperature", 1,
+                        "--top-p", 0.9, "--seed", seed, "--max-new-tokens", 20)["text"]
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_the_chooser_samples_from_the_likeliest_tokens_only():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    drawn = lambda *a: [make_chooser(*a, 0, "cpu")(logits) for _ in range(1)]  # noqa: E731
+    assert drawn(0.0, 1.0) == [0]
+    choose = make_chooser(1.0, 0.75, 0, "cpu")
+    counts = torch.bincount(torch.tensor([choose(logits) for _ in range(2000)]), minlength=4)
+    assert counts[2] == counts[3] == 0
+    assert counts[0] / 2000 == pytest.approx(0.5 / 0.8, abs=0.05)
+
+
+def test_generation_stops_at_the_end_token(capfd, tiny_folder, prompt, monkeypatch):
+    steps = iter([65, 66, 256, 67])
+    monkeypatch.setattr(generate, "make_chooser", lambda *a: lambda logits: next(steps))
+    report = run_json(capfd, "--prompt", prompt, "--model", tiny_folder)
+    assert report["new_tokens"] == 3 and len(report["text"]) == 2
+
+
+def test_ctrl_c_ends_with_what_was_written(capfd, tiny_folder, prompt, monkeypatch):
+    steps = iter(range(7))
+
+    def choose(logits):
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return 65
+
+    monkeypatch.setattr(generate, "make_chooser", lambda *a: choose)
+    status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, "--json")
+    assert status == 130 and "Traceback" not in err
+    assert json.loads(out.splitlines()[-1])["new_tokens"] == 7
+
+
+def test_stages_nest_and_their_rest_is_what_is_left(monkeypatch):
+    clock = iter([0, 1, 3, 6, 10])
+    timer = StageTimer(torch.device("cpu"))
+    timer.mark = lambda: next(clock) / 1e3
+    with timer("prefill"):
+        with timer("attention"):
+            pass
+        timer.mark()
+    assert timer.totals() == {"prefill": pytest.approx({"rest": 8, "total": 10, "attention": 2})}
+
+
+@needs_gpu
+def test_the_command_line_runs_on_a_gpu(capfd, tiny_folder, prompt):
+    reports = [run_json(capfd, "--prompt", prompt, "--model", tiny_folder, "--device", device,
+                        "--dtype", "float32", "--token-budget", 80, "--max-new-tokens", 30)
+               for device in ("cpu", "cuda")]
+    assert reports[0]["text"] == reports[1]["text"] and reports[1]["clock"] == "CUDA events"
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "cannot read {prompt}: No such file or directory"),
+    (b"", "{prompt} is empty"),
+    (b" \n\t\n", "{prompt} is empty"),
+    (b"caf\xe9 au lait", "{prompt} is not UTF-8 text: byte 3 is wrong"),
+])
+def test_a_bad_prompt_is_one_line(capfd, tiny_folder, tmp_path, content, message):
+    prompt = tmp_path / "prompt.txt"
+    if content is not None:
+        prompt.write_bytes(content)
+    status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder)
+    assert (status, out) == (2, "")
+    assert err == f"generate.py: {message.format(prompt=prompt)}\n"
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prompt", "."], "cannot read .: Is a directory"),
+    (["--token-budget", "64"], "token_budget is 64, the least is 65: 32 sinks + 32 recent + 1"),
+    (["--keep-factor", "0.5"], "keep_factor is 0.5, the least is 1"),
+    (["--max-new-tokens", "2000"], f"{len(TEXT)} prompt tokens + 2000 new ones ="
+     f" {len(TEXT) + 2000}, and the model has {TINY.max_position_embeddings} positions:"
+     " shorten one or the other"),
+    (["--max-new-tokens", "0"], "--max-new-tokens cannot be 0"),
+    (["--max-new-tokens", "many"], "argument --max-new-tokens: invalid int value: 'many'"),
+    (["--temperature", "-1"], "--temperature cannot be -1.0"),
+    (["--temperature", "nan"], "--temperature cannot be nan"),
+    (["--top-p", "0"], "--top-p cannot be 0.0"),
+    (["--device", "tpu"], "--device tpu is not one of auto, cpu, cuda, cuda:N"),
+    (["--device", "cuda:99"], "--device cuda:99: this machine has {gpus} CUDA GPUs"),
+    (["--model", "nowhere"], "no tokenizer in nowhere: neither tokenizer.json nor tokenizer.model is there"),
+    (["--colour", "red"], "unrecognized arguments: --colour red"),
+])
+def test_a_bad_option_is_one_line(capfd, tiny_folder, prompt, arguments, message):
+    status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, *arguments)
+    assert (status, out) == (2, "")
+    assert err == f"generate.py: {message.format(gpus=torch.cuda.device_count())}\n"
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("tokenizer.json", None, "neither tokenizer.json nor tokenizer.model is there"),
+    ("tokenizer.json", "{}", "no tokenizer in"),
+    ("config.json", None, "has no config.json"),
+    ("config.json", "[]", "config.json"),
+    ("model.safetensors", None, "has no model.safetensors"),
+    ("model.safetensors", "broken", "is not a whole safetensors file"),
+    ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
+    ("model.safetensors.index.json", "{}", "model.safetensors.index.json"),
+])
+def test_a_broken_model_folder_is_one_line(capfd, tiny_folder, prompt, file, content, message):
+    path = tiny_folder / file
+    path.unlink() if content is None else path.write_text(content)
+    status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder)
+    assert (status, out) == (2, "")
+    assert err.count("\n") == 1 and message in err
+
+
+def test_too_little_memory_says_what_to_lower(capfd, tiny_folder, prompt, monkeypatch):
+    def load_model(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    monkeypatch.setattr(generate, "load_model", load_model)
+    status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder)
+    assert status == 2 and err.count("\n") == 1
+    assert "shorter prompt" in err and "--token-budget" in err and "3.00 GiB" in err
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(capfd, tiny_folder, prompt):
+    config = json.loads((tiny_folder / "config.json").read_text()) | {"vocab_size": 100}
+    (tiny_folder / "config.json").write_text(json.dumps(config))
+    status, _, err = run(capfd, "--prompt", prompt, "--model", tiny_folder)
+    assert status == 2 and "the model has 100" in err
