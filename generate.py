@@ -17,6 +17,10 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+# Read when torch is loaded: CPU threads that wait for each other sleep instead of spinning, which
+# on a machine that has other work as well holds up the very thread that is waited for.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import sentencepiece
 import tokenizers
 import torch

@@ -1,8 +1,11 @@
 """Small random Llamas to prove things on, and the default model to prove them on again."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as generate.py does, before torch is loaded
 
 import pytest
 import torch
