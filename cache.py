@@ -120,8 +120,9 @@ class SentenceKVCache:
         """q (H, T, D), k and v (H_kv, T, D): keep, make sentence vectors, offload (Section 3.2)."""
         rows = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
         n_tokens = k.shape[1]
+        sinks = rows[:, : self.n_sinks]
         recent = rows[:, max(self.n_sinks, n_tokens - self.config.recent_window) :]
-        self.slots[layer, :, self.sink_slot : self.sink_slot + self.n_sinks] = rows[:, : self.n_sinks]
+        self.slots[layer, :, self.sink_slot : self.sink_slot + sinks.shape[1]] = sinks
         self.slots[layer, :, self.recent_slot : self.recent_slot + recent.shape[1]] = recent
         kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1).contiguous()
         if self.n_rows < n_tokens:
@@ -166,7 +167,7 @@ class SentenceKVCache:
         self.slide_window()
 
     def window_start(self) -> int:
-        """First position of the recent window, or of the sentence being written if that is longer."""
+        """First position of the recent window, or of the sentence being written if longer."""
         start = min(self.num_tokens + 1 - self.config.recent_window, self.open_start)
         return max(start, self.recent_start)
 
@@ -196,12 +197,12 @@ class SentenceKVCache:
         with self.stage("select"):
             rows, wanted = self.select(layer, q)
             slots, missing = assign_slots(rows, wanted, self.resident[layer])
+            seen = torch.zeros_like(wanted).scatter_(-1, slots, wanted)  # (H_kv, B)
+            mask = torch.cat((seen, self.always_seen.expand(len(k), -1)), dim=-1)
         with self.stage("load"):
             self.load(layer, rows, slots, missing)
             self.wanted_rows += wanted.sum()
             self.loaded_rows += missing.sum()
-        seen = torch.zeros_like(wanted).scatter_(-1, slots, wanted)  # (H_kv, B)
-        mask = torch.cat((seen, self.always_seen.expand(len(k), -1)), dim=-1)
         return *self.slots[layer].unbind(dim=2), mask.unsqueeze(1)
 
     def select(self, layer: int, q) -> tuple:

@@ -32,7 +32,7 @@ from cache import FullCache, SentenceKVCache
 from model import load_config, load_model, read_json
 from segment import SentenceStream, token_spans
 from sentencekv import SCORES, SentenceKVConfig
-from weights.download import DEFAULT_MODEL, download
+from weights.download import download
 
 
 class HuggingFaceTokens:
@@ -201,7 +201,8 @@ class StageTimer:
         for (name, *part), start, end in self.spans:
             ms = start.elapsed_time(end) if self.cuda else (end - start) * 1e3
             stage = totals.setdefault(name, {"rest": 0.0, "total": 0.0})
-            for key, share in ((part[0], ms), ("rest", -ms)) if part else (("rest", ms), ("total", ms)):
+            shares = {part[0]: ms, "rest": -ms} if part else {"rest": ms, "total": ms}
+            for key, share in shares.items():
                 stage[key] = stage.get(key, 0.0) + share
         return totals
 
@@ -393,7 +394,7 @@ def times(timer: StageTimer, new_tokens: int) -> dict:
     """Time to the first token, from the prompt's text on, and per token after it."""
     stages = timer.totals()
     decode = stages.get("decode", {"total": 0.0})["total"]
-    first = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill") if name in stages)
+    first = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
     return {"ttft_ms": first, "decode_ms_per_token": decode / max(new_tokens - 1, 1),
             "stages_ms": stages}
 
@@ -406,8 +407,9 @@ def print_report(report: dict):
     stages, steps = report["stages_ms"], max(report["new_tokens"] - 1, 1)
     before, after = stages.get("prefill", {}), stages.get("decode", {})
     print(f"\n{report['prompt_tokens']} prompt tokens in {report['sentences']} sentences,"
-          f" {report['new_tokens']} new tokens; {report['cache']} cache, {report['device']},"
-          f" {report['dtype']}, torch {report['torch']}, timed by {report['clock']}\n", file=sys.stderr)
+          f" {report['new_tokens']} new tokens", file=sys.stderr)
+    print(f"{report['cache']} cache, {report['device']}, {report['dtype']},"
+          f" torch {report['torch']}, timed by {report['clock']}\n", file=sys.stderr)
     line("stage", "prefill ms", "decode ms a token")
     for name in ("tokenize", "segment"):
         line(name, f"{stages[name]['total']:.1f}", "")
@@ -432,7 +434,7 @@ def main(arguments=None) -> int:
     try:
         return run(parse(arguments))
     except BrokenPipeError:  # whoever read our output has had enough
-        sys.stdout = open(os.devnull, "w")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         status, problem = 130, "interrupted"

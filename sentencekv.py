@@ -98,7 +98,7 @@ def token_importance(q: torch.Tensor, k: torch.Tensor, pool: int = 7) -> torch.T
 
     q (H, W, D) of the last W tokens, k (H_kv, T, D) -> (H_kv, T - W)
     """
-    (heads, window, dim), (kv_heads, tokens, _) = q.shape, k.shape
+    (_, window, dim), (kv_heads, tokens, _) = q.shape, k.shape
     grouped = q.reshape(kv_heads, -1, dim)  # (H_kv, G * W, D)
     logits = (grouped @ k.mT).float().view(kv_heads, -1, window, tokens) / math.sqrt(dim)
     future = torch.ones(window, tokens, dtype=torch.bool, device=q.device)

@@ -92,7 +92,8 @@ class SlowSentenceKV:
         return sinks + fetched + recent
 
     def ranking(self, layer, head, group):
-        queries = torch.stack(self.queries[layer])[:, head * group : (head + 1) * group]  # (n, G, D)
+        ours = slice(head * group, (head + 1) * group)
+        queries = torch.stack(self.queries[layer])[:, ours]  # (n, G, D)
         spans = [s for s in self.spans if self.tokens_of(s, layer, head)]
         keys = [torch.stack([self.kv[layer][i][0][head] for i in self.tokens_of(s, layer, head)])
                 for s in spans]

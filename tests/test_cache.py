@@ -100,7 +100,7 @@ class AllResident(SentenceKVCache):
 @pytest.mark.parametrize("keep_factor", [1, math.inf])
 def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, keep_factor):
     config = SentenceKVConfig(token_budget=96, keep_factor=keep_factor)
-    caches = [sentencekv_cache(config, 300, device), sentencekv_cache(config, 300, device, cls=AllResident)]
+    caches = [sentencekv_cache(config, 300, device, cls=c) for c in (SentenceKVCache, AllResident)]
     for ours, resident in write(tiny, caches, 300):
         assert torch.equal(ours, resident)
     report = caches[0].report()
@@ -128,7 +128,7 @@ class Poisoned(SentenceKVCache):
 
 def test_what_is_not_selected_takes_no_part_in_attention(tiny, device):
     config = SentenceKVConfig(token_budget=96)
-    caches = [sentencekv_cache(config, 300, device), sentencekv_cache(config, 300, device, cls=Poisoned)]
+    caches = [sentencekv_cache(config, 300, device, cls=c) for c in (SentenceKVCache, Poisoned)]
     for ours, poisoned in write(tiny, caches, 300):
         assert torch.equal(ours, poisoned)
 
@@ -159,7 +159,7 @@ def test_offloaded_keys_and_values_leave_the_device(device):
 @needs_gpu
 def test_device_memory_during_prefill_is_about_one_layer():
     device, n_prompt = torch.device("cuda"), 20_000
-    cache = SentenceKVCache(SentenceKVConfig(), TINY, random_spans(n_prompt), 10, device, torch.float32)
+    cache = sentencekv_cache(SentenceKVConfig(), n_prompt, device)
     layer_bytes = 2 * 2 * n_prompt * TINY.head_dim * 4
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -198,7 +198,8 @@ def test_room_for_more_sentences_is_made(tiny, device):
 def test_a_sentence_longer_than_the_budget_stays_within_it(tiny, device):
     """Without an end the sentence being written outgrows the budget; only its last part is seen."""
     config = SentenceKVConfig(token_budget=40, sink_tokens=4, recent_window=8)
-    caches = [sentencekv_cache(config, 100, device), SlowSentenceKV(config, TINY, random_spans(100))]
+    caches = [sentencekv_cache(config, 100, device),
+              SlowSentenceKV(config, TINY, random_spans(100))]
     for ours, slow in write(tiny, caches, 100, ends=False):
         torch.testing.assert_close(ours, slow, rtol=0, atol=1e-4)
 

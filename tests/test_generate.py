@@ -253,7 +253,8 @@ def test_a_bad_prompt_is_one_line(capfd, tiny_folder, tmp_path, content, message
     (["--top-p", "0"], "--top-p cannot be 0.0"),
     (["--device", "tpu"], "--device tpu is not one of auto, cpu, cuda, cuda:N"),
     (["--device", "cuda:99"], "--device cuda:99: this machine has {gpus} CUDA GPUs"),
-    (["--model", "nowhere"], "no tokenizer in nowhere: neither tokenizer.json nor tokenizer.model is there"),
+    (["--model", "nowhere"],
+     "no tokenizer in nowhere: neither tokenizer.json nor tokenizer.model is there"),
     (["--colour", "red"], "unrecognized arguments: --colour red"),
 ])
 def test_a_bad_option_is_one_line(capfd, tiny_folder, prompt, arguments, message):

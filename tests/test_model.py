@@ -127,7 +127,7 @@ def test_spare_tensors_of_older_checkpoints_are_passed_over(tmp_path):
 @pytest.mark.parametrize("edit, message", [
     ({"architectures": ["MistralForCausalLM"]}, "architecture MistralForCausalLM"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE type 'yarn'"),
-    ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "RoPE type 'linear'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "RoPE type 'linear'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoints (gptq)"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"vocab_size": None}, "'vocab_size'"),

@@ -108,7 +108,8 @@ def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
     n_rows = data.draw(st.integers(1, 40))
     rows, found = select_rows(scores, bounds, first, last, n_rows)
     for head in range(len(lengths)):
-        expected = walk_down_the_ranking(scores[head].tolist(), bounds[head].tolist(), first, last, n_rows)
+        ours = scores[head].tolist(), bounds[head].tolist()
+        expected = walk_down_the_ranking(*ours, first, last, n_rows)
         assert rows[head][found[head]].tolist() == expected
         assert found[head].tolist() == [i < len(expected) for i in range(n_rows)]
 

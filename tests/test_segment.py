@@ -1,0 +1,350 @@
+"""Sentences: the rules, the stream against the whole, the limit, the work, and real tokens."""
+
+import codecs
+import doctest
+from bisect import bisect_right
+from functools import cache
+from itertools import groupby, pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import segment
+from benchmarks import segmentation
+from segment import JOINED, SHORT, SentenceStream, marked, sentence_ends, token_spans
+
+UNLIMITED = 10**9
+TOKENIZER = Path(__file__).parents[1] / "weights/smollm2-135m-instruct/tokenizer.json"
+
+
+def sentences(text):
+    return [text[a:b] for a, b in pairwise([0, *sentence_ends(text)])]
+
+
+# The rules
+
+
+def test_doctests():
+    assert doctest.testmod(segment).failed == 0
+
+
+@pytest.mark.parametrize("name", JOINED | SHORT)
+def test_every_rule_has_a_true_example_that_needs_it(name, monkeypatch):
+    example = (JOINED | SHORT)[name][1]
+    assert marked(example.replace("|", "")) == example
+    for table, compiled in ((JOINED, "JOIN"), (SHORT, "ABBREVIATION")):
+        without = {key: rule for key, rule in table.items() if key != name}
+        monkeypatch.setattr(segment, compiled, segment._pattern(without))
+    assert marked(example.replace("|", "")) != example
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        "It costs $3.14 e.g. at www.x.com. |See v1.2.3!",
+        "\n  Leading space. |Then more.  |End",
+        'He said "No." |She left. |(She did.) |Then?',
+        "Is it?! |Yes!!! |Well...",
+        "At 5 p.m. Smith left. |It was 6 a.m. |He slept.",
+        "¿Qué tal? |¡Bien! |Vale.",
+        "Τι κάνεις; |Καλά.",
+        "मैं ठीक हूँ। |आप कैसे हैं? |धन्यवाद।",
+        "كيف حالك؟ |أنا بخير. |شكرا۔ |نعم.",
+        "Բարև ձեզ։ |Լավ։",
+        "「好。」|她说。|真的吗？|是！",
+        "ﾊｲ｡|ｿｳ｡",
+        "« Bonjour ! » |Il part. |Fin…",
+        "„Ja.“ |Dann ging er.",
+        "That was great :) |I liked it.",
+        "Above\n\n|Below\r\n\r\n|Under\n \n|Last",
+        "user\n\n|Hello\n\n",
+        "# Title\n|A line that was wrapped where a line of a book\nis wrapped. |End\n|- one\n|- two",
+        "- An item that goes on for longer than a line of a book\n  does. |More\n|1. one\n|2. two",
+        "```\n|x = 1\n|for y in x:\n    |print(y)\n|```",
+        "2024-01-01 12:00:00 INFO the server has been started\n|2024-01-01 12:00:01 WARN slow",
+        "• 9. Tea |• 10. Salt",
+        "Chapter one\n|=====\n|Text",
+    ],
+)
+def test_sentences(example):
+    assert marked(example.replace("|", "")) == example
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\n", "\u200b", "\ufeff", ".", "\x1c", "\U0001f600"])
+def test_nothing_much(text):
+    assert sentence_ends(text) == ([len(text)] if text else [])
+    assert token_spans([text] * 3, limit=2) == [(0, 2), (2, 3)]
+
+
+# The stream
+
+ATOMS = [
+    *"..!?…。？।؟;:,-*#=()[]\"'“”«»「」•15abiSUε你नि😀",
+    *[" ", "  ", "\n", "\r", "\n\n", "\t", "\u3000", "\u2029", "\x85", "\x1c", " " * 12, "====="],
+    *["Dr", "Inc", "How", "the", "no", "Ph", "\u200b", "https://x", "a word of many letters " * 2],
+]
+TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(ATOMS), max_size=40).map("".join))
+
+
+@st.composite
+def pieces(draw):
+    """A text cut at random, with the empty pieces of tokens that only begin a character."""
+    text = draw(TEXTS)
+    places = st.lists(st.integers(0, len(text)), max_size=2 * len(text))
+    cuts = draw(st.one_of(places, st.just(list(range(len(text))))))
+    return [text[a:b] for a, b in pairwise(sorted([0, *cuts, len(text)]))]
+
+
+def expected_lengths(pieces):
+    """What the stream should find, from the ends in the whole text."""
+    text = "".join(pieces)
+    ends, owners, waiting, place = sentence_ends(text), [], 0, 0
+    for piece in pieces:
+        waiting += 1
+        if piece:
+            blank = piece.isspace() and owners
+            first = place + len(piece) - len(piece.lstrip())
+            owners += [owners[-1] if blank else bisect_right(ends[:-1], first)] * waiting
+            waiting, place = 0, place + len(piece)
+    owners += [max(len(ends) - 1, 0)] * waiting
+    return [len(list(group)) for _, group in groupby(owners)]
+
+
+@settings(max_examples=400, deadline=None)
+@given(pieces())
+def test_the_stream_finds_the_sentences_of_the_whole(pieces):
+    stream = SentenceStream(UNLIMITED)
+    lengths = [n for piece in pieces for n in stream.push(piece)] + stream.finish()
+    assert lengths == expected_lengths(pieces)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+def test_sentences_tile_the_text(text):
+    ends = sentence_ends(text)
+    assert "".join(sentences(text)) == text
+    assert ends == sorted(set(ends)) and (not text or ends[-1] == len(text))
+    assert all(not text[end].isspace() for end in ends[:-1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces(), st.integers(1, 9))
+def test_spans_tile_the_tokens_within_the_limit(pieces, limit):
+    stream, told = SentenceStream(limit), 0
+    for pushed, piece in enumerate(pieces, 1):
+        told += sum(stream.push(piece))
+        assert told < pushed <= told + limit
+    spans = token_spans(pieces, limit)
+    assert [token for span in spans for token in range(*span)] == list(range(len(pieces)))
+    assert all(start < end <= start + limit for start, end in spans)
+
+
+# The limit
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_refused(limit):
+    with pytest.raises(ValueError, match=f"at least 1.*{limit}"):
+        SentenceStream(limit)
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("aa aa aa, aa aaa aaaaa", "aa aa aa, "),
+        ("aa aa aa aaaaaaaaaaaaaaa", "aa aa aa "),
+        ("a, aaaaaaaaaaaaaaaaaaaaa", "a, aaaaaaaaaaaaa"),
+        ("你，好你好你好你好你好你好你好你好", "你，好你好你好你好你好你好你好你"),
+        ("你好你好你好你好你好，好你好你好你好", "你好你好你好你好你好，"),
+    ],
+)
+def test_a_long_sentence_is_cut_at_the_best_place_in_its_later_half(text, first):
+    (start, end), *_ = token_spans(list(text), limit=16)
+    assert text[start:end] == first
+
+
+def test_a_line_end_is_a_better_place_than_a_space():
+    line = "word " * 9 + "word\n"
+    assert token_spans(list(line + line), limit=60)[0] == (0, len(line))
+
+
+def test_a_character_of_several_tokens_is_not_cut():
+    assert token_spans(["", "", "你"] * 4, limit=7) == [(0, 6), (6, 12)]
+
+
+# The work
+
+
+class Counted:
+    """A pattern that counts its calls and the characters they are given to read."""
+
+    work = 0
+
+    def __init__(self, pattern):
+        self.pattern = pattern
+
+    def __getattr__(self, name):
+        def call(text, *places):
+            found = getattr(self.pattern, name)(text, *places)
+            whole = name in ("finditer", "search")
+            read = len(text) - (places[0] if places else 0) if whole else 0
+            Counted.work += 1 + read + (len(found[0]) if found and not whole else 0)
+            return found
+
+        return call
+
+
+ADVERSARIES = {
+    "dots": ".", "quotes": '"', "letters": "a", "spaces": " ", "brackets": "(", "closing": ")",
+    "lines": "\n", "returns": "\r\n", "dashes": "-", "stops": "。", "stop and quote": '."',
+    "stop and space": ". ", "initials": "A. ", "glued initials": "a.", "items": "a) b) ",
+    "ellipses": ". . . ", "doctors": "Dr. ", "closers": ".) ) ", "smileys": ":) ", "empty": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_the_work_is_linear(name, monkeypatch):
+    for key, value in vars(segment).items():
+        if isinstance(value, segment.regex.Pattern):
+            monkeypatch.setattr(segment, key, Counted(value))
+
+    def work(n):
+        Counted.work = 0
+        text = ADVERSARIES[name] * n
+        sentence_ends(text)
+        token_spans(list(text) or [""] * n)
+        return Counted.work
+
+    assert work(4000) <= 2.2 * work(2000) + 100
+
+
+@pytest.mark.parametrize("name", ADVERSARIES)
+def test_the_stream_forgets(name):
+    stream = SentenceStream()
+    for character in ADVERSARIES[name] * 3000:
+        stream.push(character)
+    assert len(stream.text) < 1000
+
+
+# Tokens of the default model
+
+
+@cache
+def tokenizer():
+    if not TOKENIZER.exists():
+        pytest.skip(f"needs {TOKENIZER.name} of the default weights: python weights/download.py")
+    return pytest.importorskip("tokenizers").Tokenizer.from_file(str(TOKENIZER))
+
+
+@cache
+def bytes_of_characters():
+    """GPT-2's table: a printable character for every byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def token_pieces(text):
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    tokens = tokenizer().encode(text, add_special_tokens=False).tokens
+    return [decoder.decode(bytes(map(bytes_of_characters().get, token))) for token in tokens]
+
+
+BOOK = """\
+It was late in the year 1801, and the rain had not ceased since noon; Mr. Hale,
+who had walked from the village of St. Ives, knocked twice. “Who is there?” she
+asked.  Nobody answered!
+
+The house, No. 14, stood alone. It had been built by J. R. Hale, his father, at
+a cost of £1,200.50, and it was said that
+he never paid.
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "他说：“你好！”然后走了。价格是3.14元，真的吗？是。",
+            ["他说：“你好！”", "然后走了。", "价格是3.14元，真的吗？", "是。"],
+        ),
+        ("Good 😀! 👩‍👩‍👧 came. 🎉🎉 Now", ["Good 😀! ", "👩‍👩‍👧 came. ", "🎉🎉 Now"]),
+        ("One.\r\nTwo\r\n\r\nThree. Four", ["One.\r\n", "Two\r\n\r\n", "Three. ", "Four"]),
+        ("Name\tAge\nDr. Li\t3.5\n\tEnd. Yes", ["Name\tAge\n", "Dr. Li\t3.5\n\t", "End. ", "Yes"]),
+        (
+            "def mean(xs):\n    # No. 1.\n    n = len(xs)\n\n    return sum(xs) / n\n",
+            [
+                "def mean(xs):\n    ",
+                "# No. 1.\n    ",
+                "n = len(xs)\n\n    ",
+                "return sum(xs) / n\n",
+            ],
+        ),
+        (
+            BOOK,
+            [
+                (
+                    "It was late in the year 1801, and the rain had not ceased since noon; "
+                    "Mr. Hale,\nwho had walked from the village of St. Ives, knocked twice. "
+                ),
+                "“Who is there?” she\nasked.  ",
+                "Nobody answered!\n\n",
+                "The house, No. 14, stood alone. ",
+                (
+                    "It had been built by J. R. Hale, his father, at\na cost of £1,200.50, "
+                    "and it was said that\nhe never paid.\n"
+                ),
+            ],
+        ),
+    ],
+    ids=["chinese", "emoji", "crlf", "tabs", "code", "book"],
+)
+def test_sentences_of_real_tokens(text, expected):
+    assert sentences(text) == expected
+    pieces = token_pieces(text)
+    assert ["".join(pieces[a:b]).strip() for a, b in token_spans(pieces)] == [
+        sentence.strip() for sentence in expected
+    ]
+
+
+def test_an_end_is_told_at_most_one_token_late():
+    text = BOOK + "I like the U.S. How about you? He came at 6 p.m. Then he left. it is so.\n1. a"
+    pieces = token_pieces(text)
+    stream, told, late = SentenceStream(), 0, []
+    for pushed, piece in enumerate(pieces):
+        for length in stream.push(piece):
+            told += length
+            late.append(pushed - told)
+    assert len(late) == 10 and set(late) == {0, 1}
+
+
+# The benchmark
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (None, "No such file"),
+        ("", "is empty"),
+        ("not json", "line 1 is not JSON"),
+        ("[1]", "line 1 has no `text`"),
+        ('{"text": "Hi.", "sentences": [1]}', "line 1 has no list `sentences`"),
+    ],
+)
+def test_the_benchmark_answers_a_bad_file_with_one_line(lines, message, tmp_path, capsys):
+    path = tmp_path / "golden.jsonl"
+    if lines is not None:
+        path.write_text(lines, encoding="utf-8")
+    assert segmentation.main([str(path), str(path), str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(path) in error and message in error
+
+
+def test_the_old_rule_and_ends_in_the_middle():
+    pieces = ["He", " is", " 3", ".", "5", ".", "\n", "Mr", ".", " Li", "!"]
+    assert segmentation.old_spans(pieces) == [(0, 4), (4, 6), (6, 7), (7, 9), (9, 11)]
+    text = "".join(pieces)
+    ends = [text.index("5"), text.index("\n"), text.index(" Li"), len(text)]
+    assert [segmentation.is_inside(text, end) for end in ends] == [True, False, True, False]
