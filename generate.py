@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-# Read when torch is loaded: CPU threads that wait for each other sleep instead of spinning, which
-# on a machine that has other work as well holds up the very thread that is waited for.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch is loaded: CPU threads soon stop spinning for each other and sleep. Where other
+# programs run as well, one that spins holds up the very thread that it waits for.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import sentencepiece
 import tokenizers

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as generate.py does, before torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as generate.py does, before torch is loaded
 
 import pytest
 import torch
