@@ -5,13 +5,16 @@ kept token, and the device holds a fixed number of slots, filled per KV head wit
 
     [ working set: rows fetched from the host | sinks | recent window + sentence being written ]
 
-Attention runs over these slots and never sees the rest. Their order does not matter, because
-positions are already in the keys. This file knows nothing of tokenizers, RoPE or weights, and
-leaves the scoring of sentences to `sentencekv`.
+Attention runs over these slots and has nothing else. A mask admits the sinks, the recent tokens
+and the rows selected for this token; a fetched row that nobody wants now may stay in its slot,
+masked, in case it is wanted again. The slots' order does not matter, because positions are
+already in the keys. This file knows nothing of tokenizers, RoPE or weights, and leaves the
+scoring of sentences to `sentencekv`.
 
 A row is what one token leaves in one KV head: its key and its value, side by side (2, D), so that
-they move together. Shapes: L layers, H_kv KV heads, G query heads a KV head, D channels,
-    T prompt tokens, N rows on the host, S sentences, B working-set slots.
+they move together. `kv` is always such data, `rows` are indices of it on the host. Shapes:
+    L layers, H_kv KV heads, G query heads a KV head, D channels, T prompt tokens,
+    N rows on the host, S sentences, B working-set slots.
 """
 
 from contextlib import nullcontext
@@ -32,7 +35,7 @@ SENTENCE_BLOCK = 64  # sentences; the room for generated ones grows by as many a
 
 
 class FullCache:
-    """Every key and value on the device: the plain Llama that SentenceKV is compared with.
+    """Every key and value on the device, as in a plain Llama: what SentenceKV is compared with.
 
     `stage(name)` gives a context manager to put around a timed stage.
     """
@@ -41,17 +44,17 @@ class FullCache:
         self.stage = stage
         self.num_tokens = 0
         layers, heads, dim = kv_shape(model_config)
-        self.rows = torch.zeros(layers, heads, max_tokens, 2, dim, device=device, dtype=dtype)
+        self.kv = torch.zeros(layers, heads, max_tokens, 2, dim, device=device, dtype=dtype)
 
     def prefill(self, layer: int, q, k, v):
         """q (H, T, D), k and v (H_kv, T, D) of one layer's whole prompt."""
-        self.rows[layer, :, : k.shape[1]] = torch.stack((k, v), dim=2)
+        self.kv[layer, :, : k.shape[1]] = torch.stack((k, v), dim=2)
 
     def decode(self, layer: int, q, k, v) -> tuple:
         """q (H, 1, D), k and v (H_kv, 1, D) -> keys and values (H_kv, n, D), mask or None."""
         end = self.num_tokens + 1
-        self.rows[layer, :, self.num_tokens : end] = torch.stack((k, v), dim=2)
-        return *self.rows[layer, :, :end].unbind(dim=2), None
+        self.kv[layer, :, self.num_tokens : end] = torch.stack((k, v), dim=2)
+        return *self.kv[layer, :, :end].unbind(dim=2), None
 
     def advance(self, n_tokens: int):
         """All layers have seen `n_tokens` more."""
@@ -62,12 +65,12 @@ class FullCache:
 
     def report(self) -> dict:
         """What is held and what was moved, in bytes."""
-        n_bytes = self.rows.untyped_storage().nbytes()
+        n_bytes = self.kv.untyped_storage().nbytes()
         return {
             "device_kv_parts": {"keys and values": n_bytes},
             "device_kv_bytes": n_bytes,
             "host_kv_bytes": 0,
-            "full_kv_bytes": self.num_tokens * self.rows[:, :, 0].nbytes,
+            "full_kv_bytes": self.num_tokens * self.kv[:, :, 0].nbytes,
             "loaded_bytes": 0,
             "hit_rate": None,
         }
@@ -78,7 +81,7 @@ class SentenceKVCache:
 
     `spans` are the prompt's sentences as (start, end) token positions. While decoding, at most
     `token_budget` tokens are attended to in every KV head: the sinks, the last `recent_window`
-    tokens (all of the sentence being written, if that is longer), and fetched rows for the rest.
+    tokens (the sentence being written, if that is longer), and fetched rows for the rest.
     """
 
     def __init__(self, config: SentenceKVConfig, model_config, spans: list, max_new_tokens: int,
@@ -97,31 +100,37 @@ class SentenceKVCache:
         self.n_rows = config.kept_tokens(n_prompt)
         self.n_sentences = len(spans)
 
-        in_cuda = self.device.type == "cuda"
-        self.host = torch.empty(  # pinned, or the GPU's copy engine could not reach it
-            layers, self.n_rows + max_new_tokens, heads, 2, dim, dtype=dtype, pin_memory=in_cuda
+        # Token before head, so that a sentence is one block; pinned, so that offloading can run
+        # beside the computation.
+        on_gpu = self.device.type == "cuda"
+        self.host = torch.empty(
+            layers, self.n_rows + max_new_tokens, heads, 2, dim, dtype=dtype, pin_memory=on_gpu
         )
-        self.copy_stream = torch.cuda.Stream(device) if in_cuda else None
+        self.copy_stream = torch.cuda.Stream(device) if on_gpu else None
 
-        # Masked slots still enter the product with weight 0, so they must never hold a NaN.
+        # Head before token, as attention wants it. Masked slots still enter the product, with
+        # weight 0, so they must never hold a NaN.
         n_slots = config.token_budget + config.sentence_limit
         self.sink_slot = config.load_slots
         self.recent_slot = self.sink_slot + config.sink_tokens
         self.slots = torch.zeros(layers, heads, n_slots, 2, dim, device=device, dtype=dtype)
+        # The row that each working-set slot holds, -1 for none.
         self.resident = torch.full((layers, heads, config.load_slots), -1, device=device)
+
+        # By sentence: semantic vector, first row (and the next one's), score so far.
         room = self.n_sentences + SENTENCE_BLOCK
         self.vectors = torch.zeros(layers, heads, room, dim, device=device, dtype=dtype)
         self.bounds = torch.zeros(layers, heads, room + 1, device=device, dtype=torch.long)
         self.scores = torch.zeros(layers, heads, room, device=device)
-        self.wanted_rows = torch.zeros((), device=device, dtype=torch.long)
-        self.loaded_rows = torch.zeros((), device=device, dtype=torch.long)
+        self.n_wanted = torch.zeros((), device=device, dtype=torch.long)  # rows, all in all
+        self.n_loaded = torch.zeros((), device=device, dtype=torch.long)  # rows that were not here
 
     def prefill(self, layer: int, q, k, v):
         """q (H, T, D), k and v (H_kv, T, D): keep, make sentence vectors, offload (Section 3.2)."""
-        rows = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
+        kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
         n_tokens = k.shape[1]
-        sinks = rows[:, : self.n_sinks]
-        recent = rows[:, max(self.n_sinks, n_tokens - self.config.recent_window) :]
+        sinks = kv[:, : self.n_sinks]
+        recent = kv[:, max(self.n_sinks, n_tokens - self.config.recent_window) :]
         self.slots[layer, :, self.sink_slot : self.sink_slot + sinks.shape[1]] = sinks
         self.slots[layer, :, self.recent_slot : self.recent_slot + recent.shape[1]] = recent
         kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1).contiguous()
@@ -129,29 +138,29 @@ class SentenceKVCache:
             with self.stage("importance"):
                 importance = token_importance(q[:, -self.config.observation_window :], k)
                 kept = keep_tokens(importance, n_tokens, self.config)  # (H_kv, N)
-                rows = rows[torch.arange(len(k), device=k.device)[:, None], kept]
+                kv = kv[torch.arange(len(k), device=k.device)[:, None], kept]  # (H_kv, N, 2, D)
         with self.stage("sentence vectors"):
             n = self.n_sentences
             bounds = sentence_bounds(kept, self.sentence_ends)
             self.bounds[layer, :, : n + 1] = bounds
             self.bounds[layer, :, n + 1 :] = self.n_rows  # empty, until sentences are written
-            self.vectors[layer, :, :n] = sentence_vectors(rows[:, :, 0], bounds)
+            self.vectors[layer, :, :n] = sentence_vectors(kv[:, :, 0], bounds)
         with self.stage("offload"):
-            self.offload(layer, 0, rows)
+            self.offload(layer, 0, kv)
 
-    def offload(self, layer: int, first_row: int, rows):
-        """Copy rows (H_kv, n, 2, D) to the host, on a GPU while the next layer computes."""
-        rows = rows.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
-        target = self.host[layer, first_row : first_row + len(rows)]
+    def offload(self, layer: int, first_row: int, kv):
+        """Copy kv (H_kv, n, 2, D) to the host, on a GPU while the next layer computes."""
+        kv = kv.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
+        target = self.host[layer, first_row : first_row + len(kv)]
         if self.copy_stream is None:
-            target.copy_(rows)
+            target.copy_(kv)
             return
         # Waiting for the layer before keeps a slow host link from piling layers up on the device.
         self.finish_offload()
         self.copy_stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copy_stream):
-            target.copy_(rows, non_blocking=True)
-        rows.record_stream(self.copy_stream)
+            target.copy_(kv, non_blocking=True)
+        kv.record_stream(self.copy_stream)
 
     def finish_offload(self):
         if self.copy_stream is not None:
@@ -164,26 +173,26 @@ class SentenceKVCache:
             self.open_start = n_tokens
             self.recent_start = max(self.n_sinks, n_tokens - self.config.recent_window)
         self.num_tokens += n_tokens
-        self.slide_window()
+        self.plan_next_token()
 
     def window_start(self) -> int:
         """First position of the recent window, or of the sentence being written if longer."""
         start = min(self.num_tokens + 1 - self.config.recent_window, self.open_start)
         return max(start, self.recent_start)
 
-    def slide_window(self):
-        """What the token at position `num_tokens` attends to besides what it asks for."""
+    def plan_next_token(self):
+        """Set what the token at position `num_tokens` attends to, and what it may ask for."""
         config, n_tokens = self.config, self.num_tokens + 1
         room = config.token_budget - self.n_sinks
         start = max(self.window_start(), n_tokens - room)  # of a long sentence, only what fits
         self.n_load = min(room - (n_tokens - start), config.load_slots)
-        # Finished sentences up to the window can be loaded; the window's own rows are here.
+        # Finished sentences can be loaded as far as the window, whose own tokens are here.
         self.loadable_end = self.n_rows - max(self.open_start - start, 0)
-        slot = torch.arange(config.sink_tokens + config.recent_window + config.sentence_limit,
-                            device=self.device) - config.sink_tokens
-        recent = (slot >= start - self.recent_start) & (slot < n_tokens - self.recent_start)
-        sinks = slot < self.n_sinks - config.sink_tokens
-        self.always_seen = sinks | (recent & (slot >= 0))  # (n_slots - B,)
+        sinks = torch.arange(config.sink_tokens, device=self.device) < self.n_sinks
+        n_recent = config.recent_window + config.sentence_limit
+        position = self.recent_start + torch.arange(n_recent, device=self.device)
+        recent = (start <= position) & (position < n_tokens)
+        self.always_seen = torch.cat((sinks, recent))  # (n_slots - B,)
 
     def decode(self, layer: int, q, k, v) -> tuple:
         """q (H, 1, D), k and v (H_kv, 1, D) of the token at position `num_tokens` (Section 3.3).
@@ -193,7 +202,7 @@ class SentenceKVCache:
         """
         here = self.num_tokens - self.recent_start
         assert here < self.config.recent_window + self.config.sentence_limit, "end_sentence is due"
-        self.slots[layer, :, self.recent_slot + here] = torch.cat((k, v), dim=1)
+        self.slots[layer, :, self.recent_slot + here] = torch.stack((k[:, 0], v[:, 0]), dim=1)
         with self.stage("select"):
             rows, wanted = self.select(layer, q)
             slots, missing = assign_slots(rows, wanted, self.resident[layer])
@@ -201,14 +210,15 @@ class SentenceKVCache:
             mask = torch.cat((seen, self.always_seen.expand(len(k), -1)), dim=-1)
         with self.stage("load"):
             self.load(layer, rows, slots, missing)
-            self.wanted_rows += wanted.sum()
-            self.loaded_rows += missing.sum()
+            self.n_wanted += wanted.sum()
+            self.n_loaded += missing.sum()
         return *self.slots[layer].unbind(dim=2), mask.unsqueeze(1)
 
     def select(self, layer: int, q) -> tuple:
         """Rows (H_kv, B) of the sentences that the sentence being written asks for, best first.
 
-        The scores add up over that sentence's tokens, and start again with the next sentence.
+        The scores add up from one sentence's sealing to the next. So an end that is found late
+        also takes away the scores of tokens already written after it.
         """
         grouped = q.view(self.bounds.shape[1], -1, q.shape[-1])  # (H_kv, G, D)
         lengths = self.bounds[layer].diff(dim=-1)
@@ -218,7 +228,10 @@ class SentenceKVCache:
         return rows, found & (torch.arange(self.config.load_slots, device=q.device) < self.n_load)
 
     def load(self, layer: int, rows, slots, missing):
-        """Bring the missing rows from the host into their slots; the others are there already."""
+        """Bring the missing rows from the host into their slots; the others are there already.
+
+        A GPU waits here, once a layer: the host has to know which rows, to gather them.
+        """
         head, i = missing.nonzero(as_tuple=True)
         rows, slots = rows[head, i], slots[head, i]
         fetched = self.host[layer][rows.to("cpu"), head.to("cpu")]  # (n, 2, D)
@@ -228,24 +241,26 @@ class SentenceKVCache:
     def end_sentence(self, length: int):
         """The first `length` tokens since the last sentence have become a sentence themselves.
 
-        They move to the host, get a semantic vector, and can be retrieved like any other.
+        They move to the host and get a semantic vector. As soon as they have left the recent
+        window, they can be fetched like any others.
         """
         with self.stage("seal"):
             self.make_room()
             recent = self.slots[:, :, self.recent_slot :]
             first = self.open_start - self.recent_start
-            rows = recent[:, :, first : first + length]  # (L, H_kv, length, 2, D)
-            for layer in range(len(rows)):
-                self.offload(layer, self.n_rows, rows[layer])
+            kv = recent[:, :, first : first + length]  # (L, H_kv, length, 2, D)
+            for layer in range(len(kv)):
+                self.offload(layer, self.n_rows, kv[layer])
             self.finish_offload()
             n = self.n_sentences
-            self.vectors[:, :, n] = rows[:, :, :, 0].float().mean(dim=2).to(rows.dtype)
+            # As in `sentence_vectors`, with nothing dropped.
+            self.vectors[:, :, n] = kv[:, :, :, 0].float().mean(dim=2).to(kv.dtype)
             self.n_rows += length
             self.bounds[:, :, n + 1 :] = self.n_rows
             self.scores.zero_()
             self.n_sentences += 1
             self.open_start += length
-            self.drop_old_slots(recent)
+            self.slide_window(recent)
 
     def make_room(self):
         """More room for sentences, when it is used up."""
@@ -253,30 +268,29 @@ class SentenceKVCache:
             pad = torch.nn.functional.pad
             self.vectors = pad(self.vectors, (0, 0, 0, SENTENCE_BLOCK))
             self.scores = pad(self.scores, (0, SENTENCE_BLOCK))
-            self.bounds = pad(self.bounds, (0, SENTENCE_BLOCK))
+            self.bounds = pad(self.bounds, (0, SENTENCE_BLOCK))  # `end_sentence` fills them in
 
-    def drop_old_slots(self, recent):
+    def slide_window(self, recent):
         """Move the recent window, and the sentence being written, to the first recent slots."""
         start = self.window_start()
         n_tokens, shift = self.num_tokens - start, start - self.recent_start
         recent[:, :, :n_tokens] = recent[:, :, shift : shift + n_tokens].clone()
         self.recent_start = start
-        self.slide_window()
+        self.plan_next_token()
 
     def report(self) -> dict:
         """What is held and what was moved, in bytes, measured on the tensors themselves."""
         tensors = {name: t for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
         sizes = {name: t.untyped_storage().nbytes() for name, t in tensors.items()}
         host, slots, vectors = sizes.pop("host"), sizes.pop("slots"), sizes.pop("vectors")
-        row_bytes = self.host[0, 0, 0].nbytes
-        wanted, loaded = self.wanted_rows.item(), self.loaded_rows.item()
+        wanted, loaded = self.n_wanted.item(), self.n_loaded.item()
         return {
             "device_kv_parts": {"slots": slots, "sentence vectors": vectors,
                                 "bookkeeping": sum(sizes.values())},
             "device_kv_bytes": slots + vectors + sum(sizes.values()),
             "host_kv_bytes": host,
             "full_kv_bytes": self.num_tokens * self.host[:, 0].nbytes,
-            "loaded_bytes": loaded * row_bytes,
+            "loaded_bytes": loaded * self.host[0, 0, 0].nbytes,
             "hit_rate": 1 - loaded / wanted if wanted else None,
         }
 

@@ -2,7 +2,7 @@
 
 This file joins the others: text becomes tokens and sentences, the model reads them once and
 writes one token after another, a cache decides what it attends to. It also measures, and it is
-the command line. It knows nothing of what is inside a cache or a tensor.
+the command line. It knows nothing of what is inside a cache or the model.
 """
 
 import argparse
@@ -95,7 +95,8 @@ class Tokenizer:
                 raise ValueError("neither tokenizer.json nor tokenizer.model is there")
         except Exception as error:  # which is all that the two libraries promise to raise
             raise ValueError(f"no tokenizer in {folder}: {error}") from None
-        self.special, self.encode = self.tokens.special, self.tokens.encode
+        self.encode = self.tokens.encode
+        self.special = self.tokens.special
         settings = read_optional(folder / "tokenizer_config.json")
         # A token is a string here or, in older files, a dict with its content.
         self.names = {key: value["content"] if isinstance(value, dict) else value
@@ -167,8 +168,9 @@ def read_optional(path: Path) -> dict:
 class StageTimer:
     """Milliseconds by stage: CUDA events on a GPU, read once at the end; a clock on the CPU.
 
-    `with timer("prefill"):` opens a stage; one opened inside it is a part of it. On a GPU this
-    is the time of the stream that computes: a copy that runs beside it costs nothing here.
+    `with timer("prefill"):` opens a stage; one opened inside it is a part of it, and has no parts
+    itself. On a GPU this is the time of the stream that computes: a copy that runs beside it
+    costs nothing here.
     """
 
     def __init__(self, device: torch.device):
@@ -232,10 +234,10 @@ def generate(model, cache, ids: list[int], read, choose, stop: set, max_new_toke
     with timer("prefill"):
         states = model.prefill(torch.tensor(ids, device=device), cache, progress)
         token = choose(model.logits(states[-1:])[0])
-    for left in reversed(range(max_new_tokens)):
+    for count in range(1, max_new_tokens + 1):
         piece = read(token)
         yield token, piece
-        if token in stop or not left:
+        if token in stop or count == max_new_tokens:
             return
         with timer("decode"):
             # The sentence that this token follows is sealed first: the token may ask for it.
@@ -314,7 +316,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> set[int]:
     """The ids that end an answer, wherever the folder's files name them."""
-    stop = set(tokenizer.encode(tokenizer.names.get("eos_token") or "", add_bos=False)[:1])
+    name = tokenizer.names.get("eos_token")
+    stop = {index for index in tokenizer.special if tokenizer.tokens.name(index) == name}
     for file in ("config.json", "generation_config.json"):
         ids = read_optional(folder / file).get("eos_token_id")
         stop |= set(ids) if isinstance(ids, list) else {ids} - {None}
@@ -410,14 +413,14 @@ def print_report(report: dict):
           f" {report['new_tokens']} new tokens", file=sys.stderr)
     print(f"{report['cache']} cache, {report['device']}, {report['dtype']},"
           f" torch {report['torch']}, timed by {report['clock']}\n", file=sys.stderr)
-    line("stage", "prefill ms", "decode ms a token")
+    line("stage", "first token ms", "then ms a token")
     for name in ("tokenize", "segment"):
         line(name, f"{stages[name]['total']:.1f}", "")
-    names = dict.fromkeys([*before, *after])
-    for name in [n for n in names if n not in ("rest", "total")] + ["rest", "total"]:
+    for name in [n for n in {**before, **after} if n not in ("rest", "total")] + ["rest"]:
         line("the rest" if name == "rest" else name,
              f"{before[name]:.1f}" if name in before else "",
              f"{after[name] / steps:.2f}" if name in after else "")
+    line("total", f"{report['ttft_ms']:.1f}", f"{report['decode_ms_per_token']:.2f}")
     line("\nmemory", "MiB", "of the full cache")
     full = report["full_kv_bytes"]
     sizes = {f"device: {name}": size for name, size in report["device_kv_parts"].items()}

@@ -144,7 +144,8 @@ class Attention(nn.Module):
 
     def decode(self, x, rope, cache):
         q, k, v = self.heads(x, rope)
-        keys, values, mask = cache.decode(self.layer, q, k, v)  # (H_kv, n, D), mask (H_kv, 1, n)
+        # keys, values (H_kv, n, D); mask (H_kv, 1, n) is True where to attend, or None: everywhere
+        keys, values, mask = cache.decode(self.layer, q, k, v)
         with cache.stage("attention"):
             # The G query heads of a group stand in for G query positions, so that each key and
             # value is read once and never repeated.
@@ -289,7 +290,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     """Load the Llama in `folder`, its weights as `dtype` on `device`.
 
     Tensors are read one at a time straight into their place: the weights are never held twice.
-    Raises ValueError naming every missing, unexpected or mis-shaped tensor.
+    Raises ValueError with the missing, unexpected and mis-shaped tensors, up to four names each.
     """
     config = load_config(folder)
     with torch.device("meta"):  # the shapes without the memory

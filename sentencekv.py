@@ -5,8 +5,8 @@ vector per sentence. While writing: how well does each sentence answer the sente
 and which kept tokens does that bring back within the budget.
 
 This file knows nothing of text, devices, layers or memory: it is told where sentences end and
-returns numbers. Everything is per KV head, as the paper's Section 3 has it: grouped query heads
-are averaged, so what grouped-query attention saves stays saved.
+returns numbers. Everything is per KV head: the query heads of a group choose together, so what
+grouped-query attention saves stays saved.
 
 Shapes: T prompt tokens, N kept tokens ("rows"), S sentences, W the observation window,
     H query heads, H_kv KV heads, G = H // H_kv, D channels, B rows to load.
@@ -25,7 +25,7 @@ def mean_query(q: torch.Tensor, vectors: torch.Tensor, lengths: torch.Tensor) ->
     The paper averages the queries of the sentence being written before it multiplies. That is
     linear, so the sum of these scores over the sentence's tokens ranks sentences the same.
 
-    q (H_kv, G, D), vectors (H_kv, S, D), lengths (H_kv, S) -> (H_kv, S)
+    q (H_kv, G, D), vectors (H_kv, S, D), lengths (unused) (H_kv, S) -> (H_kv, S)
     """
     return (vectors @ q.mean(dim=1).unsqueeze(-1)).squeeze(-1).float()
 
@@ -34,7 +34,8 @@ def votes(q: torch.Tensor, vectors: torch.Tensor, lengths: torch.Tensor) -> torc
     """Each query head spreads one vote over the sentences, as it would spread its attention.
 
     A sentence of n keys near their mean k̄ would receive attention in proportion to
-    n · exp(q · k̄ / √D): a softmax over sentences, with ln n added. Not in the paper.
+    n · exp(q · k̄ / √D): a softmax over sentences, with ln n added. An empty one gets ln 0 = -∞,
+    no vote. Not in the paper.
 
     q (H_kv, G, D), vectors (H_kv, S, D), lengths (H_kv, S) -> (H_kv, S)
     """
@@ -146,8 +147,8 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     return (sums / lengths.clamp(min=1).unsqueeze(-1)).to(keys.dtype)
 
 
-def select_rows(scores, bounds, first: int, last: int, n_rows: int) -> tuple:
-    """The first B rows in order of their sentence's score; the last sentence is cut to fit.
+def select_rows(scores, bounds, first: int, last: int, budget: int) -> tuple:
+    """The first B = `budget` rows in order of their sentence's score, the last sentence cut to fit.
 
     Only rows from `first` up to `last` count, the others being on the device already. A row's
     rank is its sentence's rank, so this sorts S scores and never looks at N tokens.
@@ -156,18 +157,18 @@ def select_rows(scores, bounds, first: int, last: int, n_rows: int) -> tuple:
     False there was nothing left to select.
 
     >>> rows, found = select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[0, 4, 7, 9]]),
-    ...                           first=1, last=9, n_rows=4)
+    ...                           first=1, last=9, budget=4)
     >>> rows.tolist()  # the second sentence's rows, then the third's, as far as they fit
     [[4, 5, 6, 7]]
     """
     bounds = bounds.clamp(first, max(first, last))
     lengths = bounds.diff(dim=-1)
     order = scores.argsort(dim=-1, descending=True, stable=True)  # (H_kv, S) best sentence first
-    filled = lengths.gather(-1, order).cumsum(dim=-1)  # slots full after the i-th best
-    slots = torch.arange(n_rows, device=scores.device).expand(len(scores), -1).contiguous()
-    rank = torch.searchsorted(filled, slots, right=True)  # (H_kv, B) whose turn it is in a slot
-    found = slots < filled[:, -1:]
+    taken = lengths.gather(-1, order).cumsum(dim=-1)  # rows taken with the i-th best sentence
+    place = torch.arange(budget, device=scores.device).expand(len(scores), -1).contiguous()
+    rank = torch.searchsorted(taken, place, right=True)  # (H_kv, B) whose row takes this place
+    found = place < taken[:, -1:]
     rank = rank.clamp(max=scores.shape[-1] - 1)
-    # Counted back from the sentence's end, which saves asking how much was full before it.
+    left = taken.gather(-1, rank) - place  # rows of that sentence from this place on
     end = bounds[:, 1:].gather(-1, order.gather(-1, rank))
-    return (end - filled.gather(-1, rank) + slots).where(found, -1), found
+    return (end - left).where(found, -1), found

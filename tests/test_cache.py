@@ -105,7 +105,7 @@ def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, ke
         assert torch.equal(ours, resident)
     report = caches[0].report()
     assert 0 < report["hit_rate"] < 1
-    assert report["loaded_bytes"] == caches[0].loaded_rows.item() * 2 * TINY.head_dim * 4
+    assert report["loaded_bytes"] == caches[0].n_loaded.item() * 2 * TINY.head_dim * 4
 
 
 class Poisoned(SentenceKVCache):

@@ -148,7 +148,7 @@ def test_text_streams_to_standard_output_and_tables_do_not(capfd, tiny_folder, p
     report = run_json(capfd, *common)
     status, out, err = run(capfd, *common)
     assert status == 0 and out == report["text"] + "\n"
-    for words in ("prefill ms", "the rest", "device: sentence vectors", "full cache"):
+    for words in ("first token ms", "the rest", "device: sentence vectors", "full cache"):
         assert words in err
 
 
