@@ -101,21 +101,23 @@ class SentenceKVCache:
         self.n_sentences = len(spans)
 
         # Token before head, so that a sentence is one block; pinned, so that offloading can run
-        # beside the computation.
+        # beside the computation (torch rounds pinned memory up to a power of two).
         on_gpu = self.device.type == "cuda"
         self.host = torch.empty(
             layers, self.n_rows + max_new_tokens, heads, 2, dim, dtype=dtype, pin_memory=on_gpu
         )
         self.copy_stream = torch.cuda.Stream(device) if on_gpu else None
+        self.leaving = None  # what is being copied to the host
 
         # Head before token, as attention wants it. Masked slots still enter the product, with
         # weight 0, so they must never hold a NaN.
-        n_slots = config.token_budget + config.sentence_limit
-        self.sink_slot = config.load_slots
+        self.load_slots = min(config.load_slots, self.host.shape[1])  # B
+        self.sink_slot = self.load_slots
         self.recent_slot = self.sink_slot + config.sink_tokens
+        n_slots = self.recent_slot + config.recent_window + config.sentence_limit
         self.slots = torch.zeros(layers, heads, n_slots, 2, dim, device=device, dtype=dtype)
         # The row that each working-set slot holds, -1 for none.
-        self.resident = torch.full((layers, heads, config.load_slots), -1, device=device)
+        self.resident = torch.full((layers, heads, self.load_slots), -1, device=device)
 
         # By sentence: semantic vector, first row (and the next one's), score so far.
         room = self.n_sentences + SENTENCE_BLOCK
@@ -155,16 +157,20 @@ class SentenceKVCache:
         if self.copy_stream is None:
             target.copy_(kv)
             return
-        # Waiting for the layer before keeps a slow host link from piling layers up on the device.
         self.finish_offload()
         self.copy_stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copy_stream):
             target.copy_(kv, non_blocking=True)
-        kv.record_stream(self.copy_stream)
+        self.leaving = kv
 
     def finish_offload(self):
+        """From here on the computation waits for the copy, whose source may be written over.
+
+        So no more than one layer is ever on its way, however slow the link to the host is.
+        """
         if self.copy_stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.copy_stream)
+            self.leaving = None
 
     def advance(self, n_tokens: int):
         """All layers have seen `n_tokens` more: the prompt, or one token."""
@@ -185,7 +191,7 @@ class SentenceKVCache:
         config, n_tokens = self.config, self.num_tokens + 1
         room = config.token_budget - self.n_sinks
         start = max(self.window_start(), n_tokens - room)  # of a long sentence, only what fits
-        self.n_load = min(room - (n_tokens - start), config.load_slots)
+        self.n_load = min(room - (n_tokens - start), self.load_slots)
         # Finished sentences can be loaded as far as the window, whose own tokens are here.
         self.loadable_end = self.n_rows - max(self.open_start - start, 0)
         sinks = torch.arange(config.sink_tokens, device=self.device) < self.n_sinks
@@ -217,15 +223,19 @@ class SentenceKVCache:
     def select(self, layer: int, q) -> tuple:
         """Rows (H_kv, B) of the sentences that the sentence being written asks for, best first.
 
-        The scores add up from one sentence's sealing to the next. So an end that is found late
-        also takes away the scores of tokens already written after it.
         """
-        grouped = q.view(self.bounds.shape[1], -1, q.shape[-1])  # (H_kv, G, D)
-        lengths = self.bounds[layer].diff(dim=-1)
-        self.scores[layer] += SCORES[self.config.score](grouped, self.vectors[layer], lengths)
+        self.add_scores(layer, q.view(self.bounds.shape[1], -1, q.shape[-1]))  # (H_kv, G, D)
         rows, found = select_rows(self.scores[layer], self.bounds[layer], self.n_sinks,
-                                  self.loadable_end, self.config.load_slots)
-        return rows, found & (torch.arange(self.config.load_slots, device=q.device) < self.n_load)
+                                  self.loadable_end, self.load_slots)
+        return rows, found & (torch.arange(self.load_slots, device=q.device) < self.n_load)
+
+    def add_scores(self, layer: int, q):
+        """Scores add up from one sentence's sealing to the next.
+
+        So an end that is found late also takes away the scores of tokens written after it.
+        """
+        lengths = self.bounds[layer].diff(dim=-1)
+        self.scores[layer] += SCORES[self.config.score](q, self.vectors[layer], lengths)
 
     def load(self, layer: int, rows, slots, missing):
         """Bring the missing rows from the host into their slots; the others are there already.

@@ -8,12 +8,11 @@ the command line. It knows nothing of what is inside a cache or the model.
 import argparse
 import codecs
 import json
-import math
 import os
 import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -40,6 +39,8 @@ class HuggingFaceTokens:
 
     def __init__(self, path: Path):
         self.model = tokenizers.Tokenizer.from_file(str(path))
+        self.model.no_truncation()  # which a file may have been saved with
+        self.model.no_padding()
         added = self.model.get_added_tokens_decoder()
         self.special = {index for index, token in added.items() if token.special}
         self.plain = {index: token.content for index, token in added.items()}
@@ -55,9 +56,12 @@ class SentencePieceTokens:
 
     def __init__(self, path: Path):
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.special = set(filter(self.model.is_control, range(len(self.model))))
+        self.pieces = dict(enumerate(map(self.model.id_to_piece, range(len(self.model)))))
+        added = read_optional(path.parent / "added_tokens.json")
+        self.pieces |= {index: token for token, index in added.items()}
+        self.special = {*filter(self.model.is_control, range(len(self.model))), *added.values()}
         self.plain = {}
-        self.name = self.model.id_to_piece
+        self.name = self.pieces.get
         self.byte_of = None
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
@@ -87,20 +91,23 @@ class Tokenizer:
     def __init__(self, folder: Path):
         """Raises ValueError if `folder` holds no tokenizer, or one that cannot be read."""
         try:
-            if (folder / "tokenizer.json").exists():
-                self.tokens = HuggingFaceTokens(folder / "tokenizer.json")
-            elif (folder / "tokenizer.model").exists():
-                self.tokens = SentencePieceTokens(folder / "tokenizer.model")
-            else:
-                raise ValueError("neither tokenizer.json nor tokenizer.model is there")
+            self.load(folder)
         except Exception as error:  # which is all that the two libraries promise to raise
             raise ValueError(f"no tokenizer in {folder}: {error}") from None
+
+    def load(self, folder: Path):
+        if (folder / "tokenizer.json").exists():
+            self.tokens = HuggingFaceTokens(folder / "tokenizer.json")
+        elif (folder / "tokenizer.model").exists():
+            self.tokens = SentencePieceTokens(folder / "tokenizer.model")
+        else:
+            raise ValueError("neither tokenizer.json nor tokenizer.model is there")
         self.encode = self.tokens.encode
         self.special = self.tokens.special
         settings = read_optional(folder / "tokenizer_config.json")
         # A token is a string here or, in older files, a dict with its content.
         self.names = {key: value["content"] if isinstance(value, dict) else value
-                      for key, value in settings.items() if key.endswith("_token")}
+                      for key, value in settings.items() if key.endswith("_token") and value}
         template = settings.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {item["name"]: item["template"] for item in template}.get("default")
@@ -118,12 +125,13 @@ class Tokenizer:
         )
         environment.globals["raise_exception"] = refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = lambda value, **how: json.dumps(value, **how)
         try:
             return environment.from_string(self.chat_template).render(
                 messages=[{"role": "user", "content": message}],
-                add_generation_prompt=True, **self.names,
+                add_generation_prompt=True, tools=None, documents=None, **self.names,
             )
-        except TemplateError as error:
+        except Exception as error:  # it is somebody else's program
             raise ValueError(f"the model's chat template failed: {error}") from None
 
     def prompt_ids(self, text: str, raw: bool) -> list[int]:
@@ -195,6 +203,9 @@ class StageTimer:
             self.open.pop()
             self.spans.append((path, start, self.mark()))
 
+    def count(self, name: str) -> int:
+        return sum(path == (name,) for path, _, _ in self.spans)
+
     def totals(self) -> dict:
         """Stage -> ms; a stage that has parts is a dict of them, with its `rest` and `total`."""
         if self.cuda:
@@ -223,17 +234,22 @@ def make_chooser(temperature: float, top_p: float, seed: int, device):
     return choose
 
 
-def generate(model, cache, ids: list[int], read, choose, stop: set, max_new_tokens: int,
-             sentence_limit: int, timer: StageTimer, progress=iter):
-    """Yield (token id, piece) for every new token, the one in `stop` that ends it included.
+def read_first(model, cache, ids: list[int], choose, timer=nullcontext, progress=iter) -> int:
+    """Read the prompt into the cache and choose the first token after it."""
+    device = model.embed_tokens.weight.device
+    with timer("prefill"):
+        states = model.prefill(torch.tensor(ids, device=device), cache, progress)
+        return choose(model.logits(states[-1:])[0])
+
+
+def write_on(model, cache, token: int, read, choose, stop: set, max_new_tokens: int,
+             sentence_limit: int, timer=nullcontext):
+    """Yield (token id, piece) from the first token on, the one in `stop` that ends it included.
 
     `read` and `choose` are a `Tokenizer.reader()` and a `make_chooser(...)`.
     """
     sentences = SentenceStream(sentence_limit)
     device = model.embed_tokens.weight.device
-    with timer("prefill"):
-        states = model.prefill(torch.tensor(ids, device=device), cache, progress)
-        token = choose(model.logits(states[-1:])[0])
     for count in range(1, max_new_tokens + 1):
         piece = read(token)
         yield token, piece
@@ -276,8 +292,8 @@ def parse(arguments) -> argparse.Namespace:
     add("--json", action="store_true", help="print the report as one JSON line, last")
     args = parser.parse_args(arguments)
     for name, good in (("max_new_tokens", args.max_new_tokens >= 1),
-                       ("temperature", 0 <= args.temperature < math.inf),
-                       ("top_p", 0 < args.top_p <= 1)):
+                       ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1e3),
+                       ("top_p", 0 < args.top_p <= 1), ("seed", 0 <= args.seed < 2**63)):
         if not good:
             raise ValueError(f"--{name.replace('_', '-')} cannot be {getattr(args, name)}")
     return args
@@ -286,6 +302,8 @@ def parse(arguments) -> argparse.Namespace:
 def read_prompt(path: str) -> str:
     """The whole file, or standard input. ValueError if it is not UTF-8 text or is blank."""
     name = "standard input" if path == "-" else path
+    if path == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed")
     try:
         text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -300,7 +318,7 @@ def read_prompt(path: str) -> str:
 def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):
         raise ValueError(f"--device {name} is not one of auto, cpu, cuda, cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -309,9 +327,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return getattr(torch, name)
+    if name == "auto" and device.type == "cuda":  # before Ampere bfloat16 is only emulated
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float16
+    return torch.float32 if name == "auto" else getattr(torch, name)
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> set[int]:
@@ -320,12 +339,17 @@ def stop_tokens(folder: Path, tokenizer: Tokenizer) -> set[int]:
     stop = {index for index in tokenizer.special if tokenizer.tokens.name(index) == name}
     for file in ("config.json", "generation_config.json"):
         ids = read_optional(folder / file).get("eos_token_id")
-        stop |= set(ids) if isinstance(ids, list) else {ids} - {None}
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if not all(isinstance(index, int) for index in ids):
+            raise ValueError(f"{folder / file}: eos_token_id {ids} is no token, nor a list of them")
+        stop |= set(ids)
     return stop
 
 
 def check_fits(ids: list[int], max_new_tokens: int, folder: Path):
     config = load_config(folder)
+    if not ids:
+        raise ValueError("the tokenizer makes no token of the prompt")
     needed, positions = len(ids) + max_new_tokens, config.max_position_embeddings
     if needed > positions:
         raise ValueError(f"{len(ids)} prompt tokens + {max_new_tokens} new ones = {needed}, and the"
@@ -351,8 +375,6 @@ def write_out(tokens, special: set) -> tuple[str, int, bool]:
                 text += piece
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        if count == 0:
-            raise
         interrupted = True
     print(flush=True)
     return text, count, interrupted
@@ -371,6 +393,7 @@ def run(args) -> int:
     with timer("segment"):
         spans = token_spans(tokenizer.pieces(ids), config.sentence_limit)
     check_fits(ids, args.max_new_tokens, folder)
+    stop = stop_tokens(folder, tokenizer)
     model = load_model(folder, device, dtype)
     cache = make_cache(args, config, model.config, spans, device, dtype, timer)
 
@@ -378,13 +401,14 @@ def run(args) -> int:
         return tqdm(layers, "reading", unit="layer", leave=False, disable=None, file=sys.stderr)
 
     choose = make_chooser(args.temperature, args.top_p, args.seed, device)
+    first = read_first(model, cache, ids, choose, timer, progress)
     text, new_tokens, interrupted = write_out(
-        generate(model, cache, ids, tokenizer.reader(), choose, stop_tokens(folder, tokenizer),
-                 args.max_new_tokens, config.sentence_limit, timer, progress),
+        write_on(model, cache, first, tokenizer.reader(), choose, stop,
+                 args.max_new_tokens, config.sentence_limit, timer),
         tokenizer.special,
     )
     report = {"text": text, "prompt_tokens": len(ids), "new_tokens": new_tokens,
-              "sentences": len(spans), **times(timer, new_tokens), **cache.report(),
+              "sentences": len(spans), **times(timer), **cache.report(),
               "cache": args.cache, "clock": timer.clock, "device": str(device),
               "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
     print_report(report)
@@ -393,13 +417,13 @@ def run(args) -> int:
     return 130 if interrupted else 0
 
 
-def times(timer: StageTimer, new_tokens: int) -> dict:
+def times(timer: StageTimer) -> dict:
     """Time to the first token, from the prompt's text on, and per token after it."""
-    stages = timer.totals()
+    stages, steps = timer.totals(), timer.count("decode")
     decode = stages.get("decode", {"total": 0.0})["total"]
     first = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
-    return {"ttft_ms": first, "decode_ms_per_token": decode / max(new_tokens - 1, 1),
-            "stages_ms": stages}
+    return {"ttft_ms": first, "decode_ms_per_token": decode / max(steps, 1),
+            "decode_steps": steps, "stages_ms": stages}
 
 
 def print_report(report: dict):
@@ -407,7 +431,7 @@ def print_report(report: dict):
     def line(*cells):
         print("{:<24}{:>14}{:>20}".format(*cells), file=sys.stderr)
 
-    stages, steps = report["stages_ms"], max(report["new_tokens"] - 1, 1)
+    stages, steps = report["stages_ms"], max(report["decode_steps"], 1)
     before, after = stages.get("prefill", {}), stages.get("decode", {})
     print(f"\n{report['prompt_tokens']} prompt tokens in {report['sentences']} sentences,"
           f" {report['new_tokens']} new tokens", file=sys.stderr)
@@ -444,7 +468,7 @@ def main(arguments=None) -> int:
     except (ValueError, OSError) as error:
         status, problem = 2, str(error)
     except RuntimeError as error:  # of the GPU, of pinned memory or of the CPU's allocator
-        if "memory" not in str(error):
+        if not re.search("out of memory|can't allocate|not enough memory", str(error)):
             raise
         status, problem = 2, ("out of memory: a shorter prompt, a lower --token-budget or --dtype"
                               f" bfloat16 needs less ({str(error).splitlines()[0]})")
@@ -453,4 +477,5 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     sys.exit(main())

