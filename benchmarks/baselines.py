@@ -217,6 +217,14 @@ class Quest(Evicting):
         return *torch.cat((chosen, kv[:, n_full * self.page :]), dim=1).unbind(dim=2), None
 
 
+class LastQuery(SentenceKVCache):
+    """SentenceKV by the newest query alone, and not by the sentence being written."""
+
+    def add_scores(self, layer, q):
+        self.scores[layer].zero_()
+        super().add_scores(layer, q)
+
+
 class BestSentences(SentenceKVCache):
     """The ceiling: sentences ranked by the attention that this very token pays to a row of them.
 
@@ -237,7 +245,18 @@ BASELINES = {
     "streamingllm": StreamingLLM, "l2norm": L2Norm, "h2o": H2O, "snapkv": SnapKV,
     "pyramidkv": PyramidKV, "chunkkv": ChunkKV, "quest": Quest,
 }
-METHODS = ("full", *BASELINES, "sentencekv", "best_sentences")
+SENTENCE_METHODS = {
+    "sentencekv": SentenceKVCache, "last_query": LastQuery, "best_sentences": BestSentences,
+}
+METHODS = ("full", *BASELINES, *SENTENCE_METHODS)
+
+
+def device_bytes(cache) -> int:
+    """What the cache holds on the device, by its own report or by its tensors."""
+    if hasattr(cache, "report"):
+        return cache.report()["device_kv_bytes"]
+    held = [x for value in vars(cache).values() if isinstance(value, list) for x in value]
+    return sum(x.nbytes for x in held if isinstance(x, torch.Tensor))
 
 
 def make_cache(method: str, model_config, budget: int, spans: list, max_new_tokens: int,
@@ -250,8 +269,7 @@ def make_cache(method: str, model_config, budget: int, spans: list, max_new_toke
         return FullCache(model_config, spans[-1][1] + max_new_tokens, "cpu", dtype)
     if method in BASELINES:
         return BASELINES[method](model_config, budget)
-    if method not in METHODS:
+    if method not in SENTENCE_METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
-    kind = SentenceKVCache if method == "sentencekv" else BestSentences
     config = SentenceKVConfig(token_budget=budget, **settings)
-    return kind(config, model_config, spans, max_new_tokens, "cpu", dtype)
+    return SENTENCE_METHODS[method](config, model_config, spans, max_new_tokens, "cpu", dtype)

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, needs_gpu, random_ids, random_llama, random_spans
+from conftest import REFERENCE, TINY, needs_gpu, random_ids, random_llama, random_spans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import SlowSentenceKV
 
 import cache as cache_module
 from cache import FullCache, SentenceKVCache, assign_slots
+from generate import Tokenizer
+from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
 
 N_NEW = 90
@@ -107,6 +109,32 @@ def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, ke
     report = caches[0].report()
     assert 0 < report["hit_rate"] < 1
     assert report["loaded_bytes"] == caches[0].n_loaded.item() * 2 * TINY.head_dim * 4
+
+
+def test_on_the_default_weights_too(default_model, default_folder):
+    """Budget for everything: full attention. A small one: what is offloaded might be resident."""
+    tokenizer = Tokenizer(default_folder)
+    text = (REFERENCE / "walden_passage.txt").read_text(encoding="utf-8")
+    ids = tokenizer.encode(text, add_bos=False)[:640]
+    pieces = tokenizer.pieces(ids)
+    spans = token_spans(pieces[:600])
+    kinds = [(FullCache, None), (SentenceKVCache, 1024), (SentenceKVCache, 96), (AllResident, 96)]
+    caches = [kind(default_model.config, 640, "cpu", torch.float32) if budget is None else
+              kind(SentenceKVConfig(token_budget=budget), default_model.config, spans, 40, "cpu",
+                   torch.float32) for kind, budget in kinds]
+    for cache in caches:
+        default_model.prefill(torch.tensor(ids[:600]), cache)
+    sentences = SentenceStream()
+    for token, piece in zip(ids[600:], pieces[600:]):
+        for length in sentences.push(piece):
+            for cache in caches:
+                cache.end_sentence(length)
+        full, everything, small, resident = (
+            default_model.logits(default_model.decode(torch.tensor([token]), cache))
+            for cache in caches)
+        torch.testing.assert_close(everything, full, rtol=0, atol=2e-3)
+        assert torch.equal(small, resident) and not torch.equal(small, full)
+    assert caches[2].n_sentences > len(spans)
 
 
 class Poisoned(SentenceKVCache):

@@ -1,0 +1,66 @@
+"""One prompt, every method: what it answers, what it attends to, what it holds.
+
+    python -m benchmarks.compare --prompt examples/red_headed_league.txt --budget 256
+
+The prompt is read once. Attention mass and the error of the attention output are those of
+`benchmarks.quality recall`, over the full cache's answer and all layers. Milliseconds are those
+of plain PyTorch here and no measure of the published methods' own code.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.baselines import METHODS, device_bytes
+from benchmarks.quality import Bench, Method, asked_methods
+from generate import read_prompt
+from weights.download import download
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    parser.add_argument("--methods", default=" ".join(METHODS))
+    args = parser.parse_args(arguments)
+    args.budgets = [args.budget]
+    return args
+
+
+def compare(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Method]):
+    """Print one line a method."""
+    print("| method | attention mass | output error | device MiB | ms a token | answer |")
+    print("|---|---|---|---|---|---|")
+    full = Method("full", methods[0].budget)
+    answers = {m: rest for m, *rest in bench.answers(ids, max_new_tokens, [full, *methods])}
+    others = [m for m in methods if m.name != "full"]
+    seen = {full: [(1.0, 0.0)]}
+    for method, _, mass, error in bench.recall([*ids, *answers[full][1]], len(ids), others):
+        seen.setdefault(method, []).append((mass, error))
+    for method in methods:
+        cache, new, text, seconds = answers[method]
+        mass, error = (mean(column) for column in zip(*seen[method]))
+        answer = " ".join(text.split()).replace("|", "/")
+        print(f"| {method.spec} | {mass:.1%} | {error:.3f} | {device_bytes(cache) / 2**20:.2f}"
+              f" | {seconds / max(len(new) - 1, 1) * 1e3:.1f} | {answer} |")
+
+
+def main(arguments=None) -> int:
+    args = parse(arguments)
+    try:
+        prompt, methods = read_prompt(args.prompt), asked_methods(args)
+        bench = Bench(args.model or download())
+        ids = bench.tokenizer.prompt_ids(prompt, raw=False)
+        compare(bench, ids, args.max_new_tokens, methods)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.compare: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

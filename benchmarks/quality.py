@@ -1,0 +1,463 @@
+"""What each method still answers, side by side on one prefill.
+
+    python -m benchmarks.quality ruler --data RULER.jsonl --methods full,snapkv,sentencekv
+    python -m benchmarks.quality ruler --generate single,vt --data BOOK.txt --length 4000
+    python -m benchmarks.quality needle --data BOOK.txt --lengths 1000,2000,4000 --depths 0,.5,1
+    python -m benchmarks.quality longbench --data QASPER.jsonl
+    python -m benchmarks.quality perplexity --data BOOK.txt --length 3000 --new-tokens 256
+    python -m benchmarks.quality recall --data BOOK.txt --length 3000 --new-tokens 64
+
+The prompt is read once, and its keys and values are replayed into a cache for every method and
+budget. A method may carry settings of SentenceKVConfig, and the unit that it remembers by:
+`sentencekv:score=votes,keep_factor=3,unit=chunk16`. Results go to --out, one JSON line each; what
+is there already is not done again. Runs on the CPU in float32.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in generate.py, before torch is loaded
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import tasks
+from benchmarks.baselines import METHODS, Recording, attention_received, make_cache
+from generate import Tokenizer, read_first, stop_tokens, write_on
+from model import load_model
+from segment import SentenceStream, token_spans
+from sentencekv import SentenceKVConfig
+from weights.download import download
+
+LIMIT = SentenceKVConfig.sentence_limit
+RECENT = SentenceKVConfig.recent_window
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to remember, at one budget."""
+
+    spec: str  # as it was asked for
+    budget: int
+
+    @property
+    def name(self) -> str:
+        return self.spec.partition(":")[0]
+
+    @property
+    def settings(self) -> dict:
+        pairs = [pair.split("=") for pair in self.spec.partition(":")[2].split(",") if pair]
+        if not all(len(pair) == 2 for pair in pairs):
+            raise ValueError(f"method {self.spec!r}: settings are name=value,name=value")
+        return dict(pairs)
+
+    def new_cache(self, model, pieces: list[str], max_new_tokens: int):
+        settings = self.settings
+        spans = units(pieces, settings.pop("unit", "sentence"))
+        for name, value in settings.items():
+            if name not in SentenceKVConfig.__dataclass_fields__:
+                raise ValueError(f"method {self.spec!r}: there is no setting {name!r}")
+            kind = type(getattr(SentenceKVConfig, name))
+            settings[name] = kind(value)
+        return make_cache(self.name, model.config, self.budget, spans, max_new_tokens, **settings)
+
+
+def units(pieces: list[str], unit: str) -> list[tuple[int, int]]:
+    """The prompt in sentences, or in what they are compared with.
+
+    `chunkN`: N tokens each; `mergedN`: sentences joined until they have N tokens; `old`: the rule
+    of the authors' code, an end after every token that is `.`, `!`, `?` or a line break.
+    """
+    if unit == "sentence":
+        return token_spans(pieces, LIMIT)
+    if unit.startswith("chunk"):
+        size = int(unit[5:])
+        ends = [*range(size, len(pieces), size)]
+    elif unit.startswith("merged"):
+        ends, start = [], 0
+        for a, b in token_spans(pieces, LIMIT):
+            if b - start >= int(unit[6:]):
+                ends, start = [*ends, b], b
+    elif unit == "old":
+        ends = [i + 1 for i, piece in enumerate(pieces) if piece in (".", "!", "?", "\n")]
+    else:
+        raise ValueError(f"unit {unit!r} is not sentence, chunkN, mergedN or old")
+    ends = sorted({*ends, len(pieces)})
+    return list(zip([0, *ends], ends))
+
+
+class Bench:
+    """A model with its tokenizer, and prompts read once for all methods."""
+
+    def __init__(self, folder: Path):
+        self.tokenizer = Tokenizer(folder)
+        self.model = load_model(folder, torch.device("cpu"), torch.float32)
+        self.stop = stop_tokens(folder, self.tokenizer)
+        self.name = folder.name
+
+    def prompt_ids(self, example) -> list[int]:
+        if not example.chat or self.tokenizer.chat_template is None:
+            text = f"{example.message} {example.prefix}" if example.prefix else example.message
+            return self.tokenizer.encode(text, add_bos=True)
+        text = self.tokenizer.render_chat(example.message) + example.prefix
+        return self.tokenizer.encode(text, add_bos=False)
+
+    def record(self, ids: list[int]) -> tuple[Recording, int]:
+        """What the layers computed of the prompt, and the token that comes first after it."""
+        attention_received.cache_clear()
+        recording = Recording()
+        first = read_first(self.model, recording, ids, lambda logits: logits.argmax().item())
+        return recording, first
+
+    def check(self, ids: list[int], max_new_tokens: int):
+        needed, positions = len(ids) + max_new_tokens, self.model.config.max_position_embeddings
+        if needed > positions:
+            raise ValueError(f"needs {needed} positions, the model has {positions}")
+
+    def answers(self, ids: list[int], max_new_tokens: int, methods: list[Method]):
+        """Yield (method, cache, new token ids, text, seconds) for one prompt."""
+        self.check(ids, max_new_tokens)
+        recording, first = self.record(ids)
+        pieces = self.tokenizer.pieces(ids)
+        for method in methods:
+            cache = method.new_cache(self.model, pieces, max_new_tokens)
+            recording.replay(cache)
+            start = time.perf_counter()
+            written = list(write_on(self.model, cache, first, self.tokenizer.reader(),
+                                    lambda logits: logits.argmax().item(), self.stop,
+                                    max_new_tokens, LIMIT))
+            seconds = time.perf_counter() - start
+            text = "".join(piece for token, piece in written if token not in self.tokenizer.special)
+            yield method, cache, [token for token, _ in written], text, seconds
+
+    def losses(self, ids: list[int], n_prompt: int, methods: list[Method]):
+        """Yield (method, mean NLL of the tokens after the prompt), read one by one."""
+        recording, _ = self.record(ids[:n_prompt])
+        pieces = self.tokenizer.pieces(ids)
+        for method in methods:
+            cache = method.new_cache(self.model, pieces[:n_prompt], len(ids) - n_prompt)
+            recording.replay(cache)
+            sentences, losses = SentenceStream(LIMIT), []
+            for i in range(n_prompt, len(ids) - 1):
+                for length in sentences.push(pieces[i]):
+                    cache.end_sentence(length)
+                logits = self.model.logits(self.model.decode(torch.tensor(ids[i : i + 1]), cache))
+                losses.append(-logits[0].log_softmax(-1)[ids[i + 1]].item())
+            yield method, mean(losses)
+
+    def recall(self, ids: list[int], n_prompt: int, methods: list[Method]):
+        """Yield (method, layer, share of the attention mass, relative error of the output).
+
+        The full cache writes; every method is shown the same queries and asked what it would
+        attend to. Means over the tokens after the prompt.
+        """
+        recording, _ = self.record(ids[:n_prompt])
+        pieces = self.tokenizer.pieces(ids)
+        caches = [m.new_cache(self.model, pieces[:n_prompt], len(ids) - n_prompt) for m in methods]
+        witness = Witness(self.model.config, len(ids), [recording.replay(c) for c in caches])
+        recording.replay(witness)
+        sentences = SentenceStream(LIMIT)
+        for i in range(n_prompt, len(ids)):
+            for length in sentences.push(pieces[i]):
+                witness.end_sentence(length)
+            self.model.decode(torch.tensor(ids[i : i + 1]), witness)
+        for method, seen in zip(methods, witness.seen):
+            for layer, pairs in enumerate(seen):
+                yield method, layer, mean(m for m, _ in pairs), mean(e for _, e in pairs)
+
+
+class Witness:
+    """A full cache that also asks other caches what they would have attended to."""
+
+    def __init__(self, config, n_tokens, others):
+        self.full = make_cache("full", config, 0, [(0, n_tokens)], 0)
+        self.others, self.stage = others, self.full.stage
+        self.seen = [[[] for _ in range(config.num_hidden_layers)] for _ in others]
+
+    num_tokens = property(lambda self: self.full.num_tokens)
+
+    def prefill(self, *args):
+        self.full.prefill(*args)
+
+    def advance(self, n_tokens):
+        decoding = self.full.num_tokens > 0
+        self.full.advance(n_tokens)
+        for other in self.others if decoding else ():
+            other.advance(n_tokens)
+
+    def end_sentence(self, length):
+        for other in self.others:
+            other.end_sentence(length)
+
+    def decode(self, layer, q, k, v):
+        full = self.full.decode(layer, q, k, v)
+        mass, output = attend(q, *full)
+        for other, seen in zip(self.others, self.seen):
+            part, theirs = attend(q, *other.decode(layer, q, k, v))
+            error = ((theirs - output).norm() / output.norm()).item()
+            seen[layer].append(((part - mass).exp().mean().item(), error))
+        return full
+
+
+def attend(q, keys, values, mask):
+    """Log of the unnormalised attention mass (H_kv, G), and the output (H_kv, G, D)."""
+    grouped = q.view(len(keys), -1, q.shape[-1])
+    logits = grouped @ keys.mT / math.sqrt(q.shape[-1])  # (H_kv, G, n)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    return logits.logsumexp(dim=-1), logits.softmax(dim=-1) @ values
+
+
+def read_book(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def haystack(bench: Bench, text: str, n_tokens: int) -> list[str]:
+    """Paragraphs from the middle of a book that have about so many tokens."""
+    paragraphs = [p.strip() for p in text.replace("\r\n", "\n").split("\n\n") if p.strip()]
+    taken, count = [], 0
+    for paragraph in paragraphs[len(paragraphs) // 3 :]:
+        count += len(bench.tokenizer.encode(paragraph, add_bos=False)) + 1
+        if count > n_tokens:
+            break
+        taken.append(paragraph)
+    return taken
+
+
+def examples(args, bench: Bench) -> list[tasks.Example]:
+    if args.task == "longbench":
+        return [e for path in args.data for e in tasks.longbench_file(path)]
+    if args.task == "ruler" and not args.generate:
+        return [e for path in args.data for e in tasks.ruler_file(path)]
+    text = "\n\n".join(map(read_book, args.data))
+    if args.task == "needle":
+        return [*tasks.needle_grid(lambda n: haystack(bench, text, n), args.lengths, args.depths)]
+    unknown = set(args.generate) - set(tasks.FAMILIES)
+    if unknown:
+        raise ValueError(f"--generate {', '.join(unknown)}: families are"
+                         f" {', '.join(tasks.FAMILIES)}")
+    paragraphs = haystack(bench, text, args.length)
+    return [e for f in args.generate for e in tasks.ruler_generate(f, paragraphs, args.count)]
+
+
+class Results:
+    """One JSON line for every result, and which of them are there already."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.rows = path, []
+        if path and path.exists():
+            needed = ("task", "index", "method", "budget", "score")
+            self.rows = [row for _, row in tasks.read_rows(path, *needed)]
+
+    def missing(self, task: str, index: int, methods: list[Method]) -> list[Method]:
+        done = {(r["task"], r["index"], r["method"], r["budget"]) for r in self.rows}
+        return [m for m in methods if (task, index, m.spec, m.budget) not in done]
+
+    def add(self, **row):
+        self.rows.append(row)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def run_answers(args, bench, methods, results):
+    todo, per_task = [], {}
+    for example in examples(args, bench):
+        per_task[example.task] = per_task.get(example.task, 0) + 1
+        if args.limit is None or per_task[example.task] <= args.limit:
+            todo.append(example)
+    for example in tqdm(todo, unit="prompt", disable=None):
+        left = results.missing(example.task, example.index, methods)
+        if not left:
+            continue
+        try:
+            ids = bench.prompt_ids(example)
+            for method, _, _, text, seconds in bench.answers(ids, example.max_new_tokens, left):
+                results.add(task=example.task, index=example.index, method=method.spec,
+                            budget=method.budget, score=example.score(text), text=text,
+                            answers=example.answers, seconds=round(seconds, 2), model=bench.name)
+        except ValueError as error:
+            if "positions" not in str(error):
+                raise
+            print(f"{example.task}, row {example.index + 1}: {error}", file=sys.stderr)
+
+
+def book_tokens(args, bench) -> list[tuple[str, list[int]]]:
+    """(name, ids) of each book: `--length` tokens from its middle, and the new ones after them."""
+    books = []
+    for path in args.data[: args.limit]:
+        text = read_book(path)
+        middle = text[len(text) // 3 : len(text) // 3 + 8 * (args.length + args.new_tokens)]
+        ids = bench.tokenizer.encode(middle, add_bos=True)[: args.length + args.new_tokens]
+        bench.check(ids, 0)
+        books.append((path.stem, ids))
+    return books
+
+
+def run_perplexity(args, bench, methods, results):
+    for name, ids in tqdm(book_tokens(args, bench), unit="book", disable=None):
+        task = f"nll {name}"
+        left = results.missing(task, args.length, methods)
+        for method, loss in bench.losses(ids, args.length, left) if left else ():
+            results.add(task=task, index=args.length, method=method.spec, budget=method.budget,
+                        score=loss, new_tokens=len(ids) - args.length, model=bench.name)
+
+
+def run_recall(args, bench, methods, results):
+    methods = [m for m in methods if m.name != "full"]
+    for name, ids in tqdm(book_tokens(args, bench), unit="book", disable=None):
+        left = results.missing(f"mass {name}", 0, methods)
+        for method, layer, mass, error in bench.recall(ids, args.length, left) if left else ():
+            for kind, value in (("mass", mass), ("error", error)):
+                results.add(task=f"{kind} {name}", index=layer, method=method.spec,
+                            budget=method.budget, score=value, model=bench.name)
+
+
+def table(rows: list[dict], percent: bool) -> str:
+    """Markdown: a line for every method, a column for every task and budget; mean ± its error."""
+    cells = {}
+    for row in rows:
+        budget = "" if row["method"] == "full" else row["budget"]
+        task = "needle" if row["task"].startswith("needle ") else row["task"]
+        for task in (task, "mean") if percent else (task,):
+            cells.setdefault((row["method"], task, budget), []).append(row["score"])
+    scale, form = (100, "{:.0f}") if percent else (1, "{:.3f}")
+
+    def cell(method, task, budget):
+        scores = cells.get((method, task, budget)) or cells.get((method, task, "")) or []
+        if not scores:
+            return ""
+        error = scale * stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
+        text = form.format(scale * mean(scores))
+        return f"{text} ± {form.format(error)}" if error is not None else text
+
+    columns = dict.fromkeys((t, b) for _, t, b in cells if b != "")
+    columns = sorted(columns, key=lambda c: (c[0] == "mean", c[0], c[1])) or [
+        (t, "") for t in dict.fromkeys(t for _, t, _ in cells)]
+    lines = ["| method | " + " | ".join(f"{t} {b}".strip() for t, b in columns) + " |",
+             "|---" * (len(columns) + 1) + "|"]
+    for method in dict.fromkeys(m for m, _, _ in cells):
+        lines.append(f"| {method} | " + " | ".join(cell(method, *c) for c in columns) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], task: str, path: Path):
+    """Needles: a heat map for every method. Else: score against budget, a line for every method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    if task == "needle":
+        keys = sorted({(methods.index(r["method"]), r["budget"]) for r in rows})
+        keys = [(methods[i], budget) for i, budget in keys]
+        across = min(len(keys), 4)
+        figure, axes = pyplot.subplots(-(-len(keys) // across), across, squeeze=False,
+                                       figsize=(3 * across, 2.4 * -(-len(keys) // across)))
+        for axis in axes.flat[len(keys):]:
+            axis.axis("off")
+        for axis, (method, budget) in zip(axes.flat, keys):
+            points = {tuple(map(float, r["task"].split()[1:])): r["score"] for r in rows
+                      if r["method"] == method and r["budget"] == budget}
+            lengths, depths = (sorted({p[i] for p in points}) for i in (0, 1))
+            grid = [[points.get((length, depth), math.nan) for length in lengths]
+                    for depth in depths]
+            axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            axis.set_xticks(range(len(lengths)), [f"{x:g}" for x in lengths])
+            axis.set_yticks(range(len(depths)), [f"{x:g}" for x in depths])
+            axis.set_title(method if method == "full" else f"{method}, {budget}", fontsize=9)
+            axis.set_xlabel("prompt tokens")
+            axis.set_ylabel("depth")
+    else:
+        figure, axis = pyplot.subplots(figsize=(7, 4.5))
+        for method in methods:
+            ours = [r for r in rows if r["method"] == method]
+            budgets = sorted({r["budget"] for r in ours})
+            means = [mean(r["score"] for r in ours if r["budget"] == b) for b in budgets]
+            if method == "full":
+                axis.axhline(means[0], color="black", linestyle=":", label="full")
+            else:
+                axis.plot(budgets, means, marker="o", label=method)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("token budget")
+        axis.set_ylabel("mean NLL" if task == "perplexity" else "mean score")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def numbers(kind):
+        return lambda text: [kind(part) for part in text.split(",")]
+
+    add = parser.add_argument
+    add("task", choices=("ruler", "needle", "longbench", "perplexity", "recall"))
+    add("--data", type=Path, nargs="+", required=True, help="task files, or books as haystacks")
+    add("--model", type=Path, help="Llama folder (default: SmolLM2-135M-Instruct)")
+    add("--methods", help="separated by blanks or semicolons; default: all",
+        default=" ".join(m for m in METHODS if m not in ("best_sentences", "last_query")))
+    add("--budgets", type=numbers(int), default=[96, 192, 384, 768])
+    add("--limit", type=int, help="so many rows of every task, or books")
+    add("--generate", type=lambda text: text.split(","), default=[], help="RULER families to make")
+    add("--count", type=int, default=25, help="rows of every family that is made")
+    add("--length", type=int, default=3000, help="tokens of the haystack or the book")
+    add("--lengths", type=numbers(int), default=[1000, 2000, 4000])
+    add("--depths", type=numbers(float), default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    add("--new-tokens", type=int, default=256, help="read after a book's first tokens")
+    add("--out", type=Path, help="results, one JSON line each; a table and a picture beside it")
+    return parser.parse_args(arguments)
+
+
+def asked_methods(args) -> list[Method]:
+    """The full cache has no budget, so it is run once, under the largest."""
+    specs = args.methods.replace(";", " ").split()
+    methods = [Method(s, b) for s in specs for b in args.budgets
+               if s != "full" or b == args.budgets[-1]]
+    for method in methods:
+        method.new_cache(_Shape, ["."], 1)
+    return methods
+
+
+class _Shape:
+    """Just enough of a model to find out whether a method's settings are possible."""
+
+    class config:
+        num_hidden_layers, num_key_value_heads, head_dim = 1, 1, 1
+
+
+def main(arguments=None) -> int:
+    args = parse(arguments)
+    try:
+        methods, results = asked_methods(args), Results(args.out)
+        bench = Bench(args.model or download())
+        run = {"perplexity": run_perplexity, "recall": run_recall}.get(args.task, run_answers)
+        run(args, bench, methods, results)
+        report = table(results.rows, percent=args.task in ("ruler", "needle", "longbench"))
+        print(report)
+        if args.out and results.rows:
+            args.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
+            if args.task != "longbench":
+                plot(results.rows, args.task, args.out.with_suffix(".png"))
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.quality: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""What is asked of a model, and how an answer is scored: RULER, needles in a book, LongBench.
+
+Each task yields `Example`s. Files are read in their published formats; a bad line is named on
+standard error and the good ones still count.
+"""
+
+import json
+import random
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rapidfuzz import fuzz
+from rapidfuzz.distance import LCSseq
+
+RULER = re.compile(  # a Llama 3 chat around the question, and the beginning of the answer
+    r"^<\|begin_of_text\|>.*?<\|start_header_id\|>user<\|end_header_id\|>(?P<body>.*)<\|eot_id\|>"
+    r"<\|start_header_id\|>assistant<\|end_header_id\|>(?P<prefix>.*)$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Example:
+    task: str
+    index: int
+    message: str  # the user's turn
+    answers: tuple
+    prefix: str = ""  # the beginning of the model's turn
+    max_new_tokens: int = 64
+    metric: str = "contains"
+    classes: tuple = ()
+    first_line: bool = False  # only the first line of the answer counts
+    chat: bool = True  # else the message is text to be continued
+
+    def score(self, text: str) -> float:
+        """From 0 to 1."""
+        if self.first_line:
+            text = text.lstrip("\n").split("\n")[0]
+        if self.metric == "contains":
+            return sum(a.lower() in text.lower() for a in self.answers) / len(self.answers)
+        return max(METRICS[self.metric](text, answer, self.classes) for answer in self.answers)
+
+
+def normalised_words(text: str) -> list[str]:
+    """Lower case, no punctuation, no articles: as SQuAD's scorer has it."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def qa_f1(text, answer, classes):
+    words, expected = normalised_words(text), normalised_words(answer)
+    common = sum((Counter(words) & Counter(expected)).values())
+    return 2 * common / (len(words) + len(expected)) if common else 0.0
+
+
+def rouge_l_f(text, answer, classes):
+    words, expected = text.split(), answer.split()
+    common = LCSseq.similarity(words, expected)
+    return 2 * common / (len(words) + len(expected)) if common else 0.0
+
+
+def class_match(text, answer, classes):
+    """1 over the number of classes named, without those that are only part of the right one."""
+    named = [c for c in classes if c in text and not (c in answer and c != answer)]
+    return 1 / len(named) if answer in named else 0.0
+
+
+def code_similarity(text, answer, classes):
+    lines = [x for x in text.lstrip("\n").split("\n") if not any(mark in x for mark in "`#")]
+    lines = [x for x in lines if "//" not in x]
+    return fuzz.ratio(lines[0] if lines else "", answer) / 100
+
+
+METRICS = {"qa_f1": qa_f1, "rouge_l_f": rouge_l_f, "classification": class_match,
+           "code_sim": code_similarity}
+
+
+def read_rows(path: Path, *needed: str) -> Iterator[tuple[int, dict]]:
+    """(line number from 0, row) of a JSON lines file; a bad line is named and passed over."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    for number, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+            missing = [name for name in needed if name not in row]
+            problem = f"has no {', '.join(missing)}" if missing else None
+        except (ValueError, TypeError):
+            problem = "is not a JSON object"
+        if problem:
+            print(f"{path}:{number + 1}: {problem}", file=sys.stderr)
+        else:
+            yield number, row
+
+
+def ruler_file(path: Path) -> Iterator[Example]:
+    for index, row in read_rows(path, "input", "outputs"):
+        parts = RULER.match(row["input"])
+        body, prefix = (parts["body"], parts["prefix"]) if parts else (row["input"], "")
+        yield Example(path.stem, index, body.strip(), tuple(map(str, row["outputs"])),
+                      prefix.strip())
+
+
+def longbench_file(path: Path) -> Iterator[Example]:
+    """Rows in LongBench's format; templates and lengths from `conventions.json` beside them."""
+    try:
+        rules = json.loads((path.parent / "conventions.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path.parent / 'conventions.json'}: {error}") from None
+    for index, row in read_rows(path, "input", "context", "answers", "dataset"):
+        name = row["dataset"]
+        if rules["dataset2metric"].get(name) not in METRICS:
+            print(f"{path}:{index + 1}: dataset {name!r} has no metric here", file=sys.stderr)
+            continue
+        yield Example(
+            name, index, rules["dataset2prompt"][name].format(**row), tuple(row["answers"]),
+            max_new_tokens=rules["dataset2maxlen"][name], metric=rules["dataset2metric"][name],
+            classes=tuple(row.get("all_classes") or ()),
+            first_line=name in rules["first_line_only_before_scoring"],
+            chat=name not in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"))
+
+
+CITIES = ("Lisbon Osaka Bergen Quito Tunis Perth Hanoi Turin Bruges Austin Malmo Lagos Cusco Split "
+          "Kyoto Derby").split()
+
+
+def spread(haystack: list[str], needles: list[str], depths: list[float]) -> str:
+    """The paragraphs with each needle put in at its depth, from 0 to 1."""
+    parts = list(haystack)
+    for depth, needle in sorted(zip(depths, needles), reverse=True):
+        parts.insert(round(depth * len(haystack)), needle)
+    return "\n\n".join(parts)
+
+
+def ruler_generate(family: str, paragraphs: list[str], count: int, seed: int = 0):
+    """RULER's families over any haystack: single, multikey, multivalue, multiquery, vt.
+
+    2404.06654, with one distractor or value or query in four.
+    """
+    draw = random.Random(f"{family} {seed}")
+    for index in range(count):
+        number = lambda: str(draw.randrange(1000000, 9999999))  # noqa: E731
+        cities, values = draw.sample(CITIES, 4), [number() for _ in range(4)]
+        depths = [draw.random() for _ in range(5)]
+        say = "One of the special magic numbers for {} is {}.".format
+        ask = "What is the special magic number for {} mentioned in the text above?".format
+        prefix = "The special magic number for {} mentioned in the text above is".format
+        if family == "vt":
+            names = ["".join(draw.choices(string.ascii_uppercase, k=5)) for _ in range(5)]
+            needles = [f"VAR {names[0]} = {values[0]}"]
+            needles += [f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:])]
+            text = spread(paragraphs, needles, sorted(depths))
+            question = f"Find all variables that are assigned the value {values[0]}"
+            yield Example("vt", index, f"{text}\n\n{question} in the text above.", tuple(names),
+                          f"The variables that are assigned the value {values[0]} are:")
+            continue
+        asked = {"single": cities[:1], "multikey": cities[:1], "multivalue": cities[:1],
+                 "multiquery": cities}[family]
+        if family == "multivalue":
+            needles, answers = [say(cities[0], v) for v in values], values
+        else:
+            told = cities[:1] if family == "single" else cities
+            needles = [say(city, value) for city, value in zip(told, values)]
+            answers = values[: len(asked)]
+        text = spread(paragraphs, needles, depths[: len(needles)])
+        about = ", ".join(asked)
+        yield Example(family, index, f"{text}\n\n{ask(about)}", tuple(answers), prefix(about))
+
+
+FAMILIES = ("single", "multikey", "multivalue", "multiquery", "vt")
+
+
+def needle_grid(paragraphs_of, lengths: list[int], depths: list[float]) -> Iterator[Example]:
+    """One needle at every depth of every length; `paragraphs_of(n)` is a haystack of n tokens."""
+    needle = "The secret password of the lighthouse keeper is \"{}\"."
+    words = "marmalade compass lantern juniper velvet saffron harbour thimble".split()
+    for row, length in enumerate(lengths):
+        paragraphs = paragraphs_of(length)
+        for column, depth in enumerate(depths):
+            word = words[(row * len(depths) + column) % len(words)]
+            text = spread(paragraphs, [needle.format(word)], [depth])
+            yield Example(f"needle {length} {depth:g}", row * len(depths) + column,
+                          f"{text}\n\nWhat is the secret password of the lighthouse keeper"
+                          " mentioned in the text above?", (word,), max_new_tokens=24)

@@ -1,0 +1,189 @@
+import json
+
+import pytest
+from conftest import TINY
+
+from benchmarks import compare, quality, tasks
+
+BOOK = "\n\n".join(f"Paragraph {i} of a short book. It says little! Does it?" for i in range(40))
+
+
+def write_lines(path, *rows):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return path
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(BOOK)
+    return path
+
+
+def run(*arguments):
+    return quality.main([str(a) for a in arguments])
+
+
+def results(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics():
+    assert tasks.qa_f1("The Cat sat.", "a cat", ()) == pytest.approx(2 / 3)
+    assert tasks.qa_f1("dog", "cat", ()) == 0
+    assert tasks.rouge_l_f("a b c d", "a x c", ()) == pytest.approx(2 * 2 / 7)
+    classes = ("Date", "Food", "Date of birth")
+    assert tasks.class_match("Date of birth", "Date of birth", classes) == 1
+    assert tasks.class_match("Food or Date", "Date", classes) == 0.5
+    assert tasks.class_match("none", "Date", classes) == 0
+    assert tasks.code_similarity("\n# note\nx = 1\ny", "x = 1", ()) == 1
+    example = tasks.Example("t", 0, "", ("One", "two"))
+    assert example.score("it is ONE") == 0.5
+
+
+def test_ruler_rows_are_taken_apart(tmp_path):
+    chat = ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>x<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|> Where?\n<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|> It is in ")
+    path = write_lines(tmp_path / "qa.jsonl", {"input": chat, "outputs": ["Rome", 7]})
+    (example,) = tasks.ruler_file(path)
+    assert (example.message, example.prefix) == ("Where?", "It is in")
+    assert example.answers == ("Rome", "7")
+
+
+def test_bad_lines_are_named_and_good_ones_count(tmp_path, capsys):
+    path = write_lines(tmp_path / "rows.jsonl", {"input": "a", "outputs": ["b"]}, "{", "3",
+                       {"input": "c"}, {"input": "d", "outputs": ["e"]})
+    assert [e.index for e in tasks.ruler_file(path)] == [0, 4]
+    err = capsys.readouterr().err.splitlines()
+    assert err == [f"{path}:2: is not a JSON object", f"{path}:3: is not a JSON object",
+                   f"{path}:4: has no outputs"]
+
+
+@pytest.mark.parametrize("family", tasks.FAMILIES)
+def test_generated_rows_hold_their_answers_once(family):
+    for example in tasks.ruler_generate(family, BOOK.split("\n\n"), 5):
+        document, _, question = example.message.rpartition("\n\n")
+        assert all(answer in document for answer in example.answers)
+        if family != "vt":
+            assert not any(answer in question for answer in example.answers)
+    again = list(tasks.ruler_generate(family, BOOK.split("\n\n"), 5))
+    assert again[-1] == example
+
+
+def test_variables_are_assigned_in_reading_order():
+    (example,) = tasks.ruler_generate("vt", BOOK.split("\n\n"), 1)
+    places = [example.message.index(f"VAR {name} =") for name in example.answers]
+    assert places == sorted(places)
+
+
+def test_units():
+    pieces = ["One", " two", ".", " Three", " four", " five", ".", " Six"]
+    assert quality.units(pieces, "sentence") == [(0, 3), (3, 7), (7, 8)]
+    assert quality.units(pieces, "old") == [(0, 3), (3, 7), (7, 8)]
+    assert quality.units(pieces, "chunk5") == [(0, 5), (5, 8)]
+    assert quality.units(pieces, "merged4") == [(0, 7), (7, 8)]
+    with pytest.raises(ValueError, match="unit 'page' is not"):
+        quality.units(pieces, "page")
+
+
+def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, tmp_path, capsys):
+    out = tmp_path / "needle.jsonl"
+    arguments = ("needle", "--data", book, "--model", tiny_folder, "--lengths", 300, "--depths",
+                 "0,1", "--budgets", "96,128", "--limit", 1, "--out", out)
+    assert run(*arguments) == 0
+    first = results(out)
+    assert len(first) == 2 * (1 + 8 * 2)
+    assert {r["method"] for r in first} == {*quality.METHODS} - {"best_sentences", "last_query"}
+    assert "| full |" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".png").stat().st_size > 1000
+    assert run(*arguments) == 0
+    assert results(out) == first
+
+
+def test_a_shared_prefill_gives_the_answer_of_a_prefill_alone(tiny_folder, book):
+    bench = quality.Bench(tiny_folder)
+    (example,) = tasks.ruler_generate("single", BOOK.split("\n\n")[:8], 1)
+    methods = [quality.Method(s, 96) for s in ("full", "snapkv", "sentencekv:score=votes")]
+    ids = bench.prompt_ids(example)
+    together = {method: new for method, _, new, _, _ in bench.answers(ids, 30, methods)}
+    for method in methods:
+        ((_, _, alone, _, _),) = bench.answers(ids, 30, [method])
+        assert alone == together[method]
+
+
+def test_perplexity_of_everything_is_the_full_cache_s(tiny_folder, book, tmp_path):
+    out = tmp_path / "nll.jsonl"
+    assert run("perplexity", "--data", book, "--model", tiny_folder, "--length", 200,
+               "--new-tokens", 40, "--methods", "full sentencekv streamingllm", "--budgets",
+               "96,512", "--out", out) == 0
+    scores = {(r["method"], r["budget"]): r["score"] for r in results(out)}
+    full = scores["full", 512]
+    for method in ("sentencekv", "streamingllm"):
+        assert scores[method, 512] == pytest.approx(full, abs=1e-4)
+        assert scores[method, 96] != pytest.approx(full, abs=1e-4)
+
+
+def test_recall_is_one_when_everything_is_selected(tiny_folder, book, tmp_path):
+    out = tmp_path / "recall.jsonl"
+    assert run("recall", "--data", book, "--model", tiny_folder, "--length", 200, "--new-tokens",
+               20, "--methods", "sentencekv h2o best_sentences", "--budgets", "96,512",
+               "--out", out) == 0
+    for row in results(out):
+        mass = row["task"].startswith("mass")
+        if row["budget"] == 512:
+            assert row["score"] == pytest.approx(1 if mass else 0, abs=1e-4)
+        else:
+            assert 0 < row["score"] < 1 or not mass
+    assert len(results(out)) == 2 * 3 * 2 * TINY.num_hidden_layers
+
+
+def test_compare_shows_every_method(tiny_folder, book, capsys):
+    book.write_text(BOOK[:600])
+    assert compare.main(["--prompt", str(book), "--model", str(tiny_folder), "--budget", "96",
+                         "--max-new-tokens", "12", "--methods", "full l2norm sentencekv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:5]]
+    assert [row[0] for row in rows] == ["full", "l2norm", "sentencekv"]
+    assert rows[0][1:3] == ["100.0%", "0.000"]
+    assert float(rows[1][3]) < float(rows[0][3])  # MiB held
+    assert compare.main(["--prompt", "nowhere"]) == 2
+    assert "cannot read nowhere" in capsys.readouterr().err
+
+
+def test_longbench_rows(tiny_folder, tmp_path):
+    (tmp_path / "conventions.json").write_text(json.dumps({
+        "dataset2prompt": {"qasper": "{context} Q: {input}"}, "dataset2maxlen": {"qasper": 5},
+        "dataset2metric": {"qasper": "qa_f1"}, "first_line_only_before_scoring": []}))
+    row = {"input": "why", "context": "so", "answers": ["x"], "dataset": "qasper"}
+    data = write_lines(tmp_path / "qasper.jsonl", row, row | {"dataset": "other"})
+    (example,) = tasks.longbench_file(data)
+    assert (example.message, example.max_new_tokens) == ("so Q: why", 5)
+    out = tmp_path / "out.jsonl"
+    assert run("longbench", "--data", data, "--model", tiny_folder, "--methods", "full",
+               "--out", out) == 0
+    assert len(results(out)) == 1
+
+
+def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
+    data = write_lines(tmp_path / "long.jsonl", {"input": "x" * 3000, "outputs": ["y"]},
+                       {"input": "short", "outputs": ["y"]})
+    out = tmp_path / "out.jsonl"
+    assert run("ruler", "--data", data, "--model", tiny_folder, "--methods", "full",
+               "--out", out) == 0
+    assert len(results(out)) == 1
+    assert "long, row 1: needs 3064 positions, the model has 2048" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--methods", "magic"], "method 'magic' is not one of full"),
+    (["--methods", "sentencekv:score"], "settings are name=value"),
+    (["--methods", "sentencekv:colour=red"], "there is no setting 'colour'"),
+    (["--methods", "sentencekv", "--budgets", "40"], "token_budget is 40, the least is 65"),
+    (["--methods", "full", "--generate", "riddles"], "--generate riddles: families are single"),
+    (["--methods", "full", "--data", "nowhere"], "cannot read nowhere"),
+])
+def test_bad_options_are_one_line(tiny_folder, book, capsys, arguments, message):
+    assert run("ruler", "--data", book, "--model", tiny_folder, *arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
