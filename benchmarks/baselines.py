@@ -3,9 +3,10 @@
 They show what a method keeps, not how fast it could be: nothing here is offloaded or tuned.
 
 A budget is the number of tokens that a KV head attends to, everything included. It is strict
-while writing too: every new token takes the place of the least important one that is left. The
-papers let SnapKV, L2-norm, PyramidKV and ChunkKV grow while they write. Grouped query heads share
-one choice (the mean of their scores), as in `sentencekv`.
+while writing too, where the papers let SnapKV, L2-norm, PyramidKV and ChunkKV grow: every new
+token takes the place of the prompt's least important one, until the prompt has half of the budget
+left, and then of the oldest of the latest. Grouped query heads share one choice (the mean of
+their scores), as in `sentencekv`.
 
 Shapes as in `cache.py`: H query heads, H_kv KV heads, T prompt tokens, D channels.
 """
@@ -64,6 +65,10 @@ class Evicting:
     def layer_budget(self, layer):
         return self.budget
 
+    def least_kept(self, layer):
+        """So many of the prompt's tokens stay, however much is written."""
+        return self.layer_budget(layer) // 2
+
     def prefill(self, layer, q, k, v):
         kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
         n_earlier = max(k.shape[1] - self.window, 0)
@@ -75,10 +80,11 @@ class Evicting:
         self.recent[layer] = kv[:, n_earlier:]
 
     def decode(self, layer, q, k, v):
-        new = torch.stack((k, v), dim=2)
-        recent = torch.cat((self.recent[layer], new), dim=1)[:, -self.layer_budget(layer) :]
+        budget = self.layer_budget(layer)
+        latest = max(self.window, budget - min(self.least_kept(layer), self.kept[layer].shape[1]))
+        recent = torch.cat((self.recent[layer], torch.stack((k, v), dim=2)), dim=1)[:, -latest:]
         self.recent[layer] = recent
-        room = self.layer_budget(layer) - recent.shape[1]
+        room = max(budget - recent.shape[1], 0)
         return *torch.cat((self.kept[layer][:, :room], recent), dim=1).unbind(dim=2), None
 
     def advance(self, n_tokens):
@@ -95,6 +101,9 @@ class StreamingLLM(Evicting):
         position = torch.arange(k.shape[1], dtype=torch.float32)
         position[:4] = math.inf
         return position.expand(len(k), -1)
+
+    def least_kept(self, layer):
+        return 4
 
 
 class L2Norm(Evicting):

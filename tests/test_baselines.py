@@ -143,6 +143,17 @@ def test_no_head_attends_to_more_than_the_budget(recording, method):
     assert min(map(min, counts)) >= (BUDGET - 16 if method == "quest" else WINDOW)
 
 
+@pytest.mark.parametrize("method, least", [("streamingllm", 4), ("snapkv", BUDGET // 2)])
+def test_the_prompt_s_best_tokens_outlast_a_long_text(recording, method, least):
+    cache = recording.replay(new_cache(method))
+    for step in range(100):
+        keys = cache.decode(0, *random_token(step))[0]
+        cache.advance(1)
+    prompt = recording.layers[0][1][0]
+    left = sum((prompt == key).all(-1).any().item() for key in keys[0])
+    assert left == least and keys.shape[1] == BUDGET
+
+
 def test_pyramid_budgets_shrink_and_add_up():
     config = type("Config", (), {"num_hidden_layers": 30, "num_key_value_heads": 3, "head_dim": 64})
     cache = PyramidKV(config, 384)
