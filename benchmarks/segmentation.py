@@ -20,7 +20,7 @@ import argparse
 import json
 import sys
 import time
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
@@ -34,34 +34,30 @@ STOPPED = regex.compile(r"[.!?…:;][\p{Pe}\p{Pf}\"'_*]*$")
 SHORT = regex.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Messrs|Mme|Prof|Capt|Col|Rev|Hon|Esq|No|\p{Lu})\.$")
 
 
-class InputError(Exception):
-    """Something about a file that its owner should know."""
-
-
 def read_text(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise InputError(f"{path}: {reason}") from None
+        raise ValueError(f"{path}: {reason}") from None
     if not text.strip():
-        raise InputError(f"{path}: is empty")
+        raise ValueError(f"{path}: is empty")
     return text
 
 
 def read_rows(path: str, field: str, is_field) -> list[dict]:
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
-            raise InputError(f"{path}: line {number} is not JSON") from None
-        if row is None:
+        if not line.strip():
             continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise ValueError(f"{path}: line {number} is not JSON") from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise InputError(f"{path}: line {number} has no `text`")
+            raise ValueError(f"{path}: line {number} has no `text`")
         if not isinstance(row.get(field), list) or not all(map(is_field, row[field])):
-            raise InputError(f"{path}: line {number} has no list `{field}` of the right kind")
+            raise ValueError(f"{path}: line {number} has no list `{field}` of the right kind")
         rows.append(row)
     return rows
 
@@ -112,23 +108,20 @@ def is_inside(text: str, end: int) -> bool:
     following = after.lstrip()
     if not following or regex.match(r"\s*\n\s*\n", after):
         return False
-    glued = following == after
-    return bool(
-        glued or following[0].islower() or SHORT.search(before) or not STOPPED.search(before)
-    )
+    if following == after or following[0].islower():
+        return True
+    return SHORT.search(before) is not None or STOPPED.search(before) is None
 
 
 def describe(texts: list[str], tokenized: list[list[str]], cut, inside) -> str:
     """One line of the table: spans, median and longest length, share that ends in the middle."""
     lengths, middle = [], 0
     for number, (text, pieces) in enumerate(zip(texts, tokenized, strict=True)):
-        place, places = len(text) - sum(map(len, pieces)), []
-        for piece in pieces:
-            place += len(piece)
-            places.append(place)
+        before = len(text) - sum(map(len, pieces))  # what the tokenizer left out at the beginning
+        places = list(accumulate(map(len, pieces), initial=before))
         spans = cut(pieces)
         lengths += [end - start for start, end in spans]
-        middle += sum(inside(number, text, places[end - 1]) for _, end in spans)
+        middle += sum(inside(number, text, places[end]) for _, end in spans)
     return f"{len(lengths):9,} {median(lengths):6.0f} {max(lengths):7} {middle / len(lengths):9.1%}"
 
 
@@ -141,7 +134,7 @@ def compare(pages: list[dict], book: str, folder: Path):
     def inside_page(number, text, end):
         return len(text[:end].rstrip()) not in gold[number]
 
-    def inside_book(number, text, end):
+    def inside_book(_, text, end):
         return is_inside(text, end)
 
     print(f"\n{'token spans':18}{'spans':>9} {'median':>6} {'longest':>7} {'in middle':>9}")
@@ -179,8 +172,8 @@ def main(arguments=None) -> int:
         pages = read_rows(args.EWT, "sentence_char_spans", is_span)
         book = read_text(args.BOOK)
         if not any((args.model / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-            raise InputError(f"{args.model}: has no tokenizer; try python weights/download.py")
-    except InputError as error:
+            raise ValueError(f"{args.model}: has no tokenizer; try python weights/download.py")
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     precision, recall, f1 = score(pages)
