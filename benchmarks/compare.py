@@ -1,6 +1,6 @@
 """One prompt, every method: what it answers, what it attends to, what it holds.
 
-    python -m benchmarks.compare --prompt examples/red_headed_league.txt --budget 256
+    python -m benchmarks.compare --prompt examples/walden_house.txt --budget 256
 
 The prompt is read once. Attention mass and the error of the attention output are those of
 `benchmarks.quality recall`, over the full cache's answer and all layers. Milliseconds are those
