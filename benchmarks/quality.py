@@ -6,6 +6,7 @@
     python -m benchmarks.quality longbench --data QASPER.jsonl
     python -m benchmarks.quality perplexity --data BOOK.txt --length 3000 --new-tokens 256
     python -m benchmarks.quality recall --data BOOK.txt --length 3000 --new-tokens 64
+    python -m benchmarks.quality jaccard --data BOOK.txt --length 3000
 
 The prompt is read once, and its keys and values are replayed into a cache for every method and
 budget. A method may carry settings of SentenceKVConfig, and the unit that it remembers by:
@@ -20,6 +21,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -30,6 +32,7 @@ from tqdm import tqdm
 
 from benchmarks import tasks
 from benchmarks.baselines import METHODS, Recording, attention_received, make_cache
+from benchmarks.segmentation import old_spans
 from generate import Tokenizer, read_first, stop_tokens, write_on
 from model import load_model
 from segment import SentenceStream, token_spans
@@ -73,7 +76,7 @@ def units(pieces: list[str], unit: str) -> list[tuple[int, int]]:
     """The prompt in sentences, or in what they are compared with.
 
     `chunkN`: N tokens each; `mergedN`: sentences joined until they have N tokens; `old`: the rule
-    of the authors' code, an end after every token that is `.`, `!`, `?` or a line break.
+    of the authors' code.
     """
     if unit == "sentence":
         return token_spans(pieces, LIMIT)
@@ -86,7 +89,7 @@ def units(pieces: list[str], unit: str) -> list[tuple[int, int]]:
             if b - start >= int(unit[6:]):
                 ends, start = [*ends, b], b
     elif unit == "old":
-        ends = [i + 1 for i, piece in enumerate(pieces) if piece in (".", "!", "?", "\n")]
+        return old_spans(pieces)
     else:
         raise ValueError(f"unit {unit!r} is not sentence, chunkN, mergedN or old")
     ends = sorted({*ends, len(pieces)})
@@ -171,6 +174,34 @@ class Bench:
         for method, seen in zip(methods, witness.seen):
             for layer, pairs in enumerate(seen):
                 yield method, layer, mean(m for m, _ in pairs), mean(e for _, e in pairs)
+
+
+    def jaccard(self, ids: list[int], methods: list[Method]):
+        """Yield (method, layer, Jaccard similarity of its choice with the next layer's).
+
+        The mean over KV heads of |A ∩ B| / |A ∪ B| for the positions chosen of the prompt, when
+        its last token is the one that asks. ChunkKV chooses in every layer here.
+        """
+        recording, first = self.record(ids)
+        pieces = self.tokenizer.pieces(ids)
+        for method in methods:
+            cache = method.new_cache(self.model, pieces, 1)
+            cache.reuse = 1
+            self.model.decode(torch.tensor([first]), recording.replay(cache))
+            chosen = [[set(head.tolist()) - {-1} for head in layer] for layer in chosen_by(cache)]
+            for layer, (here, there) in enumerate(pairwise(chosen)):
+                yield method, layer, mean(len(a & b) / len(a | b) for a, b in zip(here, there))
+
+
+def chosen_by(cache) -> list:
+    """For every layer the positions (H_kv, n) that were chosen of the prompt."""
+    if hasattr(cache, "resident"):
+        if cache.config.keep_factor != math.inf:
+            raise ValueError("jaccard needs keep_factor=inf: else rows are no positions")
+        return list(cache.resident)
+    if getattr(cache, "kept_at", [None])[0] is None:
+        raise ValueError(f"{type(cache).__name__} chooses no tokens of the prompt once and for all")
+    return cache.kept_at
 
 
 class Witness:
@@ -324,6 +355,15 @@ def run_recall(args, bench, methods, results):
                             budget=method.budget, score=value, model=bench.name)
 
 
+def run_jaccard(args, bench, methods, results):
+    for name, ids in book_tokens(args, bench):
+        task = f"jaccard {name}"
+        left = results.missing(task, 0, methods)
+        for method, layer, similarity in bench.jaccard(ids[: args.length], left) if left else ():
+            results.add(task=task, index=layer, method=method.spec, budget=method.budget,
+                        score=similarity, model=bench.name)
+
+
 def table(rows: list[dict], percent: bool) -> str:
     """Markdown: a line for every method, a column for every task and budget; mean ± its error."""
     cells = {}
@@ -406,7 +446,7 @@ def parse(arguments):
         return lambda text: [kind(part) for part in text.split(",")]
 
     add = parser.add_argument
-    add("task", choices=("ruler", "needle", "longbench", "perplexity", "recall"))
+    add("task", choices=("ruler", "needle", "longbench", "perplexity", "recall", "jaccard"))
     add("--data", type=Path, nargs="+", required=True, help="task files, or books as haystacks")
     add("--model", type=Path, help="Llama folder (default: SmolLM2-135M-Instruct)")
     add("--methods", help="separated by blanks or semicolons; default: all",
@@ -445,7 +485,8 @@ def main(arguments=None) -> int:
     try:
         methods, results = asked_methods(args), Results(args.out)
         bench = Bench(args.model or download())
-        run = {"perplexity": run_perplexity, "recall": run_recall}.get(args.task, run_answers)
+        run = {"perplexity": run_perplexity, "recall": run_recall,
+               "jaccard": run_jaccard}.get(args.task, run_answers)
         run(args, bench, methods, results)
         report = table(results.rows, percent=args.task in ("ruler", "needle", "longbench"))
         print(report)

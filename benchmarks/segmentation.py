@@ -97,6 +97,7 @@ def characters_per_second(text: str) -> float:
 
 
 def old_spans(pieces: list[str]) -> list[tuple[int, int]]:
+    """An end after every token that is `.`, `!`, `?` or a line break."""
     ends = [i for i, piece in enumerate(pieces, 1) if piece in OLD_ENDS]
     return list(pairwise(sorted({0, *ends, len(pieces)})))
 

@@ -138,6 +138,17 @@ def test_recall_is_one_when_everything_is_selected(tiny_folder, book, tmp_path):
     assert len(results(out)) == 2 * 3 * 2 * TINY.num_hidden_layers
 
 
+def test_jaccard_compares_neighbouring_layers(tiny_folder, book, tmp_path, capsys):
+    out = tmp_path / "jaccard.jsonl"
+    arguments = ("jaccard", "--data", book, "--model", tiny_folder, "--length", 200, "--budgets",
+                 "96", "--new-tokens", 1)
+    assert run(*arguments, "--methods", "snapkv chunkkv sentencekv streamingllm", "--out", out) == 0
+    rows = {row["method"]: row["score"] for row in results(out)}
+    assert rows.pop("streamingllm") == 1 and all(0 <= score < 1 for score in rows.values())
+    assert run(*arguments, "--methods", "quest") == 2
+    assert "Quest chooses no tokens" in capsys.readouterr().err
+
+
 def test_compare_shows_every_method(tiny_folder, book, capsys):
     book.write_text(BOOK[:600])
     assert compare.main(["--prompt", str(book), "--model", str(tiny_folder), "--budget", "96",

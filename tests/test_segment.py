@@ -1,11 +1,8 @@
 """Sentences: the rules, the stream against the whole, the limit, the work, and real tokens."""
 
-import codecs
 import doctest
 from bisect import bisect_right
-from functools import cache
 from itertools import groupby, pairwise
-from pathlib import Path
 
 import pytest
 import regex
@@ -14,10 +11,10 @@ from hypothesis import strategies as st
 
 import segment
 from benchmarks import segmentation
-from segment import INSIDE, ABBREVIATED, SentenceStream, marked, sentence_ends, token_spans
+from generate import Tokenizer
+from segment import ABBREVIATED, INSIDE, SentenceStream, marked, sentence_ends, token_spans
 
 UNLIMITED = 10**9
-TOKENIZER = Path(__file__).parents[1] / "weights/smollm2-135m-instruct/tokenizer.json"
 
 
 def sentences(text):
@@ -234,25 +231,10 @@ def test_the_stream_forgets(name):
 # Tokens of the default model
 
 
-@cache
-def tokenizer():
-    if not TOKENIZER.exists():
-        pytest.skip(f"needs {TOKENIZER.name} of the default weights: python weights/download.py")
-    return pytest.importorskip("tokenizers").Tokenizer.from_file(str(TOKENIZER))
-
-
-@cache
-def bytes_of_characters():
-    """GPT-2's table: a printable character for every byte."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def token_pieces(text):
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    tokens = tokenizer().encode(text, add_special_tokens=False).tokens
-    return [decoder.decode(bytes(map(bytes_of_characters().get, token))) for token in tokens]
+@pytest.fixture(scope="module")
+def token_pieces(default_folder):
+    tokenizer = Tokenizer(default_folder)
+    return lambda text: tokenizer.pieces(tokenizer.encode(text, add_bos=False))
 
 
 BOOK = """\
@@ -304,7 +286,7 @@ he never paid.
     ],
     ids=["chinese", "emoji", "crlf", "tabs", "code", "book"],
 )
-def test_sentences_of_real_tokens(text, expected):
+def test_sentences_of_real_tokens(token_pieces, text, expected):
     assert sentences(text) == expected
     pieces = token_pieces(text)
     assert ["".join(pieces[a:b]).strip() for a, b in token_spans(pieces)] == [
@@ -312,7 +294,7 @@ def test_sentences_of_real_tokens(text, expected):
     ]
 
 
-def test_an_end_is_told_at_most_one_token_late():
+def test_an_end_is_told_at_most_one_token_late(token_pieces):
     text = BOOK + "I like the U.S. How about you? He came at 6 p.m. Then he left. it is so.\n1. a"
     pieces = token_pieces(text)
     stream, told, late = SentenceStream(), 0, []
