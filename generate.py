@@ -300,7 +300,10 @@ def parse(arguments) -> argparse.Namespace:
 
 
 def read_prompt(path: str) -> str:
-    """The whole file, or standard input. ValueError if it is not UTF-8 text or is blank."""
+    """The whole file, or standard input. ValueError if it is not UTF-8 text or is blank.
+
+    The line end that editors put at the end of a file is left out: a model takes it for a sign.
+    """
     name = "standard input" if path == "-" else path
     if path == "-" and sys.stdin is None:
         raise ValueError("standard input is closed")
@@ -312,7 +315,7 @@ def read_prompt(path: str) -> str:
         raise ValueError(f"cannot read {name}: {error.strerror}") from None
     if not text.strip():
         raise ValueError(f"{name} is empty")
-    return text
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def pick_device(name: str) -> torch.device:

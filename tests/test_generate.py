@@ -168,6 +168,14 @@ def test_standard_input_is_a_prompt(capfd, tiny_folder, monkeypatch):
     assert report["prompt_tokens"] == len(TEXT)
 
 
+def test_the_last_line_end_is_no_part_of_the_prompt(capfd, default_folder, tmp_path):
+    path = tmp_path / "question.txt"
+    for ending in (b"", b"\n", b"\r\n"):
+        path.write_bytes(b"What is the capital of France?" + ending)
+        report = run_json(capfd, "--prompt", path, "--max-new-tokens", 12, "--device", "cpu")
+        assert report["text"] == "The capital of France is Paris."
+
+
 def test_one_token_is_a_prompt(capfd, tiny_folder, tmp_path):
     (tmp_path / "one").write_text("x")
     report = run_json(capfd, "--prompt", tmp_path / "one", "--model", tiny_folder,
