@@ -367,11 +367,12 @@ def run_jaccard(args, bench, methods, results):
 def table(rows: list[dict], percent: bool) -> str:
     """Markdown: a line for every method, a column for every task and budget; mean ± its error."""
     cells = {}
-    for row in rows:
+    named = [("needle" if r["task"].startswith("needle ") else r["task"], r) for r in rows]
+    overall = ("mean",) if percent and len({task for task, _ in named}) > 1 else ()
+    for task, row in named:
         budget = "" if row["method"] == "full" else row["budget"]
-        task = "needle" if row["task"].startswith("needle ") else row["task"]
-        for task in (task, "mean") if percent else (task,):
-            cells.setdefault((row["method"], task, budget), []).append(row["score"])
+        for column in (task, *overall):
+            cells.setdefault((row["method"], column, budget), []).append(row["score"])
     scale, form = (100, "{:.0f}") if percent else (1, "{:.3f}")
 
     def cell(method, task, budget):
@@ -492,7 +493,7 @@ def main(arguments=None) -> int:
         print(report)
         if args.out and results.rows:
             args.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
-            if args.task != "longbench":
+            if args.task in ("ruler", "needle", "perplexity"):
                 plot(results.rows, args.task, args.out.with_suffix(".png"))
     except (ValueError, OSError) as error:
         print(f"benchmarks.quality: {error}", file=sys.stderr)
