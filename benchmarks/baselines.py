@@ -6,7 +6,8 @@ A budget is the number of tokens that a KV head attends to, everything included.
 while writing too, where the papers let SnapKV, L2-norm, PyramidKV and ChunkKV grow: every new
 token takes the place of the prompt's least important one, until the prompt has half of the budget
 left, and then of the oldest of the latest. Grouped query heads share one choice (the mean of
-their scores), as in `sentencekv`.
+their scores), as in `sentencekv`, and every layer has the same budget (but PyramidKV's), where
+the papers of L2-norm and Quest leave the first two layers whole.
 
 Shapes as in `cache.py`: H query heads, H_kv KV heads, T prompt tokens, D channels.
 """
@@ -52,7 +53,7 @@ class Evicting:
     window = WINDOW
 
     def __init__(self, model_config, budget: int):
-        self.n_layers, self.n_heads, _ = kv_shape(model_config)
+        self.n_layers = kv_shape(model_config)[0]
         self.budget, self.num_tokens = budget, 0
         self.kept = [None] * self.n_layers  # (H_kv, n, 2, D), the most important first
         self.recent = [None] * self.n_layers  # (H_kv, n, 2, D), the oldest first
@@ -107,7 +108,7 @@ class StreamingLLM(Evicting):
 
 
 class L2Norm(Evicting):
-    """The keys of smallest norm. 2406.11430, which leaves the first two layers whole."""
+    """The keys of smallest norm. 2406.11430."""
 
     def importance(self, layer, q, k):
         return -k.float().norm(dim=-1)
@@ -177,6 +178,7 @@ class H2O(Evicting):
         self.received[layer] = torch.cat(
             (received.gather(-1, self.kept_at[layer]), received[:, n_earlier:]), dim=-1)
         self.kept[layer] = torch.cat((self.kept[layer], self.recent[layer]), dim=1)
+        self.recent[layer] = None  # one list, the latest last
 
     def decode(self, layer, q, k, v):
         kv, received = self.make_room(self.kept[layer], self.received[layer])
@@ -203,8 +205,7 @@ class Quest(Evicting):
     """Pages of 16 tokens, chosen anew at every step; nothing is forgotten. 2406.10774.
 
     A page's score is the most that q · k can be for keys between its channels' smallest and
-    largest values. The page being filled is always read. The paper leaves the first two layers
-    whole; here every layer has the same budget.
+    largest values. The page being filled is always read.
     """
 
     page = 16
@@ -272,8 +273,10 @@ def make_cache(method: str, model_config, budget: int, spans: list, max_new_toke
                dtype=torch.float32, **settings):
     """An empty cache for a prompt of these sentences, on the CPU.
 
-    `settings` go to `SentenceKVConfig`. ValueError for an unknown method.
+    `settings` go to `SentenceKVConfig`. ValueError for an unknown method, or one without settings.
     """
+    if settings and method not in SENTENCE_METHODS:
+        raise ValueError(f"method {method!r} has no settings")
     if method == "full":
         return FullCache(model_config, spans[-1][1] + max_new_tokens, "cpu", dtype)
     if method in BASELINES:

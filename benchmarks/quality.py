@@ -31,7 +31,13 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import tasks
-from benchmarks.baselines import METHODS, Recording, attention_received, make_cache
+from benchmarks.baselines import (
+    METHODS,
+    SENTENCE_METHODS,
+    Recording,
+    attention_received,
+    make_cache,
+)
 from benchmarks.segmentation import old_spans
 from generate import Tokenizer, read_first, stop_tokens, write_on
 from model import load_model
@@ -40,7 +46,6 @@ from sentencekv import SentenceKVConfig
 from weights.download import download
 
 LIMIT = SentenceKVConfig.sentence_limit
-RECENT = SentenceKVConfig.recent_window
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Method:
 
     def new_cache(self, model, pieces: list[str], max_new_tokens: int):
         settings = self.settings
+        if "unit" in settings and self.name not in SENTENCE_METHODS:
+            raise ValueError(f"method {self.name!r} remembers by no unit")
         spans = units(pieces, settings.pop("unit", "sentence"))
         for name, value in settings.items():
             if name not in SentenceKVConfig.__dataclass_fields__:

@@ -188,6 +188,8 @@ def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--methods", "magic"], "method 'magic' is not one of full"),
+    (["--methods", "snapkv:sink_tokens=4"], "method 'snapkv' has no settings"),
+    (["--methods", "quest:unit=old"], "method 'quest' remembers by no unit"),
     (["--methods", "sentencekv:score"], "settings are name=value"),
     (["--methods", "sentencekv:colour=red"], "there is no setting 'colour'"),
     (["--methods", "sentencekv", "--budgets", "40"], "token_budget is 40, the least is 65"),
