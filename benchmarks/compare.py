@@ -4,7 +4,8 @@
 
 The prompt is read once. Attention mass and the error of the attention output are those of
 `benchmarks.quality recall`, over the full cache's answer and all layers. Milliseconds are those
-of plain PyTorch here and no measure of the published methods' own code.
+of attention in plain PyTorch here, projections included, and no measure of the published methods'
+own code.
 """
 
 import argparse
@@ -36,17 +37,18 @@ def compare(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Met
     print("| method | attention mass | output error | device MiB | ms a token | answer |")
     print("|---|---|---|---|---|---|")
     full = Method("full", methods[0].budget)
-    answers = {m: rest for m, *rest in bench.answers(ids, max_new_tokens, [full, *methods])}
+    writers = {w.method: w for w in bench.answers(ids, max_new_tokens, [full, *methods])}
     others = [m for m in methods if m.name != "full"]
     seen = {full: [(1.0, 0.0)]}
-    for method, _, mass, error in bench.recall([*ids, *answers[full][1]], len(ids), others):
+    for method, _, mass, error in bench.recall([*ids, *writers[full].tokens], len(ids), others):
         seen.setdefault(method, []).append((mass, error))
     for method in methods:
-        cache, new, text, seconds = answers[method]
+        writer = writers[method]
         mass, error = (mean(column) for column in zip(*seen[method]))
-        answer = " ".join(text.split()).replace("|", "/")
-        print(f"| {method.spec} | {mass:.1%} | {error:.3f} | {device_bytes(cache) / 2**20:.2f}"
-              f" | {seconds / max(len(new) - 1, 1) * 1e3:.1f} | {answer} |")
+        answer = " ".join(bench.text(writer).split()).replace("|", "/")
+        per_token = 1e3 * writer.seconds / max(len(writer.tokens) - 1, 1)
+        print(f"| {method.spec} | {mass:.1%} | {error:.3f} | {device_bytes(writer.cache) / 2**20:.2f}"
+              f" | {per_token:.1f} | {answer} |")
 
 
 def main(arguments=None) -> int:

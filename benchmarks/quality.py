@@ -39,8 +39,8 @@ from benchmarks.baselines import (
     make_cache,
 )
 from benchmarks.segmentation import old_spans
-from generate import Tokenizer, read_first, stop_tokens, write_on
-from model import load_model
+from generate import Tokenizer, read_first, stop_tokens
+from model import load_model, rope_table
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
 from weights.download import download
@@ -103,6 +103,50 @@ def units(pieces: list[str], unit: str) -> list[tuple[int, int]]:
     return list(zip([0, *ends], ends))
 
 
+class Writer:
+    """One method's cache, the tokens written with it, and the seconds that its attention took."""
+
+    def __init__(self, method: Method, cache, read):
+        self.method, self.cache, self.read = method, cache, read
+        self.sentences, self.tokens, self.pieces, self.seconds = SentenceStream(LIMIT), [], [], 0.0
+
+    def read_on(self, token: int):
+        """As in `generate.write_on`: the sentence that a token follows is sealed first."""
+        piece = self.read(token)
+        self.tokens.append(token)
+        self.pieces.append(piece)
+        for length in self.sentences.push(piece):
+            self.cache.end_sentence(length)
+
+    def decode(self, attention, x, rope):
+        start = time.perf_counter()
+        x = attention.decode(x, rope, self.cache)
+        self.seconds += time.perf_counter() - start
+        return x
+
+
+@torch.inference_mode()
+def decode_together(model, writers: list[Writer]) -> torch.Tensor:
+    """Logits (M, vocab) after each writer's last token: `Llama.decode` with M caches.
+
+    All are at the same position. Each has its own attention; the weights are read once.
+    """
+    x = model.embed_tokens(torch.tensor([writer.tokens[-1] for writer in writers]))
+    position = torch.tensor([writers[0].cache.num_tokens])
+    rope = rope_table(model.config, position, x.dtype)
+    for block in model.layers:
+        x = block(x, lambda h: torch.cat([
+            writer.decode(block.self_attn, row, rope) for writer, row in zip(writers, h.split(1))]))
+    for writer in writers:
+        writer.cache.advance(1)
+    return model.logits(model.norm(x))
+
+
+def batched(methods: list[Method]):
+    """So many at a time that their caches fit into memory."""
+    return [methods[i : i + 20] for i in range(0, len(methods), 20)]
+
+
 class Bench:
     """A model with its tokenizer, and prompts read once for all methods."""
 
@@ -132,35 +176,41 @@ class Bench:
             raise ValueError(f"needs {needed} positions, the model has {positions}")
 
     def answers(self, ids: list[int], max_new_tokens: int, methods: list[Method]):
-        """Yield (method, cache, new token ids, text, seconds) for one prompt."""
+        """Yield a `Writer` for every method, when its answer to one prompt is written."""
         self.check(ids, max_new_tokens)
         recording, first = self.record(ids)
         pieces = self.tokenizer.pieces(ids)
-        for method in methods:
-            cache = method.new_cache(self.model, pieces, max_new_tokens)
-            recording.replay(cache)
-            start = time.perf_counter()
-            written = list(write_on(self.model, cache, first, self.tokenizer.reader(),
-                                    lambda logits: logits.argmax().item(), self.stop,
-                                    max_new_tokens, LIMIT))
-            seconds = time.perf_counter() - start
-            text = "".join(piece for token, piece in written if token not in self.tokenizer.special)
-            yield method, cache, [token for token, _ in written], text, seconds
+        for group in batched(methods):
+            writers = [Writer(m, recording.replay(m.new_cache(self.model, pieces, max_new_tokens)),
+                              self.tokenizer.reader()) for m in group]
+            live, tokens = writers, [first] * len(writers)
+            for _ in range(max_new_tokens):
+                for writer, token in zip(live, tokens):
+                    writer.read_on(token)
+                live = [w for w in live if w.tokens[-1] not in self.stop]
+                if not live or len(live[0].tokens) == max_new_tokens:
+                    break
+                tokens = decode_together(self.model, live).argmax(dim=-1).tolist()
+            yield from writers
+
+    def text(self, writer: Writer) -> str:
+        pairs = zip(writer.tokens, writer.pieces)
+        return "".join(piece for token, piece in pairs if token not in self.tokenizer.special)
 
     def losses(self, ids: list[int], n_prompt: int, methods: list[Method]):
         """Yield (method, mean NLL of the tokens after the prompt), read one by one."""
         recording, _ = self.record(ids[:n_prompt])
         pieces = self.tokenizer.pieces(ids)
-        for method in methods:
-            cache = method.new_cache(self.model, pieces[:n_prompt], len(ids) - n_prompt)
-            recording.replay(cache)
-            sentences, losses = SentenceStream(LIMIT), []
+        for group in batched(methods):
+            readers = [Writer(m, recording.replay(
+                m.new_cache(self.model, pieces[:n_prompt], len(ids) - n_prompt)),
+                self.tokenizer.reader()) for m in group]
+            losses = []
             for i in range(n_prompt, len(ids) - 1):
-                for length in sentences.push(pieces[i]):
-                    cache.end_sentence(length)
-                logits = self.model.logits(self.model.decode(torch.tensor(ids[i : i + 1]), cache))
-                losses.append(-logits[0].log_softmax(-1)[ids[i + 1]].item())
-            yield method, mean(losses)
+                for reader in readers:
+                    reader.read_on(ids[i])
+                losses.append(-decode_together(self.model, readers).log_softmax(-1)[:, ids[i + 1]])
+            yield from zip(group, torch.stack(losses).mean(dim=0).tolist())
 
     def recall(self, ids: list[int], n_prompt: int, methods: list[Method]):
         """Yield (method, layer, share of the attention mass, relative error of the output).
@@ -321,10 +371,11 @@ def run_answers(args, bench, methods, results):
             continue
         try:
             ids = bench.prompt_ids(example)
-            for method, _, _, text, seconds in bench.answers(ids, example.max_new_tokens, left):
+            for writer in bench.answers(ids, example.max_new_tokens, left):
+                text, method = bench.text(writer), writer.method
                 results.add(task=example.task, index=example.index, method=method.spec,
                             budget=method.budget, score=example.score(text), text=text,
-                            answers=example.answers, seconds=round(seconds, 2), model=bench.name)
+                            answers=example.answers, model=bench.name)
         except ValueError as error:
             if "positions" not in str(error):
                 raise
