@@ -119,9 +119,10 @@ class SentenceKVCache:
         # The row that each working-set slot holds, -1 for none.
         self.resident = torch.full((layers, heads, self.load_slots), -1, device=device)
 
-        # By sentence: semantic vector, first row (and the next one's), score so far.
+        # By sentence: semantic vector, spread, first row (and the next one's), score so far.
         room = self.n_sentences + SENTENCE_BLOCK
         self.vectors = torch.zeros(layers, heads, room, dim, device=device, dtype=dtype)
+        self.spreads = torch.zeros(layers, heads, room, device=device)
         self.bounds = torch.zeros(layers, heads, room + 1, device=device, dtype=torch.long)
         self.scores = torch.zeros(layers, heads, room, device=device)
         self.n_wanted = torch.zeros((), device=device, dtype=torch.long)  # rows, all in all
@@ -146,7 +147,8 @@ class SentenceKVCache:
             bounds = sentence_bounds(kept, self.sentence_ends)
             self.bounds[layer, :, : n + 1] = bounds
             self.bounds[layer, :, n + 1 :] = self.n_rows  # empty, until sentences are written
-            self.vectors[layer, :, :n] = sentence_vectors(kv[:, :, 0], bounds)
+            self.vectors[layer, :, :n], self.spreads[layer, :, :n] = sentence_vectors(
+                kv[:, :, 0], bounds)
         with self.stage("offload"):
             self.offload(layer, 0, kv)
 
@@ -235,7 +237,8 @@ class SentenceKVCache:
         So an end that is found late also takes away the scores of tokens written after it.
         """
         lengths = self.bounds[layer].diff(dim=-1)
-        self.scores[layer] += SCORES[self.config.score](q, self.vectors[layer], lengths)
+        score = SCORES[self.config.score]
+        self.scores[layer] += score(q, self.vectors[layer], self.spreads[layer], lengths)
 
     def load(self, layer: int, rows, slots, missing):
         """Bring the missing rows from the host into their slots; the others are there already.
@@ -263,8 +266,11 @@ class SentenceKVCache:
                 self.offload(layer, self.n_rows, kv[layer])
             self.finish_offload()
             n = self.n_sentences
-            # As in `sentence_vectors`, with nothing dropped.
-            self.vectors[:, :, n] = kv[:, :, :, 0].float().mean(dim=2).to(kv.dtype)
+            keys = kv[:, :, :, 0].flatten(0, 1)  # (L * H_kv, length, D)
+            bounds = torch.tensor([[0, length]], device=self.device).expand(len(keys), -1)
+            vectors, spreads = sentence_vectors(keys, bounds.contiguous())
+            self.vectors[:, :, n] = vectors.view_as(self.vectors[:, :, n])
+            self.spreads[:, :, n] = spreads.view_as(self.spreads[:, :, n])
             self.n_rows += length
             self.bounds[:, :, n + 1 :] = self.n_rows
             self.scores.zero_()
@@ -277,6 +283,7 @@ class SentenceKVCache:
         if self.n_sentences == self.vectors.shape[2]:
             pad = torch.nn.functional.pad
             self.vectors = pad(self.vectors, (0, 0, 0, SENTENCE_BLOCK))
+            self.spreads = pad(self.spreads, (0, SENTENCE_BLOCK))
             self.scores = pad(self.scores, (0, SENTENCE_BLOCK))
             self.bounds = pad(self.bounds, (0, SENTENCE_BLOCK))  # `end_sentence` fills them in
 

@@ -19,31 +19,48 @@ import torch
 import torch.nn.functional as F
 
 
-def mean_query(q: torch.Tensor, vectors: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def mean_query(q, vectors, spreads, lengths) -> torch.Tensor:
     """The paper's score: the query, averaged over its group, times the semantic vector.
 
     The paper averages the queries of the sentence being written before it multiplies. That is
     linear, so the sum of these scores over the sentence's tokens ranks sentences the same.
 
-    q (H_kv, G, D), vectors (H_kv, S, D), lengths (unused) (H_kv, S) -> (H_kv, S)
+    q (H_kv, G, D), vectors (H_kv, S, D), spreads and lengths (unused) (H_kv, S) -> (H_kv, S)
     """
     return (vectors @ q.mean(dim=1).unsqueeze(-1)).squeeze(-1).float()
 
 
-def votes(q: torch.Tensor, vectors: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def votes(q, vectors, spreads, lengths) -> torch.Tensor:
     """Each query head spreads one vote over the sentences, as it would spread its attention.
 
     A sentence of n keys near their mean k̄ would receive attention in proportion to
     n · exp(q · k̄ / √D): a softmax over sentences, with ln n added. An empty one gets ln 0 = -∞,
     no vote. Not in the paper.
 
-    q (H_kv, G, D), vectors (H_kv, S, D), lengths (H_kv, S) -> (H_kv, S)
+    q (H_kv, G, D), vectors (H_kv, S, D), spreads (unused) and lengths (H_kv, S) -> (H_kv, S)
     """
     logits = (q @ vectors.mT).float() / math.sqrt(q.shape[-1])  # (H_kv, G, S)
     return (logits + lengths.log().unsqueeze(1)).softmax(dim=-1).sum(dim=1)
 
 
-SCORES = {"mean_query": mean_query, "votes": votes}
+def expected_attention(q, vectors, spreads, lengths) -> torch.Tensor:
+    """Attention that a token of the sentence can expect, from what is known of its keys.
+
+    Keys that lie around their mean k̄ like a normal distribution, σ² wide in every channel, have
+    exp(q · k / √D) = exp(q · k̄ / √D + |q|² σ² / 2D) on average: a sentence of unlike keys may hide
+    one that answers. As the budget counts tokens, it is the average and not the sum that ranks.
+    Not in the paper.
+
+    q (H_kv, G, D), vectors (H_kv, S, D), spreads σ² and lengths (H_kv, S) -> (H_kv, S)
+    """
+    dim = q.shape[-1]
+    logits = (q @ vectors.mT).float() / math.sqrt(dim)  # (H_kv, G, S)
+    hidden = q.float().square().sum(dim=-1, keepdim=True) * spreads.unsqueeze(1) / (2 * dim)
+    sentences = (logits + hidden + lengths.log().unsqueeze(1)).softmax(dim=-1).sum(dim=1)
+    return sentences / lengths.clamp(min=1)
+
+
+SCORES = {"mean_query": mean_query, "votes": votes, "expected_attention": expected_attention}
 
 
 @dataclass(frozen=True)
@@ -136,15 +153,23 @@ def sentence_bounds(kept: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return F.pad(torch.searchsorted(kept, ends.expand(len(kept), -1).contiguous()), (1, 0))
 
 
-def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     """Semantic vector of every sentence: the mean of its kept keys (Section 3.2), after RoPE.
 
-    A sentence with nothing kept gets zeros. keys (H_kv, N, D), bounds (H_kv, S + 1) -> (H_kv, S, D)
+    And its spread, how far the keys lie from that mean: the squared distance, averaged over keys
+    and channels. A sentence with nothing kept gets zeros.
+
+    keys (H_kv, N, D), bounds (H_kv, S + 1) -> vectors (H_kv, S, D), spreads (H_kv, S) in float32
     """
-    lengths = bounds.diff(dim=-1)
-    # `unsafe`: the bounds tile the rows, and checking it would make the host wait for a GPU.
-    sums = torch.segment_reduce(keys.float(), "sum", lengths=lengths, axis=1, unsafe=True)
-    return (sums / lengths.clamp(min=1).unsqueeze(-1)).to(keys.dtype)
+    keys, dtype, lengths = keys.float(), keys.dtype, bounds.diff(dim=-1)
+
+    def average(x):  # `unsafe`: the bounds tile the rows; to check it the host would await the GPU
+        sums = torch.segment_reduce(x, "sum", lengths=lengths, axis=1, unsafe=True)
+        return sums / lengths.clamp(min=1).view(*lengths.shape, *[1] * (x.dim() - 2))
+
+    vectors = average(keys)
+    spreads = average(keys.square().mean(dim=-1)) - vectors.square().mean(dim=-1)
+    return vectors.to(dtype), spreads.clamp(min=0)
 
 
 def select_rows(scores, bounds, first: int, last: int, budget: int) -> tuple:

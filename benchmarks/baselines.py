@@ -210,21 +210,35 @@ class Quest(Evicting):
 
     page = 16
 
+    def __init__(self, model_config, budget):
+        super().__init__(model_config, budget)
+        self.pages = [None] * self.n_layers  # (H_kv, P, 16, 2, D), the full ones
+        self.bounds = [None] * self.n_layers  # (2, H_kv, 1, P, D), their keys' least and most
+
     def prefill(self, layer, q, k, v):
-        self.recent[layer] = torch.stack((k, v), dim=2)  # (H_kv, n, 2, D), all of them
+        kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
+        n_full = k.shape[1] // self.page
+        self.recent[layer] = kv[:, n_full * self.page :]
+        self.pages[layer] = kv[:, : n_full * self.page].unflatten(1, (n_full, self.page))
+        self.bounds[layer] = self.bounds_of(self.pages[layer])
+
+    def bounds_of(self, pages):
+        return torch.stack(pages[:, :, :, 0].aminmax(dim=2)).unsqueeze(2)
 
     def decode(self, layer, q, k, v):
-        kv = torch.cat((self.recent[layer], torch.stack((k, v), dim=2)), dim=1)
-        self.recent[layer] = kv
-        n_full = (kv.shape[1] - 1) // self.page
-        pages = kv[:, : n_full * self.page].unflatten(1, (n_full, self.page))
+        recent = self.recent[layer]
+        if recent.shape[1] == self.page:
+            page, recent = recent.unsqueeze(1), recent[:, :0]
+            self.pages[layer] = torch.cat((self.pages[layer], page), dim=1)
+            self.bounds[layer] = torch.cat((self.bounds[layer], self.bounds_of(page)), dim=3)
+        recent = torch.cat((recent, torch.stack((k, v), dim=2)), dim=1)
+        self.recent[layer] = recent
         grouped = q.view(len(k), -1, 1, q.shape[-1])  # (H_kv, G, 1, D)
-        low, high = (x.unsqueeze(1) for x in pages[:, :, :, 0].aminmax(dim=2))  # (H_kv, 1, P, D)
-        bound = torch.maximum(grouped * low, grouped * high).sum(dim=-1)  # (H_kv, G, P)
-        room = (self.budget - (kv.shape[1] - n_full * self.page)) // self.page
+        bound = (grouped * self.bounds[layer]).amax(dim=0).sum(dim=-1)  # (H_kv, G, P)
+        room = (self.budget - recent.shape[1]) // self.page
         best = bound.mean(dim=1).argsort(dim=-1, descending=True, stable=True)[:, :room]
-        chosen = pages[torch.arange(len(k))[:, None], best].flatten(1, 2)
-        return *torch.cat((chosen, kv[:, n_full * self.page :]), dim=1).unbind(dim=2), None
+        chosen = self.pages[layer][torch.arange(len(k))[:, None], best].flatten(1, 2)
+        return *torch.cat((chosen, recent), dim=1).unbind(dim=2), None
 
 
 class LastQuery(SentenceKVCache):

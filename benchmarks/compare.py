@@ -47,8 +47,9 @@ def compare(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Met
         mass, error = (mean(column) for column in zip(*seen[method]))
         answer = " ".join(bench.text(writer).split()).replace("|", "/")
         per_token = 1e3 * writer.seconds / max(len(writer.tokens) - 1, 1)
-        print(f"| {method.spec} | {mass:.1%} | {error:.3f} | {device_bytes(writer.cache) / 2**20:.2f}"
-              f" | {per_token:.1f} | {answer} |")
+        held = device_bytes(writer.cache) / 2**20
+        print(f"| {method.spec} | {mass:.1%} | {error:.3f} | {held:.2f} | {per_token:.1f}"
+              f" | {answer} |")
 
 
 def main(arguments=None) -> int:

@@ -102,6 +102,12 @@ class SlowSentenceKV:
             scores = vectors @ queries.mean(dim=(0, 1))
         else:
             lengths = torch.tensor([float(len(k)) for k in keys], device=vectors.device)
-            logits = queries @ vectors.T / math.sqrt(vectors.shape[-1]) + lengths.log()
-            scores = logits.softmax(-1).sum(dim=(0, 1))
+            logits = queries @ vectors.T / math.sqrt(vectors.shape[-1])
+            if self.config.score == "expected_attention":
+                spreads = torch.stack([k.var(0, correction=0).mean() for k in keys])
+                logits += queries.square().sum(-1, keepdim=True) * spreads / (2 * vectors.shape[-1])
+            attention = (logits + lengths.log()).softmax(-1)
+            if self.config.score == "expected_attention":
+                attention /= lengths
+            scores = attention.sum(dim=(0, 1))
         return [spans[i] for i in scores.argsort(descending=True).tolist()]

@@ -48,7 +48,7 @@ def test_docstrings():
 
 
 @pytest.mark.parametrize("n_prompt", [1, 2, 31, 33, 70, 300])
-@pytest.mark.parametrize("score", ["mean_query", "votes"])
+@pytest.mark.parametrize("score", ["mean_query", "votes", "expected_attention"])
 def test_a_budget_for_everything_is_full_attention(tiny, device, n_prompt, score):
     config = SentenceKVConfig(token_budget=1024, score=score)
     caches = [sentencekv_cache(config, n_prompt, device),
@@ -71,6 +71,10 @@ LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window
     (300, 20, SMALL, math.inf, "mean_query"),
     (300, 20, LEAST, 1, "votes"),
     (300, 20, LEAST, math.inf, "mean_query"),
+    (1, 1, SMALL, 1, "expected_attention"),
+    (300, 20, SMALL, 2.5, "expected_attention"),
+    (300, 20, SMALL, math.inf, "expected_attention"),
+    (300, 20, LEAST, 1, "expected_attention"),
     (300, 128, SMALL, 2.5, "mean_query"),
     (300, 128, SMALL, math.inf, "votes"),
     (300, 20, dict(token_budget=96), 2.5, "mean_query"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import sentencekv
 from sentencekv import (
     SentenceKVConfig,
+    expected_attention,
     keep_tokens,
     mean_query,
     select_rows,
@@ -56,12 +57,14 @@ def test_the_most_important_tokens_are_kept_with_sinks_and_window():
 def test_vectors_are_means_and_an_empty_sentence_gets_zeros():
     keys = random(2, 9, 4)
     bounds = torch.tensor([[0, 3, 3, 9], [0, 1, 5, 9]])
-    vectors = sentence_vectors(keys, bounds)
+    vectors, spreads = sentence_vectors(keys, bounds)
     for head in range(2):
         for s in range(3):
             rows = keys[head, bounds[head, s] : bounds[head, s + 1]]
             expected = rows.mean(0) if len(rows) else torch.zeros(4)
             torch.testing.assert_close(vectors[head, s], expected)
+            spread = rows.var(dim=0, correction=0).mean() if len(rows) else torch.tensor(0.0)
+            torch.testing.assert_close(spreads[head, s], spread)
 
 
 def test_bounds_count_the_kept_tokens_of_every_sentence():
@@ -72,7 +75,7 @@ def test_bounds_count_the_kept_tokens_of_every_sentence():
 def test_summed_scores_rank_like_the_mean_query():
     queries, vectors = random(5, 2, 3, 8), random(2, 40, 8)  # (tokens, H_kv, G, D)
     lengths = torch.ones(2, 40, dtype=torch.long)
-    summed = sum(mean_query(q, vectors, lengths) for q in queries)
+    summed = sum(mean_query(q, vectors, None, lengths) for q in queries)
     expected = (vectors @ queries.mean(dim=(0, 2)).unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(summed / 5, expected)
     assert summed.argsort().tolist() == expected.argsort().tolist()
@@ -86,7 +89,27 @@ def test_votes_are_the_attention_of_sentences_whose_keys_are_all_alike():
         attention = (q[head] @ keys.T / math.sqrt(8)).softmax(-1).sum(0)
         sentence = torch.arange(4).repeat_interleave(lengths[head])
         expected = torch.zeros(4).index_add(0, sentence, attention)
-        torch.testing.assert_close(votes(q, vectors, lengths)[head], expected)
+        torch.testing.assert_close(votes(q, vectors, None, lengths)[head], expected)
+
+
+def test_expected_attention_is_the_average_over_normal_keys():
+    q, vectors, spreads = random(2, 3, 8), random(2, 4, 8), random(2, 4).abs()
+    lengths = torch.tensor([[1, 5, 2, 0], [3, 3, 1, 4]])
+    noise = random(100_000, 8)
+    for head in range(2):
+        keys = [v + s.sqrt() * noise for v, s in zip(vectors[head], spreads[head])]
+        weight = torch.stack([(q[head] @ k.T / math.sqrt(8)).exp().mean(-1) for k in keys], dim=1)
+        expected = (weight / (weight * lengths[head]).sum(-1, keepdim=True)).sum(0)
+        found = expected_attention(q, vectors, spreads, lengths)[head]
+        full = lengths[head] > 0  # one without keys is not asked for
+        torch.testing.assert_close(found[full], expected[full], rtol=0.03, atol=0)
+        assert (found[~full] == 0).all()
+
+
+def test_expected_attention_of_keys_all_alike_is_a_vote_by_token():
+    q, vectors, lengths = random(2, 3, 8), random(2, 4, 8), torch.tensor([[1, 5, 2, 4]] * 2)
+    found = expected_attention(q, vectors, torch.zeros(2, 4), lengths)
+    torch.testing.assert_close(found * lengths, votes(q, vectors, None, lengths))
 
 
 def walk_down_the_ranking(scores, bounds, first, last, n_rows):
@@ -123,7 +146,7 @@ def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
     ({"sink_tokens": -1}, "sink_tokens is -1, the least is 0"),
     ({"recent_window": 0}, "recent_window is 0, the least is 1"),
     ({"sentence_limit": 0}, "sentence_limit is 0, the least is 1"),
-    ({"score": "best"}, "score is 'best', the choices are mean_query, votes"),
+    ({"score": "best"}, "score is 'best', the choices are mean_query, votes, expected_attention"),
 ])
 def test_impossible_settings_are_refused_with_value_and_limit(settings, message):
     with pytest.raises(ValueError) as error:
