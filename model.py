@@ -143,7 +143,10 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(0, 1).flatten(1))
 
     def decode(self, x, rope, cache):
-        q, k, v = self.heads(x, rope)
+        return self.o_proj(self.attend(*self.heads(x, rope), cache))
+
+    def attend(self, q, k, v, cache):
+        """q (H, 1, D), k and v (H_kv, 1, D) of one token -> what it reads in the cache (1, H * D)"""
         # keys, values (H_kv, n, D); mask (H_kv, 1, n) is True where to attend, or None: everywhere
         keys, values, mask = cache.decode(self.layer, q, k, v)
         with cache.stage("attention"):
@@ -155,7 +158,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(
                 grouped[None], keys[None], values[None], attn_mask=mask
             )
-        return self.o_proj(out.reshape(1, -1))  # some kernels return it transposed
+        return out.reshape(1, -1)  # some kernels return it transposed
 
 
 class MLP(nn.Module):

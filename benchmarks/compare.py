@@ -4,7 +4,7 @@
 
 The prompt is read once. Attention mass and the error of the attention output are those of
 `benchmarks.quality recall`, over the full cache's answer and all layers. Milliseconds are those
-of attention in plain PyTorch here, projections included, and no measure of the published methods'
+of attention in plain PyTorch here and no measure of the published methods'
 own code.
 """
 

@@ -118,25 +118,29 @@ class Writer:
         for length in self.sentences.push(piece):
             self.cache.end_sentence(length)
 
-    def decode(self, attention, x, rope):
+    def attend(self, attention, q, k, v):
         start = time.perf_counter()
-        x = attention.decode(x, rope, self.cache)
+        out = attention.attend(q, k, v, self.cache)
         self.seconds += time.perf_counter() - start
-        return x
+        return out
 
 
 @torch.inference_mode()
 def decode_together(model, writers: list[Writer]) -> torch.Tensor:
     """Logits (M, vocab) after each writer's last token: `Llama.decode` with M caches.
 
-    All are at the same position. Each has its own attention; the weights are read once.
+    All are at the same position. Each attends for itself; the weights are read once for all.
     """
+    def attend(attention, x):
+        qkv = (heads.split(1, dim=1) for heads in attention.heads(x, rope))
+        return attention.o_proj(torch.cat([
+            writer.attend(attention, *one) for writer, *one in zip(writers, *qkv)]))
+
     x = model.embed_tokens(torch.tensor([writer.tokens[-1] for writer in writers]))
     position = torch.tensor([writers[0].cache.num_tokens])
     rope = rope_table(model.config, position, x.dtype)
     for block in model.layers:
-        x = block(x, lambda h: torch.cat([
-            writer.decode(block.self_attn, row, rope) for writer, row in zip(writers, h.split(1))]))
+        x = block(x, lambda h: attend(block.self_attn, h))
     for writer in writers:
         writer.cache.advance(1)
     return model.logits(model.norm(x))
