@@ -17,9 +17,16 @@ they move together. `kv` is always such data, `rows` are indices of it on the ho
     N rows on the host, S sentences, B working-set slots.
 """
 
+import os
 from contextlib import nullcontext
 
 import torch
+
+try:  # comes with PyTorch where there is a GPU
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
 
 from sentencekv import (
     SCORES,
@@ -125,6 +132,13 @@ class SentenceKVCache:
         self.spreads = torch.zeros(layers, heads, room, device=device)
         self.bounds = torch.zeros(layers, heads, room + 1, device=device, dtype=torch.long)
         self.scores = torch.zeros(layers, heads, room, device=device)
+
+        # The plan for the next token, in tensors that keep their place: `decode` has no numbers of
+        # its own that change from token to token, so it can be captured as a CUDA graph.
+        self.here = torch.zeros(1, device=device, dtype=torch.long)  # slot of the token
+        self.loadable_end = torch.zeros((), device=device, dtype=torch.long)  # row
+        self.room = torch.zeros(self.load_slots, device=device, dtype=torch.bool)  # to fill
+        self.mask = torch.zeros(heads, 1, n_slots, device=device, dtype=torch.bool)
         self.n_wanted = torch.zeros((), device=device, dtype=torch.long)  # rows, all in all
         self.n_loaded = torch.zeros((), device=device, dtype=torch.long)  # rows that were not here
 
@@ -193,14 +207,15 @@ class SentenceKVCache:
         config, n_tokens = self.config, self.num_tokens + 1
         room = config.token_budget - self.n_sinks
         start = max(self.window_start(), n_tokens - room)  # of a long sentence, only what fits
-        self.n_load = min(room - (n_tokens - start), self.load_slots)
+        self.room[:] = False
+        self.room[: room - (n_tokens - start)] = True
         # Finished sentences can be loaded as far as the window, whose own tokens are here.
-        self.loadable_end = self.n_rows - max(self.open_start - start, 0)
-        sinks = torch.arange(config.sink_tokens, device=self.device) < self.n_sinks
-        n_recent = config.recent_window + config.sentence_limit
-        position = self.recent_start + torch.arange(n_recent, device=self.device)
-        recent = (start <= position) & (position < n_tokens)
-        self.always_seen = torch.cat((sinks, recent))  # (n_slots - B,)
+        self.loadable_end.fill_(self.n_rows - max(self.open_start - start, 0))
+        first, last = start - self.recent_start, n_tokens - self.recent_start
+        self.mask[..., self.sink_slot :] = False
+        self.mask[..., self.sink_slot : self.sink_slot + self.n_sinks] = True
+        self.mask[..., self.recent_slot + first : self.recent_slot + last] = True
+        self.here.fill_(self.recent_slot + last - 1)
 
     def decode(self, layer: int, q, k, v) -> tuple:
         """q (H, 1, D), k and v (H_kv, 1, D) of the token at position `num_tokens` (Section 3.3).
@@ -210,17 +225,16 @@ class SentenceKVCache:
         """
         here = self.num_tokens - self.recent_start
         assert here < self.config.recent_window + self.config.sentence_limit, "end_sentence is due"
-        self.slots[layer, :, self.recent_slot + here] = torch.stack((k[:, 0], v[:, 0]), dim=1)
+        self.slots[layer].index_copy_(1, self.here, torch.stack((k, v), dim=2))
         with self.stage("select"):
             rows, wanted = self.select(layer, q)
             slots, missing = assign_slots(rows, wanted, self.resident[layer])
-            seen = torch.zeros_like(wanted).scatter_(-1, slots, wanted)  # (H_kv, B)
-            mask = torch.cat((seen, self.always_seen.expand(len(k), -1)), dim=-1)
+            self.mask[:, 0, : self.load_slots].scatter_(-1, slots, wanted)
         with self.stage("load"):
             self.load(layer, rows, slots, missing)
             self.n_wanted += wanted.sum()
             self.n_loaded += missing.sum()
-        return *self.slots[layer].unbind(dim=2), mask.unsqueeze(1)
+        return *self.slots[layer].unbind(dim=2), self.mask
 
     def select(self, layer: int, q) -> tuple:
         """Rows (H_kv, B) of the sentences that the sentence being written asks for, best first.
@@ -229,7 +243,7 @@ class SentenceKVCache:
         self.add_scores(layer, q.view(self.bounds.shape[1], -1, q.shape[-1]))  # (H_kv, G, D)
         rows, found = select_rows(self.scores[layer], self.bounds[layer], self.n_sinks,
                                   self.loadable_end, self.load_slots)
-        return rows, found & (torch.arange(self.load_slots, device=q.device) < self.n_load)
+        return rows, found & self.room
 
     def add_scores(self, layer: int, q):
         """Scores add up from one sentence's sealing to the next.
@@ -241,15 +255,10 @@ class SentenceKVCache:
         self.scores[layer] += score(q, self.vectors[layer], self.spreads[layer], lengths)
 
     def load(self, layer: int, rows, slots, missing):
-        """Bring the missing rows from the host into their slots; the others are there already.
-
-        A GPU waits here, once a layer: the host has to know which rows, to gather them.
-        """
-        head, i = missing.nonzero(as_tuple=True)
-        rows, slots = rows[head, i], slots[head, i]
-        fetched = self.host[layer][rows.to("cpu"), head.to("cpu")]  # (n, 2, D)
-        self.slots[layer][head, slots] = fetched.to(self.device)
-        self.resident[layer][head, slots] = rows
+        """Bring the missing rows from the host into their slots; the others are there already."""
+        fetch_rows(self.host[layer], self.slots[layer], rows, slots, missing)
+        held = self.resident[layer].gather(-1, slots)
+        self.resident[layer].scatter_(-1, slots, rows.where(missing, held))
 
     def end_sentence(self, length: int):
         """The first `length` tokens since the last sentence have become a sentence themselves.
@@ -310,6 +319,37 @@ class SentenceKVCache:
             "loaded_bytes": loaded * self.host[0, 0, 0].nbytes,
             "hit_rate": 1 - loaded / wanted if wanted else None,
         }
+
+
+def fetch_rows(host, kv, rows, slots, missing):
+    """Copy the missing rows into their slots.
+
+    host (N, H_kv, 2, D), kv (H_kv, n_slots, 2, D), rows, slots and missing (H_kv, B)
+    """
+    if triton and (kv.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        heads, n_rows = rows.shape
+        size = kv[0, 0].numel()
+        copy_missing[heads, n_rows](host, kv, rows, slots, missing, kv.shape[1], size,
+                                    triton.next_power_of_2(size), num_warps=1)
+        return
+    # On a GPU this waits for it: the host has to know which rows, to gather them.
+    head, i = missing.nonzero(as_tuple=True)
+    rows, slots = rows[head, i], slots[head, i]
+    kv[head, slots] = host[rows.to(host.device), head.to(host.device)].to(kv.device)
+
+
+if triton:
+
+    @triton.jit
+    def copy_missing(host, kv, rows, slots, missing, n_slots, size, BLOCK: tl.constexpr):
+        """One program for each of a head's B rows. The GPU reads pinned host memory by itself."""
+        head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+        here = head * tl.num_programs(1) + tl.program_id(1)
+        if tl.load(missing + here):
+            channel = tl.arange(0, BLOCK)
+            source = host + (tl.load(rows + here) * heads + head) * size + channel
+            target = kv + (head * n_slots + tl.load(slots + here)) * size + channel
+            tl.store(target, tl.load(source, mask=channel < size), mask=channel < size)
 
 
 def kv_shape(model_config) -> tuple:

@@ -74,10 +74,10 @@ class SentenceKVConfig:
 
     token_budget: int = 1024  # tokens attended to per KV head while decoding, τ
     keep_factor: float = math.inf
-    sink_tokens: int = 32  # first tokens, always attended to
+    sink_tokens: int = 4  # first tokens, always attended to
     recent_window: int = 32  # last tokens, always attended to
     observation_window: int = 32  # last queries of the prompt, which judge importance
-    score: str = "mean_query"
+    score: str = "expected_attention"
     sentence_limit: int = 128  # tokens; a longer run of text is cut
 
     def __post_init__(self):
@@ -172,7 +172,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     return vectors.to(dtype), spreads.clamp(min=0)
 
 
-def select_rows(scores, bounds, first: int, last: int, budget: int) -> tuple:
+def select_rows(scores, bounds, first: int, last: torch.Tensor, budget: int) -> tuple:
     """The first B = `budget` rows in order of their sentence's score, the last sentence cut to fit.
 
     Only rows from `first` up to `last` count, the others being on the device already. A row's
@@ -182,11 +182,11 @@ def select_rows(scores, bounds, first: int, last: int, budget: int) -> tuple:
     False there was nothing left to select.
 
     >>> rows, found = select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[0, 4, 7, 9]]),
-    ...                           first=1, last=9, budget=4)
+    ...                           first=1, last=torch.tensor(9), budget=4)
     >>> rows.tolist()  # the second sentence's rows, then the third's, as far as they fit
     [[4, 5, 6, 7]]
     """
-    bounds = bounds.clamp(first, max(first, last))
+    bounds = bounds.minimum(last).clamp(min=first)
     lengths = bounds.diff(dim=-1)
     order = scores.argsort(dim=-1, descending=True, stable=True)  # (H_kv, S) best sentence first
     taken = lengths.gather(-1, order).cumsum(dim=-1)  # rows taken with the i-th best sentence

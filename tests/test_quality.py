@@ -196,7 +196,7 @@ def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
     (["--methods", "quest:unit=old"], "method 'quest' remembers by no unit"),
     (["--methods", "sentencekv:score"], "settings are name=value"),
     (["--methods", "sentencekv:colour=red"], "there is no setting 'colour'"),
-    (["--methods", "sentencekv", "--budgets", "40"], "token_budget is 40, the least is 65"),
+    (["--methods", "sentencekv", "--budgets", "36"], "token_budget is 36, the least is 37"),
     (["--methods", "full", "--generate", "riddles"], "--generate riddles: families are single"),
     (["--methods", "full", "--data", "nowhere"], "cannot read nowhere"),
 ])

@@ -129,7 +129,7 @@ def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
     bounds = torch.nn.functional.pad(torch.tensor(lengths).cumsum(-1), (1, 0))
     first, last = data.draw(st.integers(0, 8)), data.draw(st.integers(0, 60))
     n_rows = data.draw(st.integers(1, 40))
-    rows, found = select_rows(scores, bounds, first, last, n_rows)
+    rows, found = select_rows(scores, bounds, first, torch.tensor(last), n_rows)
     for head in range(len(lengths)):
         ours = scores[head].tolist(), bounds[head].tolist()
         expected = walk_down_the_ranking(*ours, first, last, n_rows)
@@ -138,9 +138,9 @@ def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"token_budget": 64}, "token_budget is 64, the least is 65: 32 sinks + 32 recent + 1"),
-    ({"token_budget": 100, "keep_factor": 1, "observation_window": 70},
-     "token_budget is 100, the least is 103: 32 sinks + 70 recent + 1"),
+    ({"token_budget": 36}, "token_budget is 36, the least is 37: 4 sinks + 32 recent + 1"),
+    ({"token_budget": 74, "keep_factor": 1, "observation_window": 70},
+     "token_budget is 74, the least is 75: 4 sinks + 70 recent + 1"),
     ({"keep_factor": 0.5}, "keep_factor is 0.5, the least is 1"),
     ({"keep_factor": math.nan}, "keep_factor is nan, the least is 1"),
     ({"sink_tokens": -1}, "sink_tokens is -1, the least is 0"),
