@@ -287,9 +287,14 @@ class SentenceKVCache:
             self.open_start += length
             self.slide_window(recent)
 
+    @property
+    def capacity(self) -> int:
+        """Sentences there is room for. While it is the same, every tensor keeps its address."""
+        return self.vectors.shape[2]
+
     def make_room(self):
         """More room for sentences, when it is used up."""
-        if self.n_sentences == self.vectors.shape[2]:
+        if self.n_sentences == self.capacity:
             pad = torch.nn.functional.pad
             self.vectors = pad(self.vectors, (0, 0, 0, SENTENCE_BLOCK))
             self.spreads = pad(self.spreads, (0, SENTENCE_BLOCK))

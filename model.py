@@ -213,12 +213,16 @@ class Llama(nn.Module):
     @torch.inference_mode()
     def decode(self, ids: torch.Tensor, cache) -> torch.Tensor:
         """Run one more token, ids (1,), at position `cache.num_tokens`. Returns (1, hidden)."""
+        states = self.step(ids, torch.full_like(ids, cache.num_tokens), cache)
+        cache.advance(1)
+        return states
+
+    def step(self, ids: torch.Tensor, position: torch.Tensor, cache) -> torch.Tensor:
+        """`decode`, as far as it runs on the device alone. ids and position (1,)"""
         x = self.embed_tokens(ids)
-        position = torch.tensor([cache.num_tokens], device=ids.device)
         rope = rope_table(self.config, position, x.dtype)
         for block in self.layers:
             x = block(x, lambda h: block.self_attn.decode(h, rope, cache))
-        cache.advance(1)
         return self.norm(x)
 
     @torch.inference_mode()
@@ -226,6 +230,36 @@ class Llama(nn.Module):
         """(n, hidden) -> (n, vocab). Prefill needs those of its last state alone."""
         tied = self.config.tie_word_embeddings
         return F.linear(states, self.embed_tokens.weight if tied else self.lm_head.weight)
+
+
+class GraphedDecode:
+    """`Llama.decode` over a `SentenceKVCache` as one CUDA graph, captured once and then replayed.
+
+    A token is a thousand small kernels, and to start them one by one takes the host longer than
+    most of them run. Stages inside a graph cannot be timed.
+    """
+
+    def __init__(self, model: Llama, cache):
+        self.model, self.cache = model, cache
+        self.ids = torch.zeros(1, dtype=torch.long, device=model.embed_tokens.weight.device)
+        self.position = torch.zeros_like(self.ids)
+        self.graph = self.capacity = None
+
+    @torch.inference_mode()
+    def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
+        assert cache is self.cache
+        self.ids.copy_(ids)
+        self.position.fill_(cache.num_tokens)
+        if self.capacity is None:  # the first token runs plainly: what is compiled, is compiled here
+            self.capacity = 0
+            return self.model.decode(self.ids, cache)
+        if self.capacity != cache.capacity:  # its tensors have moved
+            self.capacity, self.graph = cache.capacity, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.states = self.model.step(self.ids, self.position, cache)
+        self.graph.replay()
+        cache.advance(1)
+        return self.states
 
 
 def read_json(path: Path) -> dict:

@@ -1,8 +1,12 @@
 import doctest
 import gc
 import math
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +14,12 @@ from conftest import REFERENCE, TINY, needs_gpu, random_ids, random_llama, rando
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import SlowSentenceKV
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import cache as cache_module
 from cache import FullCache, SentenceKVCache, assign_slots
 from generate import Tokenizer
+from model import GraphedDecode
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
 
@@ -139,6 +145,77 @@ def test_on_the_default_weights_too(default_model, default_folder):
         torch.testing.assert_close(everything, full, rtol=0, atol=2e-3)
         assert torch.equal(small, resident) and not torch.equal(small, full)
     assert caches[2].n_sentences > len(spans)
+
+
+class Traced(GraphedDecode):
+    """What a CUDA graph does, without a GPU: the operations of one step, on the tensors and with
+    the numbers that it found, run again for every later token."""
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, ids, cache):
+        self.ids.copy_(ids)
+        self.position.fill_(cache.num_tokens)
+        if self.capacity != cache.capacity:
+            self.capacity = cache.capacity
+            tensors = [t for t in vars(cache).values() if isinstance(t, torch.Tensor)]
+            before = [t.clone() for t in tensors]
+            self.graph = make_fx(lambda a, b: self.model.step(a, b, cache))(self.ids, self.position)
+            for tensor, value in zip(tensors, before):  # tracing has run it
+                tensor.copy_(value)
+        states = self.graph(self.ids, self.position)
+        cache.advance(1)
+        return states
+
+
+def fetch_rows_in_static_shapes(host, kv, rows, slots, missing):
+    head = torch.arange(len(rows), device=rows.device)[:, None]
+    fetched = host[rows.clamp(min=0), head]
+    kv[head, slots] = fetched.where(missing[..., None, None], kv[head, slots])
+
+
+@pytest.mark.parametrize("score", ["mean_query", "expected_attention"])
+@pytest.mark.parametrize("keep_factor", [2.5, math.inf])
+def test_a_step_captured_once_serves_every_later_token(
+        tiny, device, keep_factor, score, monkeypatch):
+    """So nothing in it depends on a number of the host or is brought back to it."""
+    monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)  # there is no room now and then
+    if device.type == "cpu":
+        monkeypatch.setattr(cache_module, "fetch_rows", fetch_rows_in_static_shapes)
+    config = SentenceKVConfig(keep_factor=keep_factor, score=score, **SMALL)
+    plain, captured = (sentencekv_cache(config, 300, device) for _ in range(2))
+    decode = (Traced if device.type == "cpu" else GraphedDecode)(tiny, captured)
+
+    class Model:
+        embed_tokens, prefill = tiny.embed_tokens, tiny.prefill
+
+        def decode(self, ids, cache):
+            return decode(ids, cache) if cache is captured else tiny.decode(ids, cache)
+
+    for ours, expected in write(Model(), [captured, plain], 300):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    assert captured.n_loaded == plain.n_loaded > 0
+
+
+@pytest.mark.parametrize("heads, dim", [(1, 64), (3, 12)])
+def test_the_kernel_copies_what_plain_torch_copies(heads, dim):
+    """Under Triton's interpreter, where there is no GPU."""
+    pytest.importorskip("triton")
+    test = f"""
+import torch, cache
+torch.manual_seed(0)
+host, kv = torch.randn(40, {heads}, 2, {dim}), torch.randn({heads}, 30, 2, {dim})
+rows = torch.stack([torch.randperm(40)[:20] for _ in range({heads})])
+slots = torch.stack([torch.randperm(20) for _ in range({heads})])
+missing = torch.rand({heads}, 20) < 0.5
+expected = kv.clone()
+for h, i in missing.nonzero().tolist():
+    expected[h, slots[h, i]] = host[rows[h, i], h]
+cache.fetch_rows(host, kv, rows, slots, missing)
+assert torch.equal(kv, expected)
+"""
+    subprocess.run([sys.executable, "-c", test], check=True, cwd=Path(cache_module.__file__).parent,
+                   env=os.environ | {"TRITON_INTERPRET": "1"})
 
 
 class Poisoned(SentenceKVCache):
