@@ -28,7 +28,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
 from cache import FullCache, SentenceKVCache
-from model import load_config, load_model, read_json
+from model import GraphedDecode, load_config, load_model, read_json
 from segment import SentenceStream, token_spans
 from sentencekv import SCORES, SentenceKVConfig
 from weights.download import download
@@ -243,12 +243,13 @@ def read_first(model, cache, ids: list[int], choose, timer=nullcontext, progress
 
 
 def write_on(model, cache, token: int, read, choose, stop: set, max_new_tokens: int,
-             sentence_limit: int, timer=nullcontext):
+             sentence_limit: int, timer=nullcontext, decode=None):
     """Yield (token id, piece) from the first token on, the one in `stop` that ends it included.
 
-    `read` and `choose` are a `Tokenizer.reader()` and a `make_chooser(...)`.
+    `read` and `choose` are a `Tokenizer.reader()` and a `make_chooser(...)`; `decode` stands in
+    for `model.decode`.
     """
-    sentences = SentenceStream(sentence_limit)
+    sentences, decode = SentenceStream(sentence_limit), decode or model.decode
     device = model.embed_tokens.weight.device
     for count in range(1, max_new_tokens + 1):
         piece = read(token)
@@ -259,7 +260,7 @@ def write_on(model, cache, token: int, read, choose, stop: set, max_new_tokens: 
             # The sentence that this token follows is sealed first: the token may ask for it.
             for length in sentences.push(piece):
                 cache.end_sentence(length)
-            states = model.decode(torch.tensor([token], device=device), cache)
+            states = decode(torch.tensor([token], device=device), cache)
             token = choose(model.logits(states)[0])
 
 
@@ -288,6 +289,8 @@ def parse(arguments) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--cuda-graph", action="store_true",
+        help="replay each token as one CUDA graph: faster, but its stages cannot be timed")
     add("--raw", action="store_true", help="no chat template: continue the text as it is")
     add("--json", action="store_true", help="print the report as one JSON line, last")
     args = parser.parse_args(arguments)
@@ -296,6 +299,8 @@ def parse(arguments) -> argparse.Namespace:
                        ("top_p", 0 < args.top_p <= 1), ("seed", 0 <= args.seed < 2**63)):
         if not good:
             raise ValueError(f"--{name.replace('_', '-')} cannot be {getattr(args, name)}")
+    if args.cuda_graph and args.cache == "full":
+        raise ValueError("--cuda-graph needs --cache sentencekv: a full cache grows at every token")
     return args
 
 
@@ -389,6 +394,8 @@ def run(args) -> int:
     prompt, device = read_prompt(args.prompt), pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif args.cuda_graph:
+        raise ValueError(f"--cuda-graph needs a GPU, --device is {device}")
     dtype, folder = pick_dtype(args.dtype, device), args.model or download()
     tokenizer, timer = Tokenizer(folder), StageTimer(device)
     with timer("tokenize"):
@@ -405,9 +412,12 @@ def run(args) -> int:
 
     choose = make_chooser(args.temperature, args.top_p, args.seed, device)
     first = read_first(model, cache, ids, choose, timer, progress)
+    decode = None
+    if args.cuda_graph:
+        cache.stage, decode = nullcontext, GraphedDecode(model, cache)
     text, new_tokens, interrupted = write_out(
         write_on(model, cache, first, tokenizer.reader(), choose, stop,
-                 args.max_new_tokens, config.sentence_limit, timer),
+                 args.max_new_tokens, config.sentence_limit, timer, decode),
         tokenizer.special,
     )
     report = {"text": text, "prompt_tokens": len(ids), "new_tokens": new_tokens,

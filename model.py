@@ -146,7 +146,7 @@ class Attention(nn.Module):
         return self.o_proj(self.attend(*self.heads(x, rope), cache))
 
     def attend(self, q, k, v, cache):
-        """q (H, 1, D), k and v (H_kv, 1, D) of one token -> what it reads in the cache (1, H * D)"""
+        """q (H, 1, D), k and v (H_kv, 1, D) of one token -> what it reads (1, H * D)."""
         # keys, values (H_kv, n, D); mask (H_kv, 1, n) is True where to attend, or None: everywhere
         keys, values, mask = cache.decode(self.layer, q, k, v)
         with cache.stage("attention"):
@@ -250,7 +250,7 @@ class GraphedDecode:
         assert cache is self.cache
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        if self.capacity is None:  # the first token runs plainly: what is compiled, is compiled here
+        if self.capacity is None:  # the first token runs plainly, for what has to be compiled
             self.capacity = 0
             return self.model.decode(self.ids, cache)
         if self.capacity != cache.capacity:  # its tensors have moved

@@ -187,13 +187,12 @@ def select_rows(scores, bounds, first: int, last: torch.Tensor, budget: int) -> 
     [[4, 5, 6, 7]]
     """
     bounds = bounds.minimum(last).clamp(min=first)
-    lengths = bounds.diff(dim=-1)
     order = scores.argsort(dim=-1, descending=True, stable=True)  # (H_kv, S) best sentence first
-    taken = lengths.gather(-1, order).cumsum(dim=-1)  # rows taken with the i-th best sentence
+    taken = bounds.diff(dim=-1).gather(-1, order).cumsum(dim=-1)  # rows with the i-th best one
     place = torch.arange(budget, device=scores.device).expand(len(scores), -1).contiguous()
     rank = torch.searchsorted(taken, place, right=True)  # (H_kv, B) whose row takes this place
-    found = place < taken[:, -1:]
-    rank = rank.clamp(max=scores.shape[-1] - 1)
-    left = taken.gather(-1, rank) - place  # rows of that sentence from this place on
-    end = bounds[:, 1:].gather(-1, order.gather(-1, rank))
-    return (end - left).where(found, -1), found
+    found = rank < scores.shape[-1]
+    # Sentence by sentence, rows and places run in step: they differ by end - taken.
+    ahead = bounds[:, 1:].gather(-1, order) - taken  # (H_kv, S)
+    rows = place + ahead.gather(-1, rank.clamp(max=scores.shape[-1] - 1))
+    return rows.where(found, -1), found

@@ -1,0 +1,387 @@
+"""Time and memory against the length of the prompt, next to what the hardware allows.
+
+    python -m benchmarks.speed --lengths 1024,3900,7500 --token-budget 512
+    python -m benchmarks.speed --lengths 1024,3900,7500 --token-budget 512 --compare transformers
+    python -m benchmarks.speed --config llama-3.1-8b --lengths 4096,32768,131072 --cuda-graph
+
+With a model's own weights the text is `--data`, and its continuation is read token by token, so
+that every method does the same. A `--config` has random weights, made on the device, and the text
+is random tokens in sentences of 8 to 42: its times are real, its hit rate is not.
+
+`ttft` is reading the prompt and choosing a token, the median of `--repeats`; `ms a token` is the
+median over `--new-tokens`, `p90` their 90th percentile. The floor is the time that reading the
+weights and the cache once must take: their bytes over the bandwidth of a large copy, measured
+first. `load` counts what came from the host. Stage times are of a second pass, token by token
+without a graph. `--compare transformers` adds Hugging Face's Llama, where that is installed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median, quantiles
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in generate.py, before torch is loaded
+
+import torch
+from tqdm import tqdm
+
+from cache import FullCache, SentenceKVCache
+from generate import StageTimer, Tokenizer, pick_device, pick_dtype, read_first
+from model import GraphedDecode, Llama, LlamaConfig, load_config, load_model
+from segment import SentenceStream, token_spans
+from sentencekv import SentenceKVConfig
+from weights.download import download
+
+LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5,
+           "max_position_embeddings": 131072, "rope_theta": 500000.0, "num_attention_heads": 32,
+           "num_key_value_heads": 8}
+CONFIGS = {
+    "smollm2-135m": {
+        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+        "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True},
+    "llama-3.2-1b": LLAMA_3 | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "tie_word_embeddings": True},
+    "llama-3.1-8b": LLAMA_3 | {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+}
+
+
+def random_model(name: str, device, dtype) -> Llama:
+    """A real shape, its weights drawn on the device itself."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = Llama(LlamaConfig.from_dict(CONFIGS[name]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False).eval()
+
+
+class Text:
+    """Token ids, and where sentences end: of a book, or drawn."""
+
+    def __init__(self, args, model, n_tokens: int):
+        if args.config:
+            draw = random.Random(0)
+            self.ids = [draw.randrange(model.config.vocab_size) for _ in range(n_tokens)]
+            self.pieces, left = [], 0
+            for _ in range(n_tokens):
+                left = left or draw.randrange(8, 43)
+                left -= 1
+                self.pieces.append(" word" if left else ".\n\n")
+        else:
+            tokenizer = Tokenizer(args.model)
+            book = "\n\n".join(path.read_text(encoding="utf-8-sig") for path in args.data)
+            self.ids = tokenizer.encode(book, add_bos=True)[:n_tokens]
+            self.pieces = tokenizer.pieces(self.ids)
+        if len(self.ids) < n_tokens:
+            raise ValueError(f"--data has {len(self.ids)} tokens, {n_tokens} are needed")
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def bandwidth(device) -> float:
+    """Bytes a second that a copy reads and writes; the median of 9 after a first."""
+    size = 2**32 if device.type == "cuda" else 2**28
+    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(10):
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size / median(seconds[1:])
+
+
+def weight_bytes(model) -> int:
+    """Read for every token: all but the rows of other tokens in an embedding of its own."""
+    total = sum(p.nbytes for p in model.parameters())
+    return total - (0 if model.config.tie_word_embeddings else model.embed_tokens.weight.nbytes)
+
+
+class Ours:
+    """This project's model with one of its caches."""
+
+    def __init__(self, method, args, model, text, length):
+        self.method, self.args, self.model, self.text = method, args, model, text
+        self.length, self.device = length, model.embed_tokens.weight.device
+        self.spans = token_spans(text.pieces[:length])
+        self.settings = SentenceKVConfig(token_budget=args.token_budget,
+                                         keep_factor=args.keep_factor)
+
+    def prefill(self):
+        dtype = self.model.embed_tokens.weight.dtype
+        room = len(self.text.ids) - self.length
+        self.cache = None  # the last one, before there is another
+        self.cache = (
+            FullCache(self.model.config, self.length + room, self.device, dtype)
+            if self.method == "full" else
+            SentenceKVCache(self.settings, self.model.config, self.spans, room, self.device, dtype))
+        read_first(self.model, self.cache, self.text.ids[: self.length],
+                   lambda logits: logits.argmax().item())
+        self.at, self.sentences = self.length, SentenceStream(self.settings.sentence_limit)
+        self.decode = self.model.decode
+        if self.args.cuda_graph and self.method == "sentencekv":
+            self.decode = GraphedDecode(self.model, self.cache)
+
+    def step(self):
+        token = torch.tensor([self.text.ids[self.at]], device=self.device)
+        for n in self.sentences.push(self.text.pieces[self.at]):
+            self.cache.end_sentence(n)
+        self.model.logits(self.decode(token, self.cache)).argmax().item()
+        self.at += 1
+
+    def stages(self, steps: int) -> dict:
+        """Milliseconds a token, by stage."""
+        timer = StageTimer(self.device)
+        self.cache.stage, self.decode = timer, self.model.decode
+        for _ in range(steps):
+            with timer("decode"):
+                self.step()
+        self.cache.stage = nullcontext
+        return {name: ms / steps for name, ms in timer.totals()["decode"].items()}
+
+    def report(self) -> dict:
+        return self.cache.report()
+
+    def read_bytes(self) -> int:
+        """Of the cache, for one token."""
+        report = self.report()
+        if self.method == "full":
+            return report["full_kv_bytes"]
+        parts = report["device_kv_parts"]
+        return parts["slots"] + parts["sentence vectors"]
+
+
+class HuggingFace:
+    """The same for `transformers`, with its default cache or the one that it offloads."""
+
+    def __init__(self, method, args, model, text, length):
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        self.transformers, self.offloaded = transformers, method.endswith("offloaded")
+        self.text, self.length, self.device = text, length, model.embed_tokens.weight.device
+        if args.config:
+            config = transformers.LlamaConfig(**CONFIGS[args.config])
+            with torch.device("meta"):
+                self.model = transformers.LlamaForCausalLM(config)
+            names = {n if n.startswith("lm_head") else f"model.{n}": p
+                     for n, p in model.named_parameters()}
+            if model.config.tie_word_embeddings:
+                names["lm_head.weight"] = names["model.embed_tokens.weight"]
+            self.model.load_state_dict(names, assign=True)
+            self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config, self.device)
+        else:
+            self.model = transformers.LlamaForCausalLM.from_pretrained(
+                args.model, dtype=model.embed_tokens.weight.dtype).to(self.device)
+        self.model.eval()
+
+    @torch.inference_mode()
+    def prefill(self):
+        self.cache = self.transformers.DynamicCache(config=self.model.config,
+                                                    offloading=self.offloaded)
+        self.run(self.text.ids[: self.length])
+        self.at = self.length
+
+    def run(self, ids):
+        ids = torch.tensor([ids], device=self.device)
+        out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out.logits[0, -1].argmax().item()
+
+    @torch.inference_mode()
+    def step(self):
+        self.run([self.text.ids[self.at]])
+        self.at += 1
+
+    def stages(self, steps):
+        return {}
+
+    def report(self):
+        return {}
+
+    def read_bytes(self):
+        config, dtype = self.model.config, self.model.dtype
+        return 2 * self.at * dtype.itemsize * config.num_hidden_layers * (
+            config.num_key_value_heads * config.head_dim)
+
+
+def measure(subject, args, device, weights: int, bytes_a_second: float) -> dict:
+    """Prefill and decode, `--repeats` times; the first few tokens of each are warm-up."""
+    ttft, tokens, before = [], [], 0
+    for _ in range(args.repeats):
+        if device.type == "cuda":
+            subject.cache = None
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        synchronize(device)
+        start = time.perf_counter()
+        subject.prefill()
+        synchronize(device)
+        ttft.append(time.perf_counter() - start)
+        for i in range(args.new_tokens + 4):
+            start = time.perf_counter()
+            subject.step()
+            synchronize(device)
+            if i >= 4:
+                tokens.append(time.perf_counter() - start)
+    floor = (weights + subject.read_bytes()) / bytes_a_second
+    report = subject.report()
+    steps = subject.at - subject.length
+    stages = subject.stages(args.new_tokens)
+    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
+    return {"ttft_ms": 1e3 * median(ttft), "decode_ms_per_token": 1e3 * median(tokens),
+            "decode_p90_ms": 1e3 * quantiles(tokens, n=10)[-1], "floor_ms": 1e3 * floor,
+            "device_kv_bytes": report.get("device_kv_bytes"),
+            "host_kv_bytes": report.get("host_kv_bytes"),
+            "full_kv_bytes": report.get("full_kv_bytes"),
+            "loaded_bytes_per_token": report["loaded_bytes"] / steps if report else None,
+            "hit_rate": report.get("hit_rate"), "peak_device_bytes": peak,
+            "stages_ms_per_token": stages}
+
+
+COLUMNS = {  # heading: (key, divisor, format)
+    "ttft s": ("ttft_ms", 1e3, ".2f"), "ms a token": ("decode_ms_per_token", 1, ".1f"),
+    "p90": ("decode_p90_ms", 1, ".1f"), "floor ms": ("floor_ms", 1, ".1f"),
+    "device KV MiB": ("device_kv_bytes", 2**20, ".1f"),
+    "host KV MiB": ("host_kv_bytes", 2**20, ".1f"),
+    "load KiB a token": ("loaded_bytes_per_token", 2**10, ".0f"),
+    "hits": ("hit_rate", 1, ".0%"), "peak MiB": ("peak_device_bytes", 2**20, ".0f"),
+}
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| tokens | method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for row in rows:
+        cells = ["" if row[key] is None else format(row[key] / divisor, form)
+                 for key, divisor, form in COLUMNS.values()]
+        lines.append(f"| {row['length']} | {row['method']} | " + " | ".join(cells) + " |")
+    names = dict.fromkeys(n for row in rows for n in row["stages_ms_per_token"])
+    lines += ["", "| tokens | method, ms a token by stage | " + " | ".join(names) + " |",
+              "|---" * (len(names) + 2) + "|"]
+    for row in rows:
+        if stages := row["stages_ms_per_token"]:
+            cells = [f"{stages[n]:.2f}" if n in stages else "" for n in names]
+            lines.append(f"| {row['length']} | {row['method']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict], path: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        ours = [row for row in rows if row["method"] == method]
+        lengths = [row["length"] for row in ours]
+        axis.plot(lengths, [row["decode_ms_per_token"] for row in ours], marker="o", color=f"C{i}",
+                  label=method)
+        axis.plot(lengths, [row["floor_ms"] for row in ours], linestyle=":", color=f"C{i}")
+    axis.set_xlabel("tokens in the prompt")
+    axis.set_ylabel("ms a token (dotted: the floor)")
+    axis.set_ylim(bottom=0)
+    axis.legend(fontsize=8)
+    axis.set_title(f"{rows[0]['model']}, {rows[0]['dtype']}, {rows[0]['machine']}", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="benchmarks.speed", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, defaults = parser.add_argument, SentenceKVConfig()
+    add("--model", type=Path, help="Llama folder (default: SmolLM2-135M-Instruct)")
+    add("--config", choices=CONFIGS, help="a real shape with random weights instead")
+    add("--random-weights", action="store_true", help="what --config means; accepted for clarity")
+    examples = sorted((Path(__file__).parent.parent / "examples").glob("*.txt"))
+    add("--data", type=Path, nargs="+", default=examples, help="texts to read (default: examples/)")
+    add("--lengths", type=lambda text: [int(part) for part in text.split(",")],
+        default=[1024, 4096])
+    add("--methods", type=lambda text: text.split(","), default=["full", "sentencekv"])
+    add("--compare", choices=["transformers"], help="another implementation, where installed")
+    add("--token-budget", type=int, default=defaults.token_budget)
+    add("--keep-factor", type=float, default=defaults.keep_factor)
+    add("--new-tokens", type=int, default=32, help="tokens timed, and as many again for the stages")
+    add("--repeats", type=int, default=3)
+    add("--device", default="auto")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--cuda-graph", action="store_true")
+    add("--out", type=Path, help="JSON lines; a table and a picture beside it")
+    args = parser.parse_args(arguments)
+    for name, least in (("new_tokens", 2), ("repeats", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, at least {least}")
+    if unknown := set(args.methods) - {"full", "sentencekv"}:
+        parser.error(f"--methods {', '.join(unknown)}: the choices are full, sentencekv")
+    return args
+
+
+def run(args) -> list[dict]:
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    if args.cuda_graph and device.type != "cuda":
+        raise ValueError("--cuda-graph needs a GPU")
+    methods = list(args.methods)
+    if args.compare:
+        methods += ["transformers"] + ["transformers offloaded"] * (device.type == "cuda")
+    if args.config:
+        model = random_model(args.config, device, dtype)
+    else:
+        args.model = args.model or download()
+        load_config(args.model)
+        model = load_model(args.model, device, dtype)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else (
+        f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}")
+    copied, rows = bandwidth(device), []
+    print(f"{args.config or args.model.name}, {str(dtype)[6:]}, {machine}, torch"
+          f" {torch.__version__}, budget {args.token_budget}; a copy moves {copied / 1e9:.1f} GB/s")
+    room = 2 * args.new_tokens + 8
+    pairs = [(length, method) for length in args.lengths for method in methods]
+    for length, method in tqdm(pairs, disable=None):
+        text = Text(args, model, length + room)
+        kind = HuggingFace if method.startswith("transformers") else Ours
+        subject = kind(method, args, model, text, length)
+        row = measure(subject, args, device, weight_bytes(model), copied)
+        rows.append({"model": args.config or args.model.name, "method": method, "length": length,
+                     "token_budget": args.token_budget, "dtype": str(dtype)[6:],
+                     "machine": machine, "torch": torch.__version__,
+                     "cuda_graph": args.cuda_graph, "copy_bytes_per_second": copied, **row})
+        del subject
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def main(arguments=None) -> int:
+    args = parse(arguments)
+    try:
+        rows = run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"benchmarks.speed: {error}", file=sys.stderr)
+        return 2
+    report = table(rows)
+    print(report)
+    if args.out:
+        args.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
+        plot(rows, args.out.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
