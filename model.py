@@ -161,6 +161,9 @@ class Attention(nn.Module):
         return out.reshape(1, -1)  # some kernels return it transposed
 
 
+MLP_SLICE = 8192  # tokens
+
+
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -169,7 +172,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        # In slices, or a long prompt's activations, several times wider here than anywhere else,
+        # would set the peak of memory.
+        return torch.cat([self.down_proj(F.silu(self.gate_proj(part)) * self.up_proj(part))
+                          for part in x.split(MLP_SLICE)])
 
 
 class Block(nn.Module):

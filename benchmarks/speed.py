@@ -345,12 +345,16 @@ def run(args) -> list[dict]:
         args.model = args.model or download()
         load_config(args.model)
         model = load_model(args.model, device, dtype)
+    room = 2 * args.new_tokens + 8
+    needed, positions = max(args.lengths) + room, model.config.max_position_embeddings
+    if needed > positions and not args.config:
+        raise ValueError(f"--lengths {max(args.lengths)} needs {needed} positions, the model has"
+                         f" {positions}")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else (
         f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}")
     copied, rows = bandwidth(device), []
     print(f"{args.config or args.model.name}, {str(dtype)[6:]}, {machine}, torch"
           f" {torch.__version__}, budget {args.token_budget}; a copy moves {copied / 1e9:.1f} GB/s")
-    room = 2 * args.new_tokens + 8
     pairs = [(length, method) for length in args.lengths for method in methods]
     for length, method in tqdm(pairs, disable=None):
         text = Text(args, model, length + room)

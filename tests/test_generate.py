@@ -275,6 +275,9 @@ def test_a_bad_prompt_is_one_line(capfd, tiny_folder, tmp_path, content, message
     (["--device", "cuda:99"], "--device cuda:99: this machine has {gpus} CUDA GPUs"),
     (["--model", "nowhere"],
      "no tokenizer in nowhere: neither tokenizer.json nor tokenizer.model is there"),
+    (["--cuda-graph", "--device", "cpu"], "--cuda-graph needs a GPU, --device is cpu"),
+    (["--cuda-graph", "--cache", "full"],
+     "--cuda-graph needs --cache sentencekv: a full cache grows at every token"),
     (["--colour", "red"], "unrecognized arguments: --colour red"),
 ])
 def test_a_bad_option_is_one_line(capfd, tiny_folder, prompt, arguments, message):

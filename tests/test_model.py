@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import REFERENCE, TINY, random_ids
 from safetensors.torch import load_file, save_file
 
+import model as model_module
 from cache import FullCache
 from generate import Tokenizer
 from model import LlamaConfig, load_config, load_model
@@ -52,6 +53,13 @@ def test_decoding_one_by_one_equals_one_forward(tiny, device):
         states = [tiny.prefill(ids[:n_prompt], cache)]
         states += [tiny.decode(ids[i : i + 1], cache) for i in range(n_prompt, 60)]
         torch.testing.assert_close(tiny.logits(torch.cat(states)), expected, rtol=0, atol=1e-4)
+
+
+def test_slices_of_the_mlp_change_nothing(tiny, monkeypatch):
+    x = torch.randn(50, TINY.hidden_size)
+    whole = tiny.layers[0].mlp(x)
+    monkeypatch.setattr(model_module, "MLP_SLICE", 7)
+    torch.testing.assert_close(tiny.layers[0].mlp(x), whole)
 
 
 def test_default_weights_are_the_reference_s(default_model, reference):

@@ -1,0 +1,63 @@
+import json
+
+import pytest
+import torch
+
+from benchmarks import speed
+
+
+def run(*arguments):
+    return speed.main([str(a) for a in arguments])
+
+
+def test_a_table_a_row_for_each_length_and_method_and_a_picture(tiny_folder, tmp_path, capsys):
+    out, book = tmp_path / "speed.jsonl", tmp_path / "book.txt"
+    book.write_text("A sentence is here. And another one! " * 60)
+    assert run("--model", tiny_folder, "--data", book, "--lengths", "200,400", "--token-budget", 96,
+               "--new-tokens", 10, "--repeats", 1, "--device", "cpu", "--out", out) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["length"], r["method"]) for r in rows] == [
+        (200, "full"), (200, "sentencekv"), (400, "full"), (400, "sentencekv")]
+    for row in rows:
+        stages = row["stages_ms_per_token"]
+        parts = sum(ms for name, ms in stages.items() if name != "total")
+        assert parts == pytest.approx(stages["total"])
+        assert 0 < row["floor_ms"] and 0 < row["decode_ms_per_token"] <= row["decode_p90_ms"] * 1.01
+        assert row["peak_device_bytes"] is None
+    assert {"select", "load", "seal"} <= rows[1]["stages_ms_per_token"].keys()
+    assert rows[3]["full_kv_bytes"] > 1.5 * rows[1]["full_kv_bytes"]
+    assert capsys.readouterr().out.count("| 400 | sentencekv |") == 2
+    assert "| 200 | full |" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_a_real_shape_with_random_weights(monkeypatch, capsys):
+    small = speed.CONFIGS["smollm2-135m"] | {"num_hidden_layers": 2, "vocab_size": 500}
+    monkeypatch.setitem(speed.CONFIGS, "smollm2-135m", small)
+    assert run("--config", "smollm2-135m", "--random-weights", "--lengths", 300, "--token-budget",
+               96, "--new-tokens", 4, "--repeats", 1, "--device", "cpu", "--dtype",
+               "bfloat16") == 0
+    assert "smollm2-135m, bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b", "smollm2-135m"])
+def test_the_shapes_are_those_of_the_models(name):
+    config = speed.LlamaConfig.from_dict(speed.CONFIGS[name])
+    with torch.device("meta"):
+        n_weights = sum(p.numel() for p in speed.Llama(config).parameters())
+    assert n_weights == {"llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248,
+                         "smollm2-135m": 134_515_008}[name]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--lengths", "90000"], "--lengths 90000 needs 90012 positions, the model has"),
+    (["--lengths", "500", "--data", "requirements.txt"], "--data has"),
+    (["--lengths", "100", "--cuda-graph"], "--cuda-graph needs a GPU"),
+    (["--lengths", "100", "--token-budget", "8"], "token_budget is 8"),
+    (["--lengths", "100", "--model", "nowhere"], "nowhere has no config.json"),
+])
+def test_bad_options_are_one_line(tiny_folder, capsys, arguments, message):
+    assert run("--device", "cpu", "--repeats", 1, "--new-tokens", 2,
+               *([] if "--model" in arguments else ["--model", tiny_folder]), *arguments) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert message in err[-1] and err[-1].startswith("benchmarks.speed: ")
