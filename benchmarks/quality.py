@@ -427,10 +427,16 @@ def run_jaccard(args, bench, methods, results):
 
 
 def table(rows: list[dict], percent: bool) -> str:
-    """Markdown: a line for every method, a column for every task and budget; mean ± its error."""
+    """Markdown: a line for every method, a column for every task and budget; mean ± its error.
+
+    The last columns are the mean over tasks, or of perplexity what is lost against the full cache.
+    """
     cells = {}
     named = [("needle" if r["task"].startswith("needle ") else r["task"], r) for r in rows]
     overall = ("mean",) if percent and len({task for task, _ in named}) > 1 else ()
+    full = {r["task"]: r["score"] for r in rows if r["method"] == "full" and not percent}
+    named += [("above full", r | {"score": r["score"] - full[r["task"]]})
+              for r in rows if r["task"] in full]
     for task, row in named:
         budget = "" if row["method"] == "full" else row["budget"]
         for column in (task, *overall):
@@ -446,7 +452,8 @@ def table(rows: list[dict], percent: bool) -> str:
         return f"{text} ± {form.format(error)}" if error is not None else text
 
     columns = dict.fromkeys((t, b) for _, t, b in cells if b != "")
-    columns = sorted(columns, key=lambda c: (c[0] == "mean", c[0], c[1])) or [
+    last = ("mean", "above full")
+    columns = sorted(columns, key=lambda c: (c[0] in last, c[0], c[1])) or [
         (t, "") for t in dict.fromkeys(t for _, t, _ in cells)]
     lines = ["| method | " + " | ".join(f"{t} {b}".strip() for t, b in columns) + " |",
              "|---" * (len(columns) + 1) + "|"]

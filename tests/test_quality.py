@@ -126,6 +126,10 @@ def test_perplexity_of_everything_is_the_full_cache_s(tiny_folder, book, tmp_pat
     for method in ("sentencekv", "streamingllm"):
         assert scores[method, 512] == pytest.approx(full, abs=1e-4)
         assert scores[method, 96] != pytest.approx(full, abs=1e-4)
+    lost = scores["sentencekv", 96] - full
+    lines = out.with_suffix(".md").read_text().splitlines()
+    assert lines[0].endswith("| above full 96 | above full 512 |")
+    assert lines[3].startswith("| sentencekv |") and f"| {lost:.3f} | " in lines[3]
 
 
 def test_recall_is_one_when_everything_is_selected(tiny_folder, book, tmp_path):
