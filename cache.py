@@ -237,8 +237,9 @@ class SentenceKVCache:
         return *self.slots[layer].unbind(dim=2), self.mask
 
     def select(self, layer: int, q) -> tuple:
-        """Rows (H_kv, B) of the sentences that the sentence being written asks for, best first.
+        """Rows of the sentences that the sentence being written asks for, best first.
 
+        -> rows (H_kv, B), wanted (H_kv, B): False where there is no row or no room for it.
         """
         self.add_scores(layer, q.view(self.bounds.shape[1], -1, q.shape[-1]))  # (H_kv, G, D)
         rows, found = select_rows(self.scores[layer], self.bounds[layer], self.n_sinks,
@@ -334,7 +335,7 @@ def fetch_rows(host, kv, rows, slots, missing):
     if triton and (kv.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         heads, n_rows = rows.shape
         size = kv[0, 0].numel()
-        copy_missing[heads, n_rows](host, kv, rows, slots, missing, kv.shape[1], size,
+        copy_missing[n_rows, heads](host, kv, rows, slots, missing, kv.shape[1], size,
                                     triton.next_power_of_2(size), num_warps=1)
         return
     # On a GPU this waits for it: the host has to know which rows, to gather them.
@@ -348,8 +349,8 @@ if triton:
     @triton.jit
     def copy_missing(host, kv, rows, slots, missing, n_slots, size, BLOCK: tl.constexpr):
         """One program for each of a head's B rows. The GPU reads pinned host memory by itself."""
-        head, heads = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-        here = head * tl.num_programs(1) + tl.program_id(1)
+        head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+        here = head * tl.num_programs(0) + tl.program_id(0)
         if tl.load(missing + here):
             channel = tl.arange(0, BLOCK)
             source = host + (tl.load(rows + here) * heads + head) * size + channel

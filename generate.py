@@ -27,7 +27,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
-from cache import FullCache, SentenceKVCache
+from cache import FullCache, SentenceKVCache, triton
 from model import GraphedDecode, load_config, load_model, read_json
 from segment import SentenceStream, token_spans
 from sentencekv import SCORES, SentenceKVConfig
@@ -324,14 +324,25 @@ def read_prompt(path: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of this name, made the current one. ValueError if there is none."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):
         raise ValueError(f"--device {name} is not one of auto, cpu, cuda, cuda:N")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPUs")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= (gpus := torch.cuda.device_count()):
+            raise ValueError(f"--device {name}: this machine has {gpus} CUDA GPUs")
+        torch.cuda.set_device(device)
     return device
+
+
+def check_cuda_graph(device: torch.device):
+    if device.type != "cuda":
+        raise ValueError(f"--cuda-graph needs a GPU, --device is {device}")
+    if triton is None:
+        raise ValueError("--cuda-graph needs Triton, which this PyTorch came without")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -392,10 +403,8 @@ def run(args) -> int:
     config = SentenceKVConfig(**{name: getattr(args, name) for name in (
         "token_budget", "keep_factor", "sink_tokens", "recent_window", "score")})
     prompt, device = read_prompt(args.prompt), pick_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif args.cuda_graph:
-        raise ValueError(f"--cuda-graph needs a GPU, --device is {device}")
+    if args.cuda_graph:
+        check_cuda_graph(device)
     dtype, folder = pick_dtype(args.dtype, device), args.model or download()
     tokenizer, timer = Tokenizer(folder), StageTimer(device)
     with timer("tokenize"):

@@ -172,10 +172,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x):
-        # In slices, or a long prompt's activations, several times wider here than anywhere else,
-        # would set the peak of memory.
-        return torch.cat([self.down_proj(F.silu(self.gate_proj(part)) * self.up_proj(part))
-                          for part in x.split(MLP_SLICE)])
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -189,7 +186,10 @@ class Block(nn.Module):
     def forward(self, x, attend):
         """`attend` is the attention's `prefill` or `decode` with its other arguments bound."""
         x = x + attend(self.input_layernorm(x))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        # In slices, or a long prompt's activations, widest in the MLP, would set the memory's peak.
+        for part in x.split(MLP_SLICE):
+            part += self.mlp(self.post_attention_layernorm(part))
+        return x
 
 
 class Llama(nn.Module):
@@ -239,10 +239,11 @@ class Llama(nn.Module):
 
 
 class GraphedDecode:
-    """`Llama.decode` over a `SentenceKVCache` as one CUDA graph, captured once and then replayed.
+    """`Llama.decode` as one CUDA graph, replayed for every token.
 
-    A token is a thousand small kernels, and to start them one by one takes the host longer than
-    most of them run. Stages inside a graph cannot be timed.
+    The cache's tensors must stay in place while its `capacity` is the same; when that changes, the
+    step is captured again. A token is a thousand small kernels, and to start them one by one takes
+    the host longer than most of them run. Stages inside a graph cannot be timed.
     """
 
     def __init__(self, model: Llama, cache):

@@ -3,9 +3,8 @@
     python -m benchmarks.compare --prompt examples/walden_house.txt --budget 256
 
 The prompt is read once. Attention mass and the error of the attention output are those of
-`benchmarks.quality recall`, over the full cache's answer and all layers. Milliseconds are those
-of attention in plain PyTorch here and no measure of the published methods'
-own code.
+`benchmarks.quality recall`, over the full cache's answer and all layers. Milliseconds are those of
+the cache and the attention, in plain PyTorch, and no measure of the published methods' own code.
 """
 
 import argparse

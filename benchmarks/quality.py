@@ -20,6 +20,7 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -104,7 +105,7 @@ def units(pieces: list[str], unit: str) -> list[tuple[int, int]]:
 
 
 class Writer:
-    """One method's cache, the tokens written with it, and the seconds that its attention took."""
+    """One method's cache, the tokens written with it, and the seconds that the cache took."""
 
     def __init__(self, method: Method, cache, read):
         self.method, self.cache, self.read = method, cache, read
@@ -115,14 +116,23 @@ class Writer:
         piece = self.read(token)
         self.tokens.append(token)
         self.pieces.append(piece)
-        for length in self.sentences.push(piece):
-            self.cache.end_sentence(length)
+        with self.clock():
+            for length in self.sentences.push(piece):
+                self.cache.end_sentence(length)
+
+    @contextmanager
+    def clock(self):
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
 
     def attend(self, attention, q, k, v):
-        start = time.perf_counter()
-        out = attention.attend(q, k, v, self.cache)
-        self.seconds += time.perf_counter() - start
-        return out
+        with self.clock():
+            return attention.attend(q, k, v, self.cache)
+
+    def advance(self):
+        with self.clock():
+            self.cache.advance(1)
 
 
 @torch.inference_mode()
@@ -142,7 +152,7 @@ def decode_together(model, writers: list[Writer]) -> torch.Tensor:
     for block in model.layers:
         x = block(x, lambda h: attend(block.self_attn, h))
     for writer in writers:
-        writer.cache.advance(1)
+        writer.advance()
     return model.logits(model.norm(x))
 
 
@@ -235,7 +245,6 @@ class Bench:
         for method, seen in zip(methods, witness.seen):
             for layer, pairs in enumerate(seen):
                 yield method, layer, mean(m for m, _ in pairs), mean(e for _, e in pairs)
-
 
     def jaccard(self, ids: list[int], methods: list[Method]):
         """Yield (method, layer, Jaccard similarity of its choice with the next layer's).
@@ -388,11 +397,16 @@ def run_answers(args, bench, methods, results):
 
 def book_tokens(args, bench) -> list[tuple[str, list[int]]]:
     """(name, ids) of each book: `--length` tokens from its middle, and the new ones after them."""
+    if args.new_tokens < 2:
+        raise ValueError(f"--new-tokens is {args.new_tokens}, the least is 2")
     books = []
     for path in args.data[: args.limit]:
         text = read_book(path)
         middle = text[len(text) // 3 : len(text) // 3 + 8 * (args.length + args.new_tokens)]
         ids = bench.tokenizer.encode(middle, add_bos=True)[: args.length + args.new_tokens]
+        if len(ids) < args.length + 2:
+            raise ValueError(f"{path} has {len(ids)} tokens after its first third, the least is"
+                             f" {args.length + 2}: --length and two to read on")
         bench.check(ids, 0)
         books.append((path.stem, ids))
     return books
@@ -434,9 +448,10 @@ def table(rows: list[dict], percent: bool) -> str:
     cells = {}
     named = [("needle" if r["task"].startswith("needle ") else r["task"], r) for r in rows]
     overall = ("mean",) if percent and len({task for task, _ in named}) > 1 else ()
-    full = {r["task"]: r["score"] for r in rows if r["method"] == "full" and not percent}
-    named += [("above full", r | {"score": r["score"] - full[r["task"]]})
-              for r in rows if r["task"] in full]
+    full = {(r["task"], r["index"]): r["score"] for r in rows
+            if r["method"] == "full" and not percent}
+    named += [("above full", r | {"score": r["score"] - full[r["task"], r["index"]]})
+              for r in rows if (r["task"], r["index"]) in full]
     for task, row in named:
         budget = "" if row["method"] == "full" else row["budget"]
         for column in (task, *overall):

@@ -8,11 +8,13 @@ With a model's own weights the text is `--data`, and its continuation is read to
 that every method does the same. A `--config` has random weights, made on the device, and the text
 is random tokens in sentences of 8 to 42: its times are real, its hit rate is not.
 
-`ttft` is reading the prompt and choosing a token, the median of `--repeats`; `ms a token` is the
-median over `--new-tokens`, `p90` their 90th percentile. The floor is the time that reading the
-weights and the cache once must take: their bytes over the bandwidth of a large copy, measured
-first. `load` counts what came from the host. Stage times are of a second pass, token by token
-without a graph. `--compare transformers` adds Hugging Face's Llama, where that is installed.
+`ttft` is making the cache, reading the prompt and choosing a token, the median of `--repeats`; `ms
+a token` is the median over `--new-tokens` of every repeat, `p90` their 90th percentile. The floor
+is the time to read the weights and what the device holds of the cache once: their bytes over the
+bandwidth of a large copy, measured first. What comes from the host, `load`, is not in it. `host KV`
+is what is stored there; PyTorch rounds pinned memory up to a power of two. Stage times are of
+tokens after those, without a graph. `--cuda-graph` adds SentenceKV with each token replayed as one
+graph, `--compare transformers` Hugging Face's Llama, where that is installed.
 """
 
 import argparse
@@ -22,7 +24,6 @@ import platform
 import random
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -32,12 +33,21 @@ import torch
 from tqdm import tqdm
 
 from cache import FullCache, SentenceKVCache
-from generate import StageTimer, Tokenizer, pick_device, pick_dtype, read_first
-from model import GraphedDecode, Llama, LlamaConfig, load_config, load_model
+from generate import (
+    StageTimer,
+    Tokenizer,
+    check_cuda_graph,
+    pick_device,
+    pick_dtype,
+    read_first,
+)
+from model import GraphedDecode, Llama, LlamaConfig, load_model
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
 from weights.download import download
 
+WARM_UP = 4  # tokens that are not timed
+GRAPHED = "sentencekv, graph"
 LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5,
            "max_position_embeddings": 131072, "rope_theta": 500000.0, "num_attention_heads": 32,
            "num_key_value_heads": 8}
@@ -121,11 +131,15 @@ class Ours:
         self.spans = token_spans(text.pieces[:length])
         self.settings = SentenceKVConfig(token_budget=args.token_budget,
                                          keep_factor=args.keep_factor)
+        self.forget()
+
+    def forget(self):
+        """Let go of the last cache before there is another."""
+        self.cache = self.decode = None
 
     def prefill(self):
         dtype = self.model.embed_tokens.weight.dtype
         room = len(self.text.ids) - self.length
-        self.cache = None  # the last one, before there is another
         self.cache = (
             FullCache(self.model.config, self.length + room, self.device, dtype)
             if self.method == "full" else
@@ -134,7 +148,7 @@ class Ours:
                    lambda logits: logits.argmax().item())
         self.at, self.sentences = self.length, SentenceStream(self.settings.sentence_limit)
         self.decode = self.model.decode
-        if self.args.cuda_graph and self.method == "sentencekv":
+        if self.method == GRAPHED:
             self.decode = GraphedDecode(self.model, self.cache)
 
     def step(self):
@@ -144,6 +158,12 @@ class Ours:
         self.model.logits(self.decode(token, self.cache)).argmax().item()
         self.at += 1
 
+    def warm(self):
+        """What came from the host is counted from here on."""
+        if self.method != "full":
+            self.cache.n_wanted.zero_()
+            self.cache.n_loaded.zero_()
+
     def stages(self, steps: int) -> dict:
         """Milliseconds a token, by stage."""
         timer = StageTimer(self.device)
@@ -151,7 +171,6 @@ class Ours:
         for _ in range(steps):
             with timer("decode"):
                 self.step()
-        self.cache.stage = nullcontext
         return {name: ms / steps for name, ms in timer.totals()["decode"].items()}
 
     def report(self) -> dict:
@@ -179,7 +198,7 @@ class HuggingFace:
             config = transformers.LlamaConfig(**CONFIGS[args.config])
             with torch.device("meta"):
                 self.model = transformers.LlamaForCausalLM(config)
-            names = {n if n.startswith("lm_head") else f"model.{n}": p
+            names = {n if n.startswith("lm_head") else f"model.{n}": p.detach()
                      for n, p in model.named_parameters()}
             if model.config.tie_word_embeddings:
                 names["lm_head.weight"] = names["model.embed_tokens.weight"]
@@ -189,6 +208,10 @@ class HuggingFace:
             self.model = transformers.LlamaForCausalLM.from_pretrained(
                 args.model, dtype=model.embed_tokens.weight.dtype).to(self.device)
         self.model.eval()
+        self.forget()
+
+    def forget(self):
+        self.cache = None
 
     @torch.inference_mode()
     def prefill(self):
@@ -207,6 +230,9 @@ class HuggingFace:
         self.run([self.text.ids[self.at]])
         self.at += 1
 
+    def warm(self):
+        pass
+
     def stages(self, steps):
         return {}
 
@@ -214,17 +240,19 @@ class HuggingFace:
         return {}
 
     def read_bytes(self):
+        if self.offloaded:
+            return None
         config, dtype = self.model.config, self.model.dtype
         return 2 * self.at * dtype.itemsize * config.num_hidden_layers * (
             config.num_key_value_heads * config.head_dim)
 
 
 def measure(subject, args, device, weights: int, bytes_a_second: float) -> dict:
-    """Prefill and decode, `--repeats` times; the first few tokens of each are warm-up."""
+    """Prefill and decode, `--repeats` times; the first tokens of each are warm-up."""
     ttft, tokens, before = [], [], 0
     for _ in range(args.repeats):
+        subject.forget()
         if device.type == "cuda":
-            subject.cache = None
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         synchronize(device)
@@ -232,23 +260,25 @@ def measure(subject, args, device, weights: int, bytes_a_second: float) -> dict:
         subject.prefill()
         synchronize(device)
         ttft.append(time.perf_counter() - start)
-        for i in range(args.new_tokens + 4):
+        for i in range(args.new_tokens + WARM_UP):
+            if i == WARM_UP:
+                subject.warm()
             start = time.perf_counter()
             subject.step()
             synchronize(device)
-            if i >= 4:
+            if i >= WARM_UP:
                 tokens.append(time.perf_counter() - start)
-    floor = (weights + subject.read_bytes()) / bytes_a_second
-    report = subject.report()
-    steps = subject.at - subject.length
+    read, report = subject.read_bytes(), subject.report()
+    floor = None if read is None else 1e3 * (weights + read) / bytes_a_second
     stages = subject.stages(args.new_tokens)
     peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
     return {"ttft_ms": 1e3 * median(ttft), "decode_ms_per_token": 1e3 * median(tokens),
-            "decode_p90_ms": 1e3 * quantiles(tokens, n=10)[-1], "floor_ms": 1e3 * floor,
+            "decode_p90_ms": 1e3 * quantiles(tokens, n=10, method="inclusive")[-1],
+            "floor_ms": floor,
             "device_kv_bytes": report.get("device_kv_bytes"),
             "host_kv_bytes": report.get("host_kv_bytes"),
             "full_kv_bytes": report.get("full_kv_bytes"),
-            "loaded_bytes_per_token": report["loaded_bytes"] / steps if report else None,
+            "loaded_bytes_per_token": report["loaded_bytes"] / args.new_tokens if report else None,
             "hit_rate": report.get("hit_rate"), "peak_device_bytes": peak,
             "stages_ms_per_token": stages}
 
@@ -291,7 +321,8 @@ def plot(rows: list[dict], path: Path):
         lengths = [row["length"] for row in ours]
         axis.plot(lengths, [row["decode_ms_per_token"] for row in ours], marker="o", color=f"C{i}",
                   label=method)
-        axis.plot(lengths, [row["floor_ms"] for row in ours], linestyle=":", color=f"C{i}")
+        floors = [row["floor_ms"] or float("nan") for row in ours]
+        axis.plot(lengths, floors, linestyle=":", color=f"C{i}")
     axis.set_xlabel("tokens in the prompt")
     axis.set_ylabel("ms a token (dotted: the floor)")
     axis.set_ylim(bottom=0)
@@ -320,7 +351,7 @@ def parse(arguments):
     add("--repeats", type=int, default=3)
     add("--device", default="auto")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    add("--cuda-graph", action="store_true")
+    add("--cuda-graph", action="store_true", help=f"measure {GRAPHED!r} too")
     add("--out", type=Path, help="JSON lines; a table and a picture beside it")
     args = parser.parse_args(arguments)
     for name, least in (("new_tokens", 2), ("repeats", 1)):
@@ -334,18 +365,18 @@ def parse(arguments):
 def run(args) -> list[dict]:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    if args.cuda_graph and device.type != "cuda":
-        raise ValueError("--cuda-graph needs a GPU")
     methods = list(args.methods)
+    if args.cuda_graph:
+        check_cuda_graph(device)
+        methods.append(GRAPHED)
     if args.compare:
         methods += ["transformers"] + ["transformers offloaded"] * (device.type == "cuda")
     if args.config:
         model = random_model(args.config, device, dtype)
     else:
         args.model = args.model or download()
-        load_config(args.model)
         model = load_model(args.model, device, dtype)
-    room = 2 * args.new_tokens + 8
+    room = 2 * args.new_tokens + 2 * WARM_UP
     needed, positions = max(args.lengths) + room, model.config.max_position_embeddings
     if needed > positions and not args.config:
         raise ValueError(f"--lengths {max(args.lengths)} needs {needed} positions, the model has"
@@ -364,7 +395,7 @@ def run(args) -> list[dict]:
         rows.append({"model": args.config or args.model.name, "method": method, "length": length,
                      "token_budget": args.token_budget, "dtype": str(dtype)[6:],
                      "machine": machine, "torch": torch.__version__,
-                     "cuda_graph": args.cuda_graph, "copy_bytes_per_second": copied, **row})
+                     "copy_bytes_per_second": copied, **row})
         del subject
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)

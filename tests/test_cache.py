@@ -228,6 +228,8 @@ class Poisoned(SentenceKVCache):
         selected[rows[heads, i].cpu(), heads.cpu()] = True
         self.host[layer][~selected] = math.nan
         super().load(layer, rows, slots, missing)
+        if self.slots.is_cuda:
+            torch.cuda.synchronize()  # the GPU reads these very rows
         self.host[layer] = kept
 
     def decode(self, layer, q, k, v):

@@ -55,11 +55,11 @@ def test_decoding_one_by_one_equals_one_forward(tiny, device):
         torch.testing.assert_close(tiny.logits(torch.cat(states)), expected, rtol=0, atol=1e-4)
 
 
-def test_slices_of_the_mlp_change_nothing(tiny, monkeypatch):
-    x = torch.randn(50, TINY.hidden_size)
-    whole = tiny.layers[0].mlp(x)
+def test_slices_of_the_mlp_change_nothing(tiny, device, monkeypatch):
+    ids = random_ids(50, device)
+    whole = all_logits(tiny, ids)
     monkeypatch.setattr(model_module, "MLP_SLICE", 7)
-    torch.testing.assert_close(tiny.layers[0].mlp(x), whole)
+    torch.testing.assert_close(all_logits(tiny, ids), whole, rtol=0, atol=1e-4)
 
 
 def test_default_weights_are_the_reference_s(default_model, reference):

@@ -132,6 +132,15 @@ def test_perplexity_of_everything_is_the_full_cache_s(tiny_folder, book, tmp_pat
     assert lines[3].startswith("| sentencekv |") and f"| {lost:.3f} | " in lines[3]
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (("--length", 20, "--new-tokens", 1), "--new-tokens is 1, the least is 2"),
+    (("--length", 100000), "the least is 100002"),
+])
+def test_a_book_that_is_too_short_is_named(tiny_folder, book, capsys, arguments, message):
+    assert run("perplexity", "--data", book, "--model", tiny_folder, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_recall_is_one_when_everything_is_selected(tiny_folder, book, tmp_path):
     out = tmp_path / "recall.jsonl"
     assert run("recall", "--data", book, "--model", tiny_folder, "--length", 200, "--new-tokens",
@@ -149,7 +158,7 @@ def test_recall_is_one_when_everything_is_selected(tiny_folder, book, tmp_path):
 def test_jaccard_compares_neighbouring_layers(tiny_folder, book, tmp_path, capsys):
     out = tmp_path / "jaccard.jsonl"
     arguments = ("jaccard", "--data", book, "--model", tiny_folder, "--length", 200, "--budgets",
-                 "96", "--new-tokens", 1)
+                 "96", "--new-tokens", 2)
     assert run(*arguments, "--methods", "snapkv chunkkv sentencekv streamingllm", "--out", out) == 0
     rows = {row["method"]: row["score"] for row in results(out)}
     assert rows.pop("streamingllm") == 1 and all(0 <= score < 1 for score in rows.values())
