@@ -294,10 +294,12 @@ COLUMNS = {  # heading: (key, divisor, format)
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| tokens | method | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    columns = {head: column for head, column in COLUMNS.items()
+               if any(row[column[0]] is not None for row in rows)}
+    lines = ["| tokens | method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for row in rows:
         cells = ["" if row[key] is None else format(row[key] / divisor, form)
-                 for key, divisor, form in COLUMNS.values()]
+                 for key, divisor, form in columns.values()]
         lines.append(f"| {row['length']} | {row['method']} | " + " | ".join(cells) + " |")
     names = dict.fromkeys(n for row in rows for n in row["stages_ms_per_token"])
     lines += ["", "| tokens | method, ms a token by stage | " + " | ".join(names) + " |",
