@@ -22,7 +22,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -478,7 +478,7 @@ def table(rows: list[dict], percent: bool) -> str:
 
 
 def plot(rows: list[dict], task: str, path: Path):
-    """Needles: a heat map for every method. Else: score against budget, a line for every method."""
+    """Needles: a heat map for every method and budget. Else: score against budget."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -486,25 +486,26 @@ def plot(rows: list[dict], task: str, path: Path):
 
     methods = list(dict.fromkeys(r["method"] for r in rows))
     if task == "needle":
-        keys = sorted({(methods.index(r["method"]), r["budget"]) for r in rows})
-        keys = [(methods[i], budget) for i, budget in keys]
-        across = min(len(keys), 4)
-        figure, axes = pyplot.subplots(-(-len(keys) // across), across, squeeze=False,
-                                       figsize=(3 * across, 2.4 * -(-len(keys) // across)))
-        for axis in axes.flat[len(keys):]:
-            axis.axis("off")
-        for axis, (method, budget) in zip(axes.flat, keys):
+        budgets = sorted({r["budget"] for r in rows})
+        figure, axes = pyplot.subplots(
+            len(methods), len(budgets), squeeze=False, sharex=True, sharey=True,
+            figsize=(1 + 1.8 * len(budgets), 0.6 + 1.1 * len(methods)))
+        for (i, method), (j, budget) in product(enumerate(methods), enumerate(budgets)):
             points = {tuple(map(float, r["task"].split()[1:])): r["score"] for r in rows
-                      if r["method"] == method and r["budget"] == budget}
+                      if r["method"] == method and (r["budget"] == budget or method == "full")}
             lengths, depths = (sorted({p[i] for p in points}) for i in (0, 1))
             grid = [[points.get((length, depth), math.nan) for length in lengths]
                     for depth in depths]
+            axis = axes[i][j]
             axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-            axis.set_xticks(range(len(lengths)), [f"{x:g}" for x in lengths])
-            axis.set_yticks(range(len(depths)), [f"{x:g}" for x in depths])
-            axis.set_title(method if method == "full" else f"{method}, {budget}", fontsize=9)
-            axis.set_xlabel("prompt tokens")
-            axis.set_ylabel("depth")
+            axis.set_xticks(range(len(lengths)), [f"{x:g}" for x in lengths], fontsize=7)
+            axis.set_yticks(range(len(depths)), [f"{x:g}" for x in depths], fontsize=7)
+            if i == 0:
+                axis.set_title(f"budget {budget}", fontsize=9)
+            if j == 0:
+                axis.set_ylabel(method.replace(":", ":\n").replace(",", ",\n"), fontsize=8)
+        figure.supxlabel("tokens in the prompt", fontsize=9)
+        figure.supylabel("depth of the needle", fontsize=9)
     else:
         figure, axis = pyplot.subplots(figsize=(7, 4.5))
         for method in methods:
@@ -516,6 +517,8 @@ def plot(rows: list[dict], task: str, path: Path):
             else:
                 axis.plot(budgets, means, marker="o", label=method)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(ticks := sorted({r["budget"] for r in rows}), map(str, ticks), minor=False)
+        axis.minorticks_off()
         axis.set_xlabel("token budget")
         axis.set_ylabel("mean NLL" if task == "perplexity" else "mean score")
         axis.legend(fontsize=8)
