@@ -375,8 +375,9 @@ class Results:
 def run_answers(args, bench, methods, results):
     todo, per_task = [], {}
     for example in examples(args, bench):
-        per_task[example.task] = per_task.get(example.task, 0) + 1
-        if args.limit is None or per_task[example.task] <= args.limit:
+        task = example.task.split()[0]  # the places of a needle are one task
+        per_task[task] = per_task.get(task, 0) + 1
+        if args.limit is None or per_task[task] <= args.limit:
             todo.append(example)
     for example in tqdm(todo, unit="prompt", disable=None):
         left = results.missing(example.task, example.index, methods)

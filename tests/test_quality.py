@@ -91,7 +91,7 @@ def test_units():
 def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, tmp_path, capsys):
     out = tmp_path / "needle.jsonl"
     arguments = ("needle", "--data", book, "--model", tiny_folder, "--lengths", 300, "--depths",
-                 "0,1", "--budgets", "96,128", "--limit", 1, "--out", out)
+                 "0,0.5,1", "--budgets", "96,128", "--limit", 2, "--out", out)
     assert run(*arguments) == 0
     first = results(out)
     assert len(first) == 2 * (1 + 8 * 2)
