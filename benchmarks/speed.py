@@ -340,7 +340,7 @@ def parse(arguments):
     add, defaults = parser.add_argument, SentenceKVConfig()
     add("--model", type=Path, help="Llama folder (default: SmolLM2-135M-Instruct)")
     add("--config", choices=CONFIGS, help="a real shape with random weights instead")
-    add("--random-weights", action="store_true", help="what --config means; accepted for clarity")
+    add("--random-weights", action="store_true", help="says what --config implies")
     examples = sorted((Path(__file__).parent.parent / "examples").glob("*.txt"))
     add("--data", type=Path, nargs="+", default=examples, help="texts to read (default: examples/)")
     add("--lengths", type=lambda text: [int(part) for part in text.split(",")],
@@ -359,6 +359,8 @@ def parse(arguments):
     for name, least in (("new_tokens", 2), ("repeats", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, at least {least}")
+    if args.random_weights and not args.config:
+        parser.error("--random-weights needs --config")
     if unknown := set(args.methods) - {"full", "sentencekv"}:
         parser.error(f"--methods {', '.join(unknown)}: the choices are full, sentencekv")
     return args
