@@ -137,7 +137,7 @@ class SentenceKVCache:
         # its own that change from token to token, so it can be captured as a CUDA graph.
         self.here = torch.zeros(1, device=device, dtype=torch.long)  # slot of the token
         self.loadable_end = torch.zeros((), device=device, dtype=torch.long)  # row
-        self.room = torch.zeros(self.load_slots, device=device, dtype=torch.bool)  # to fill
+        self.fillable = torch.zeros(self.load_slots, device=device, dtype=torch.bool)  # places
         self.mask = torch.zeros(heads, 1, n_slots, device=device, dtype=torch.bool)
         self.n_wanted = torch.zeros((), device=device, dtype=torch.long)  # rows, all in all
         self.n_loaded = torch.zeros((), device=device, dtype=torch.long)  # rows that were not here
@@ -207,8 +207,8 @@ class SentenceKVCache:
         config, n_tokens = self.config, self.num_tokens + 1
         room = config.token_budget - self.n_sinks
         start = max(self.window_start(), n_tokens - room)  # of a long sentence, only what fits
-        self.room[:] = False
-        self.room[: room - (n_tokens - start)] = True
+        self.fillable[:] = False
+        self.fillable[: room - (n_tokens - start)] = True
         # Finished sentences can be loaded as far as the window, whose own tokens are here.
         self.loadable_end.fill_(self.n_rows - max(self.open_start - start, 0))
         first, last = start - self.recent_start, n_tokens - self.recent_start
@@ -244,7 +244,7 @@ class SentenceKVCache:
         self.add_scores(layer, q.view(self.bounds.shape[1], -1, q.shape[-1]))  # (H_kv, G, D)
         rows, found = select_rows(self.scores[layer], self.bounds[layer], self.n_sinks,
                                   self.loadable_end, self.load_slots)
-        return rows, found & self.room
+        return rows, found & self.fillable
 
     def add_scores(self, layer: int, q):
         """Scores add up from one sentence's sealing to the next.
