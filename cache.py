@@ -6,9 +6,8 @@ kept token, and the device holds a fixed number of slots, filled per KV head wit
     [ working set: rows fetched from the host | sinks | recent window + sentence being written ]
 
 Attention runs over these slots and has nothing else. A mask admits the sinks, the recent tokens
-and the rows selected for this token; a fetched row that nobody wants now may stay in its slot,
-masked, in case it is wanted again. The slots' order does not matter, because positions are
-already in the keys. This file knows nothing of tokenizers, RoPE or weights, and leaves the
+and the rows selected for this token, of which those of the last token are here already. The slots'
+order does not matter, because positions are already in the keys. This file knows nothing of tokenizers, RoPE or weights, and leaves the
 scoring of sentences to `sentencekv`.
 
 A row is what one token leaves in one KV head: its key and its value, side by side (2, D), so that
@@ -136,10 +135,10 @@ class SentenceKVCache:
         # The plan for the next token, in tensors that keep their place: `decode` has no numbers of
         # its own that change from token to token, so it can be captured as a CUDA graph.
         self.here = torch.zeros(1, device=device, dtype=torch.long)  # slot of the token
-        self.loadable_end = torch.zeros((), device=device, dtype=torch.long)  # row
-        self.fillable = torch.zeros(self.load_slots, device=device, dtype=torch.bool)  # places
+        self.loadable = torch.zeros_like(self.bounds)  # as far as sentences may be fetched
+        self.places = torch.zeros_like(self.resident[0])  # in the queue of rows by rank
         self.mask = torch.zeros(heads, 1, n_slots, device=device, dtype=torch.bool)
-        self.n_wanted = torch.zeros((), device=device, dtype=torch.long)  # rows, all in all
+        self.n_wanted = 0  # rows, all in all
         self.n_loaded = torch.zeros((), device=device, dtype=torch.long)  # rows that were not here
 
     def prefill(self, layer: int, q, k, v):
@@ -194,6 +193,8 @@ class SentenceKVCache:
             self.finish_offload()
             self.open_start = n_tokens
             self.recent_start = max(self.n_sinks, n_tokens - self.config.recent_window)
+        else:
+            self.n_wanted += self.n_fetched * self.bounds[:, :, 0].numel()
         self.num_tokens += n_tokens
         self.plan_next_token()
 
@@ -207,10 +208,12 @@ class SentenceKVCache:
         config, n_tokens = self.config, self.num_tokens + 1
         room = config.token_budget - self.n_sinks
         start = max(self.window_start(), n_tokens - room)  # of a long sentence, only what fits
-        self.fillable[:] = False
-        self.fillable[: room - (n_tokens - start)] = True
-        # Finished sentences can be loaded as far as the window, whose own tokens are here.
-        self.loadable_end.fill_(self.n_rows - max(self.open_start - start, 0))
+        # Finished sentences can be loaded from the sinks to the window, both of which are here.
+        end = max(self.n_rows - max(self.open_start - start, 0), self.n_sinks)
+        torch.clamp(self.bounds, self.n_sinks, end, out=self.loadable)
+        self.n_fetched = min(room - (n_tokens - start), end - self.n_sinks, self.load_slots)
+        places = torch.arange(self.load_slots, device=self.device)
+        self.places.copy_(places.where(places < self.n_fetched, self.n_rows))  # or beyond the end
         first, last = start - self.recent_start, n_tokens - self.recent_start
         self.mask[..., self.sink_slot :] = False
         self.mask[..., self.sink_slot : self.sink_slot + self.n_sinks] = True
@@ -227,24 +230,20 @@ class SentenceKVCache:
         assert here < self.config.recent_window + self.config.sentence_limit, "end_sentence is due"
         self.slots[layer].index_copy_(1, self.here, torch.stack((k, v), dim=2))
         with self.stage("select"):
-            rows, wanted = self.select(layer, q)
-            slots, missing = assign_slots(rows, wanted, self.resident[layer])
-            self.mask[:, 0, : self.load_slots].scatter_(-1, slots, wanted)
+            rows = self.select(layer, q)
+            slots, missing = assign_slots(rows, self.resident[layer])
+            self.mask[:, 0, : self.load_slots].scatter_(-1, slots, rows >= 0)
         with self.stage("load"):
             self.load(layer, rows, slots, missing)
-            self.n_wanted += wanted.sum()
-            self.n_loaded += missing.sum()
         return *self.slots[layer].unbind(dim=2), self.mask
 
-    def select(self, layer: int, q) -> tuple:
+    def select(self, layer: int, q):
         """Rows of the sentences that the sentence being written asks for, best first.
 
-        -> rows (H_kv, B), wanted (H_kv, B): False where there is no row or no room for it.
+        -> rows (H_kv, B), -1 where there is none or no room for it
         """
         self.add_scores(layer, q.view(self.bounds.shape[1], -1, q.shape[-1]))  # (H_kv, G, D)
-        rows, found = select_rows(self.scores[layer], self.bounds[layer], self.n_sinks,
-                                  self.loadable_end, self.load_slots)
-        return rows, found & self.fillable
+        return select_rows(self.scores[layer], self.loadable[layer], self.places)
 
     def add_scores(self, layer: int, q):
         """Scores add up from one sentence's sealing to the next.
@@ -258,8 +257,8 @@ class SentenceKVCache:
     def load(self, layer: int, rows, slots, missing):
         """Bring the missing rows from the host into their slots; the others are there already."""
         fetch_rows(self.host[layer], self.slots[layer], rows, slots, missing)
-        held = self.resident[layer].gather(-1, slots)
-        self.resident[layer].scatter_(-1, slots, rows.where(missing, held))
+        self.resident[layer].scatter_(-1, slots, rows)
+        self.n_loaded += missing.sum()
 
     def end_sentence(self, length: int):
         """The first `length` tokens since the last sentence have become a sentence themselves.
@@ -301,6 +300,7 @@ class SentenceKVCache:
             self.spreads = pad(self.spreads, (0, SENTENCE_BLOCK))
             self.scores = pad(self.scores, (0, SENTENCE_BLOCK))
             self.bounds = pad(self.bounds, (0, SENTENCE_BLOCK))  # `end_sentence` fills them in
+            self.loadable = torch.zeros_like(self.bounds)
 
     def slide_window(self, recent):
         """Move the recent window, and the sentence being written, to the first recent slots."""
@@ -315,7 +315,7 @@ class SentenceKVCache:
         tensors = {name: t for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
         sizes = {name: t.untyped_storage().nbytes() for name, t in tensors.items()}
         host, slots, vectors = sizes.pop("host"), sizes.pop("slots"), sizes.pop("vectors")
-        wanted, loaded = self.n_wanted.item(), self.n_loaded.item()
+        wanted, loaded = self.n_wanted, self.n_loaded.item()
         return {
             "device_kv_parts": {"slots": slots, "sentence vectors": vectors,
                                 "bookkeeping": sum(sizes.values())},
@@ -363,26 +363,27 @@ def kv_shape(model_config) -> tuple:
     return (model_config.num_hidden_layers, model_config.num_key_value_heads, model_config.head_dim)
 
 
-def assign_slots(rows, wanted, resident) -> tuple:
+def assign_slots(rows, resident) -> tuple:
     """A slot for every row, so that only rows that are not resident need to move.
 
-    A wanted row that is resident stays in its slot. The i-th of the others takes the i-th slot
-    whose row nobody wants. Static shapes and no value read back: a GPU never waits here.
+    A row that is resident stays in its slot. The i-th of the others takes the i-th slot whose row
+    nobody wants. Static shapes and no value read back: a GPU never waits here.
 
-    rows, wanted (H_kv, B), resident (H_kv, B) rows in the slots -> slots, missing (H_kv, B)
+    rows (H_kv, B) to be in the slots, resident (H_kv, B) in them so far, -1 for none
+        -> slots, missing (H_kv, B)
 
-    >>> slots, missing = assign_slots(torch.tensor([[7, 3, 9]]), torch.tensor([[True] * 3]),
-    ...                               resident=torch.tensor([[5, 9, 3]]))
+    >>> slots, missing = assign_slots(torch.tensor([[7, 3, 9]]), torch.tensor([[5, 9, 3]]))
     >>> slots.tolist(), missing.tolist()
     ([[0, 2, 1]], [[True, False, False]])
     """
     by_row, slot_of = resident.sort(dim=-1)
     place = torch.searchsorted(by_row, rows).clamp(max=rows.shape[-1] - 1)
+    wanted = rows >= 0
     hit = wanted & (by_row.gather(-1, place) == rows)
     home = slot_of.gather(-1, place)  # the row's slot, where it is a hit
     # One column more than there are slots takes what the rows without a home would write.
-    taken = torch.zeros(len(rows), rows.shape[-1] + 1, dtype=torch.bool, device=rows.device)
-    taken.scatter_(-1, home.where(hit, rows.shape[-1]), True)
-    free = taken[:, :-1].to(torch.uint8).argsort(dim=-1, stable=True)  # free slots first
-    turn = (~hit).cumsum(dim=-1) - 1
-    return home.where(hit, free.gather(-1, turn.clamp(min=0))), wanted & ~hit
+    free = torch.ones(len(rows), rows.shape[-1] + 1, dtype=torch.bool, device=rows.device)
+    free.scatter_(-1, home.where(hit, rows.shape[-1]), False)
+    # The first slot with as many free ones up to it as there are homeless rows up to this one.
+    turn = torch.searchsorted(free[:, :-1].cumsum(dim=-1), (~hit).cumsum(dim=-1))
+    return home.where(hit, turn), wanted & ~hit

@@ -172,27 +172,24 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     return vectors.to(dtype), spreads.clamp(min=0)
 
 
-def select_rows(scores, bounds, first: int, last: torch.Tensor, budget: int) -> tuple:
-    """The first B = `budget` rows in order of their sentence's score, the last sentence cut to fit.
+def select_rows(scores, bounds, places) -> torch.Tensor:
+    """Rows in order of their sentence's score, the last sentence cut where the places end.
 
-    Only rows from `first` up to `last` count, the others being on the device already. A row's
-    rank is its sentence's rank, so this sorts S scores and never looks at N tokens.
+    The rows of all sentences by rank form one queue: each place, 0 to B - 1, takes the row that
+    stands there. A row's rank is its sentence's, so this sorts S scores and never N tokens.
 
-    scores (H_kv, S), bounds (H_kv, S + 1) -> rows (H_kv, B), found (H_kv, B); where `found` is
-    False there was nothing left to select.
+    scores (H_kv, S), bounds (H_kv, S + 1), places (H_kv, B) -> rows (H_kv, B), -1 for a place
+    beyond the queue's end
 
-    >>> rows, found = select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[0, 4, 7, 9]]),
-    ...                           first=1, last=torch.tensor(9), budget=4)
-    >>> rows.tolist()  # the second sentence's rows, then the third's, as far as they fit
-    [[4, 5, 6, 7]]
+    >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[1, 4, 7, 9]]),
+    ...             places=torch.tensor([[0, 1, 2, 3]]))  # three rows of the second, one more
+    tensor([[4, 5, 6, 7]])
     """
-    bounds = bounds.minimum(last).clamp(min=first)
     order = scores.argsort(dim=-1, descending=True, stable=True)  # (H_kv, S) best sentence first
     taken = bounds.diff(dim=-1).gather(-1, order).cumsum(dim=-1)  # rows with the i-th best one
-    place = torch.arange(budget, device=scores.device).expand(len(scores), -1).contiguous()
-    rank = torch.searchsorted(taken, place, right=True)  # (H_kv, B) whose row takes this place
+    rank = torch.searchsorted(taken, places, right=True)  # (H_kv, B) whose row takes this place
     found = rank < scores.shape[-1]
     # Sentence by sentence, rows and places run in step: they differ by end - taken.
     ahead = bounds[:, 1:].gather(-1, order) - taken  # (H_kv, S)
-    rows = place + ahead.gather(-1, rank.clamp(max=scores.shape[-1] - 1))
-    return rows.where(found, -1), found
+    rows = places + ahead.gather(-1, rank.clamp(max=scores.shape[-1] - 1))
+    return rows.where(found, -1)

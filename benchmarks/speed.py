@@ -161,7 +161,7 @@ class Ours:
     def warm(self):
         """What came from the host is counted from here on."""
         if self.method != "full":
-            self.cache.n_wanted.zero_()
+            self.cache.n_wanted = 0
             self.cache.n_loaded.zero_()
 
     def stages(self, steps: int) -> dict:

@@ -348,11 +348,11 @@ def test_slots_are_shared_out_one_to_one(data):
     n = data.draw(st.integers(1, 10))
     rows = torch.tensor([data.draw(st.permutations(range(2 * n)))[:n] for _ in range(2)])
     n_wanted = data.draw(st.integers(0, n))
-    wanted = (torch.arange(n) < n_wanted).expand(2, -1)
+    rows[:, n_wanted:] = -1
     resident = torch.tensor([data.draw(st.permutations(range(2 * n)))[:n] for _ in range(2)])
     if data.draw(st.booleans()):
         resident[:, n // 2 :] = -1
-    slots, missing = assign_slots(rows, wanted, resident)
+    slots, missing = assign_slots(rows, resident)
     for head in range(2):
         assert sorted(slots[head].tolist()) == list(range(n))
         for i in range(n_wanted):
