@@ -73,7 +73,8 @@ def random_model(name: str, device, dtype) -> Llama:
             model = Llama(LlamaConfig.from_dict(CONFIGS[name]))
     finally:
         torch.set_default_dtype(torch.float32)
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval().pack()
+    return model
 
 
 class Text:
@@ -117,9 +118,9 @@ def bandwidth(device) -> float:
 
 
 def weight_bytes(model) -> int:
-    """Read for every token: all but the rows of other tokens in an embedding of its own."""
-    total = sum(p.nbytes for p in model.parameters())
-    return total - (0 if model.config.tie_word_embeddings else model.embed_tokens.weight.nbytes)
+    """Read for every token: all but the embeddings, of which it is one row."""
+    weights = model.named_parameters(remove_duplicate=False)  # of a tied head, too
+    return sum(weight.nbytes for name, weight in weights if name != "embed_tokens.weight")
 
 
 class Ours:
@@ -198,11 +199,10 @@ class HuggingFace:
             config = transformers.LlamaConfig(**CONFIGS[args.config])
             with torch.device("meta"):
                 self.model = transformers.LlamaForCausalLM(config)
-            names = {n if n.startswith("lm_head") else f"model.{n}": p.detach()
-                     for n, p in model.named_parameters()}
-            if model.config.tie_word_embeddings:
-                names["lm_head.weight"] = names["model.embed_tokens.weight"]
-            self.model.load_state_dict(names, assign=True)
+            weights = {n if n.startswith("lm_head") else f"model.{n}":
+                       p.to_dense() if p.is_mkldnn else p.detach()
+                       for n, p in model.named_parameters(remove_duplicate=False)}
+            self.model.load_state_dict(weights, assign=True)
             self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config, self.device)
         else:
             self.model = transformers.LlamaForCausalLM.from_pretrained(

@@ -1,10 +1,11 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REFERENCE, TINY, random_ids
+from conftest import REFERENCE, TINY, random_ids, random_llama
 from safetensors.torch import load_file, save_file
 
 import model as model_module
@@ -62,8 +63,28 @@ def test_slices_of_the_mlp_change_nothing(tiny, device, monkeypatch):
     torch.testing.assert_close(all_logits(tiny, ids), whole, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_packed_weights_compute_what_plain_ones_do(dtype, atol, tied):
+    config = replace(TINY, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
+    model = random_llama(config=config).to(dtype)
+    plain = all_logits(model, random_ids(60, CPU))
+    embeddings = model.embed_tokens.weight.clone()
+    model.pack()
+    if not any(weight.is_mkldnn for weight in model.parameters()):
+        pytest.skip(f"oneDNN does not compute in {dtype} here")
+    assert torch.equal(model.embed_tokens.weight, embeddings)
+    torch.testing.assert_close(all_logits(model, random_ids(60, CPU)), plain, rtol=0, atol=atol)
+    cache = full_cache(model, 60)
+    model.prefill(random_ids(60, CPU)[:59], cache)
+    states = model.decode(random_ids(60, CPU)[59:], cache)
+    torch.testing.assert_close(model.logits(states)[0], plain[-1], rtol=0, atol=atol)
+
+
 def test_default_weights_are_the_reference_s(default_model, reference):
-    state = default_model.state_dict()
+    state = {name: w.to_dense() if w.is_mkldnn else w
+             for name, w in default_model.state_dict().items()}
+    assert torch.equal(state.pop("lm_head.weight"), state["embed_tokens.weight"])
     assert len(state) == len(reference["weights"])
     for name, expected in reference["weights"].items():
         weight = state[name.removeprefix("model.")].double()
