@@ -346,10 +346,13 @@ def check_cuda_graph(device: torch.device):
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto" and device.type == "cuda":  # before Ampere bfloat16 is only emulated
+    """`auto` is bfloat16 where the hardware computes in it, which others only emulate."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":  # from Ampere on
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float16
-    return torch.float32 if name == "auto" else getattr(torch, name)
+    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> set[int]:
