@@ -6,9 +6,9 @@ kept token, and the device holds a fixed number of slots, filled per KV head wit
     [ working set: rows fetched from the host | sinks | recent window + sentence being written ]
 
 Attention runs over these slots and has nothing else. A mask admits the sinks, the recent tokens
-and the rows selected for this token, of which those of the last token are here already. The slots'
-order does not matter, because positions are already in the keys. This file knows nothing of tokenizers, RoPE or weights, and leaves the
-scoring of sentences to `sentencekv`.
+and the rows selected for this token, of which those selected for the last one are here already.
+The slots' order does not matter, because positions are already in the keys. This file knows
+nothing of tokenizers, RoPE or weights, and leaves the scoring of sentences to `sentencekv`.
 
 A row is what one token leaves in one KV head: its key and its value, side by side (2, D), so that
 they move together. `kv` is always such data, `rows` are indices of it on the host. Shapes:
@@ -193,6 +193,9 @@ class SentenceKVCache:
             self.finish_offload()
             self.open_start = n_tokens
             self.recent_start = max(self.n_sinks, n_tokens - self.config.recent_window)
+            if self.n_rows < n_tokens:  # of some sentences nothing was kept
+                self.n_sentences = int((self.bounds.diff(dim=-1) > 0).sum(dim=-1).max())
+                self.make_room()
         else:
             self.n_wanted += self.n_fetched * self.bounds[:, :, 0].numel()
         self.num_tokens += n_tokens
@@ -267,7 +270,8 @@ class SentenceKVCache:
         window, they can be fetched like any others.
         """
         with self.stage("seal"):
-            self.make_room()
+            if self.n_sentences == self.capacity:
+                self.make_room()
             recent = self.slots[:, :, self.recent_slot :]
             first = self.open_start - self.recent_start
             kv = recent[:, :, first : first + length]  # (L, H_kv, length, 2, D)
@@ -292,15 +296,16 @@ class SentenceKVCache:
         """Sentences there is room for. While it is the same, every tensor keeps its address."""
         return self.vectors.shape[2]
 
+    @torch.inference_mode(False)  # what is made in it may not be changed outside
     def make_room(self):
-        """More room for sentences, when it is used up."""
-        if self.n_sentences == self.capacity:
-            pad = torch.nn.functional.pad
-            self.vectors = pad(self.vectors, (0, 0, 0, SENTENCE_BLOCK))
-            self.spreads = pad(self.spreads, (0, SENTENCE_BLOCK))
-            self.scores = pad(self.scores, (0, SENTENCE_BLOCK))
-            self.bounds = pad(self.bounds, (0, SENTENCE_BLOCK))  # `end_sentence` fills them in
-            self.loadable = torch.zeros_like(self.bounds)
+        """Room for some sentences more than there are, and no more."""
+        more = self.n_sentences + SENTENCE_BLOCK - self.capacity
+        pad = torch.nn.functional.pad  # which can cut off as well
+        self.vectors = pad(self.vectors, (0, 0, 0, more))
+        self.spreads = pad(self.spreads, (0, more))
+        self.scores = pad(self.scores, (0, more))
+        self.bounds = pad(self.bounds, (0, more))  # `end_sentence` fills them in
+        self.loadable = torch.zeros_like(self.bounds)
 
     def slide_window(self, recent):
         """Move the recent window, and the sentence being written, to the first recent slots."""

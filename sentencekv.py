@@ -145,12 +145,16 @@ def keep_tokens(importance: torch.Tensor, n_tokens: int, config: SentenceKVConfi
 def sentence_bounds(kept: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Rows at which each sentence begins; a sentence's rows end where the next one's begin.
 
+    Sentences with nothing kept are left out, and as many empty ones stand at the end.
+
     kept (H_kv, N) positions, ends (S,) token positions where sentences end -> (H_kv, S + 1)
 
-    >>> sentence_bounds(torch.tensor([[0, 1, 5, 8, 9]]), torch.tensor([4, 7, 10])).tolist()
-    [[0, 2, 3, 5]]
+    >>> sentence_bounds(torch.tensor([[0, 1, 8, 9]]), torch.tensor([4, 7, 10])).tolist()
+    [[0, 2, 4, 4]]
     """
-    return F.pad(torch.searchsorted(kept, ends.expand(len(kept), -1).contiguous()), (1, 0))
+    ends = torch.searchsorted(kept, ends.expand(len(kept), -1).contiguous())  # as rows
+    empty = ends.diff(dim=-1, prepend=torch.zeros_like(ends[:, :1])) == 0
+    return F.pad(ends.masked_fill(empty, kept.shape[-1]).sort(dim=-1).values, (1, 0))
 
 
 def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:

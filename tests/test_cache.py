@@ -268,6 +268,15 @@ def test_offloaded_keys_and_values_leave_the_device(device):
     assert sizes[0] == sizes[1]
 
 
+def test_sentences_with_nothing_kept_take_no_room(tiny, device):
+    spans = [(i, i + 1) for i in range(300)]  # of which at most 96 are kept
+    cache = SentenceKVCache(SentenceKVConfig(token_budget=96, keep_factor=1), TINY, spans, 10,
+                            device, torch.float32)
+    tiny.prefill(random_ids(300, device), cache)
+    assert cache.n_sentences == 96
+    assert cache.vectors.shape[2] == 96 + cache_module.SENTENCE_BLOCK
+
+
 @needs_gpu
 def test_device_memory_during_prefill_is_a_few_layers():
     device, n_prompt = torch.device("cuda"), 50_000

@@ -70,6 +70,9 @@ def test_vectors_are_means_and_an_empty_sentence_gets_zeros():
 def test_bounds_count_the_kept_tokens_of_every_sentence():
     kept, ends = torch.tensor([[0, 1, 5, 8, 9], [3, 4, 5, 6, 7]]), torch.tensor([4, 7, 10])
     assert sentence_bounds(kept, ends).tolist() == [[0, 2, 3, 5], [0, 1, 4, 5]]
+    kept = torch.tensor([[7, 8, 9], [0, 1, 8], [4, 5, 6], [1, 2, 3]])
+    assert sentence_bounds(kept, ends).tolist() == [[0, 3, 3, 3], [0, 2, 3, 3], [0, 3, 3, 3],
+                                                    [0, 3, 3, 3]]
 
 
 def test_summed_scores_rank_like_the_mean_query():
