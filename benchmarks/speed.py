@@ -386,7 +386,8 @@ def run(args) -> list[dict]:
         raise ValueError(f"--lengths {max(args.lengths)} needs {needed} positions, the model has"
                          f" {positions}")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else (
-        f"{torch.get_num_threads()} threads of {platform.processor() or platform.machine()}")
+        f"{torch.get_num_threads()} threads of"
+        f" {torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}")
     copied, rows = bandwidth(device), []
     print(f"{args.config or args.model.name}, {str(dtype)[6:]}, {machine}, torch"
           f" {torch.__version__}, budget {args.token_budget}; a copy moves {copied / 1e9:.1f} GB/s")
