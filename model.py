@@ -114,11 +114,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Linear(nn.Linear):
-    """A projection whose weight can be packed: laid out in the blocks that oneDNN computes with.
+    """One projection, or several of the same input in one matrix, which is read faster.
 
-    A plain weight is rearranged again for every token in bfloat16, and in float32 some CPUs read
-    it at half their memory's speed. The operators are those that torch.compile uses on CPUs.
+    `parts` are their names in a checkpoint and their outputs. The matrix can be packed: laid out
+    in the blocks that oneDNN computes with. Plain, it is rearranged again for every token in
+    bfloat16, and in float32 some CPUs read it at half their memory's speed. The two operators are
+    those that torch.compile uses on CPUs.
     """
+
+    def __init__(self, in_features: int, bias: bool, **parts: int):
+        super().__init__(in_features, sum(parts.values()), bias)
+        self.parts = parts
 
     def pack(self):
         packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
@@ -134,21 +140,18 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        q_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
+        self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         bias = config.attention_bias
-        self.q_proj = Linear(config.hidden_size, q_size, bias)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias)
-        self.o_proj = Linear(q_size, config.hidden_size, bias)
+        self.qkv_proj = Linear(config.hidden_size, bias, q_proj=q_size, k_proj=kv_size,
+                               v_proj=kv_size)
+        self.o_proj = Linear(q_size, bias, o_proj=config.hidden_size)
 
     def heads(self, x, rope):
         """x (T, hidden) -> q (H, T, D), k and v (H_kv, T, D), positions already in q and k."""
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return rotate(q, *rope), rotate(k, *rope), v
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
+        qk, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads))
+        return *rotate(qk, *rope).split((self.n_heads, self.n_kv_heads)), v
 
     def prefill(self, x, rope, cache):
         q, k, v = self.heads(x, rope)
@@ -184,12 +187,13 @@ MLP_SLICE = 8192  # tokens
 class MLP(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up_proj = Linear(hidden, bias, gate_proj=inner, up_proj=inner)
+        self.down_proj = Linear(inner, bias, down_proj=hidden)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -216,7 +220,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, False, lm_head=config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -336,6 +340,18 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def checkpoint_names(model: Llama) -> dict:
+    """Parameter -> {name in a checkpoint: shape}, its parts in their order."""
+    names = {}
+    for name, weight in model.named_parameters():  # a tied head is the embeddings
+        path, _, kind = name.rpartition(".")
+        parent, _, own = path.rpartition(".")
+        parts = getattr(model.get_submodule(path), "parts", {own: len(weight)})
+        names[name] = {".".join(filter(None, (parent, part, kind))): (size, *weight.shape[1:])
+                       for part, size in parts.items()}
+    return names
+
+
 def check_names_and_shapes(found: dict, expected: dict) -> None:
     """Compare two dicts of name -> shape; ValueError lists every kind of difference."""
     problems = {
@@ -382,21 +398,24 @@ def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     """Load the Llama in `folder`, its weights as `dtype` on `device`.
 
-    Tensors are read one at a time straight into their place, and on a CPU packed one at a time:
-    the weights are never held twice, but for a tied head.
-    Raises ValueError with the missing, unexpected and mis-shaped tensors, up to four names each.
+    They are joined, and on a CPU packed, one at a time, so that they are never held twice, but for
+    a tied head. Raises ValueError with the missing, unexpected and mis-shaped tensors, up to four
+    names each.
     """
     config = load_config(folder)
     with torch.device("meta"):  # the shapes without the memory
         model = Llama(config)
-    files = weight_files(folder)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    files, names = weight_files(folder), checkpoint_names(model)
+    expected = {name: shape for parts in names.values() for name, shape in parts.items()}
     check_names_and_shapes(read_tensors(files, config, stored_shape), expected)
 
-    def read(file, name):  # a copy, or the weights would stay pages of the file
-        return file.get_tensor(name).to(device, dtype, copy=True)
+    def read(file, name):
+        return file.get_tensor(name).to(device, dtype)
 
-    weights = read_tensors(files, config, read)
+    tensors = read_tensors(files, config, read)
+    # `cat` copies, also where there is one part: else the weights would stay pages of the file.
+    weights = {name: torch.cat([tensors.pop(part) for part in parts])
+               for name, parts in names.items()}
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)

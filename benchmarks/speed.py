@@ -24,6 +24,7 @@ import platform
 import random
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -64,15 +65,22 @@ CONFIGS = {
 }
 
 
-def random_model(name: str, device, dtype) -> Llama:
-    """A real shape, its weights drawn on the device itself."""
-    torch.manual_seed(0)
+@contextmanager
+def made_on(device, dtype):
+    """What is made in here is made there."""
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = Llama(LlamaConfig.from_dict(CONFIGS[name]))
+            yield
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def random_model(name: str, device, dtype) -> Llama:
+    """A real shape, its weights drawn on the device itself."""
+    torch.manual_seed(0)
+    with made_on(device, dtype):
+        model = Llama(LlamaConfig.from_dict(CONFIGS[name]))
     model.requires_grad_(False).eval().pack()
     return model
 
@@ -195,18 +203,14 @@ class HuggingFace:
         transformers.utils.logging.disable_progress_bar()
         self.transformers, self.offloaded = transformers, method.endswith("offloaded")
         self.text, self.length, self.device = text, length, model.embed_tokens.weight.device
+        dtype = model.embed_tokens.weight.dtype
         if args.config:
-            config = transformers.LlamaConfig(**CONFIGS[args.config])
-            with torch.device("meta"):
-                self.model = transformers.LlamaForCausalLM(config)
-            weights = {n if n.startswith("lm_head") else f"model.{n}":
-                       p.to_dense() if p.is_mkldnn else p.detach()
-                       for n, p in model.named_parameters(remove_duplicate=False)}
-            self.model.load_state_dict(weights, assign=True)
-            self.model.model.rotary_emb = type(self.model.model.rotary_emb)(config, self.device)
+            with made_on(self.device, dtype):
+                self.model = transformers.LlamaForCausalLM(
+                    transformers.LlamaConfig(**CONFIGS[args.config]))
         else:
             self.model = transformers.LlamaForCausalLM.from_pretrained(
-                args.model, dtype=model.embed_tokens.weight.dtype).to(self.device)
+                args.model, dtype=dtype).to(self.device)
         self.model.eval()
         self.forget()
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model import Llama, LlamaConfig, load_model  # noqa: E402
+from model import Llama, LlamaConfig, checkpoint_names, load_model  # noqa: E402
 from weights.download import download  # noqa: E402
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -40,6 +40,16 @@ def random_llama(device="cpu", config=TINY) -> Llama:
         if weight.dim() == 2:  # louder than the default, so that attention is far from uniform
             torch.nn.init.normal_(weight, std=1.5 * weight.shape[1] ** -0.5)
     return model.requires_grad_(False).to(device)
+
+
+def checkpoint(model) -> dict:
+    """The model's weights under their names in a checkpoint."""
+    weights = {}
+    for name, parts in checkpoint_names(model).items():
+        weight = model.get_parameter(name)
+        weight = weight.to_dense() if weight.is_mkldnn else weight
+        weights |= zip(parts, weight.split([shape[0] for shape in parts.values()]))
+    return weights
 
 
 @pytest.fixture
@@ -70,9 +80,9 @@ def tiny_folder(tmp_path) -> Path:
     config = {name: getattr(TINY, name) for name in TINY.__dataclass_fields__}
     config |= {"architectures": ["LlamaForCausalLM"], "eos_token_id": 256}
     (folder / "config.json").write_text(json.dumps(config))
-    names = {name if name.startswith("lm_head") else f"model.{name}": weight
-             for name, weight in random_llama().state_dict().items()}
-    save_file(names, folder / "model.safetensors")
+    weights = {name if name.startswith("lm_head") else f"model.{name}": weight.contiguous()
+               for name, weight in checkpoint(random_llama()).items()}
+    save_file(weights, folder / "model.safetensors")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

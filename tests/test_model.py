@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REFERENCE, TINY, random_ids, random_llama
+from conftest import REFERENCE, TINY, checkpoint, random_ids, random_llama
 from safetensors.torch import load_file, save_file
 
 import model as model_module
@@ -82,8 +82,7 @@ def test_packed_weights_compute_what_plain_ones_do(dtype, atol, tied):
 
 
 def test_default_weights_are_the_reference_s(default_model, reference):
-    state = {name: w.to_dense() if w.is_mkldnn else w
-             for name, w in default_model.state_dict().items()}
+    state = checkpoint(default_model)
     assert torch.equal(state.pop("lm_head.weight"), state["embed_tokens.weight"])
     assert len(state) == len(reference["weights"])
     for name, expected in reference["weights"].items():
