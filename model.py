@@ -11,6 +11,7 @@ Shapes, here and below (one prompt at a time, so there is no batch dimension):
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -113,27 +114,40 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+@contextmanager
+def onednn_for(n_tokens: int):
+    """oneDNN multiplies many tokens fast; for one it would first rearrange the weights, each time.
+
+    It is the library behind PyTorch's half-precision products on CPUs; PyTorch has its own, too.
+    """
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and n_tokens > 1
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 class Linear(nn.Linear):
     """One projection, or several of the same input in one matrix, which is read faster.
 
-    `parts` are their names in a checkpoint and their outputs. The matrix can be packed: laid out
-    in the blocks that oneDNN computes with. Plain, it is rearranged again for every token in
-    bfloat16, and in float32 some CPUs read it at half their memory's speed. The two operators are
-    those that torch.compile uses on CPUs.
+    `parts` are their names in a checkpoint and their outputs.
     """
 
     def __init__(self, in_features: int, bias: bool, **parts: int):
         super().__init__(in_features, sum(parts.values()), bias)
         self.parts = parts
 
-    def pack(self):
-        packed = torch.ops.mkldnn._reorder_linear_weight(self.weight)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-
     def forward(self, x):
-        if self.weight.is_mkldnn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
+        if x.is_cuda or x.shape[0] > 1 or x.dtype != torch.float32:
+            return super().forward(x)
+        # A token takes as long as the weights take to be read. In float32 a matrix times a vector is
+        # the work of one CPU thread, which reads at a third of the memory's speed; a batch of such
+        # products is shared out: so to each thread a block of rows.
+        n_blocks = math.gcd(self.out_features, torch.get_num_threads())
+        blocks = self.weight.unflatten(0, (n_blocks, -1))  # (blocks, rows, in)
+        out = (blocks @ x.mT.expand(n_blocks, -1, -1)).view(1, -1)
+        return out if self.bias is None else out + self.bias
 
 
 class Attention(nn.Module):
@@ -245,6 +259,7 @@ class Llama(nn.Module):
         cache.advance(1)
         return states
 
+    @onednn_for(1)
     def step(self, ids: torch.Tensor, position: torch.Tensor, cache) -> torch.Tensor:
         """`decode`, as far as it runs on the device alone. ids and position (1,)"""
         x = self.embed_tokens(ids)
@@ -256,18 +271,8 @@ class Llama(nn.Module):
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(n, hidden) -> (n, vocab). Prefill needs those of its last state alone."""
-        return self.lm_head(states)
-
-    def pack(self):
-        """Pack the projections, on a CPU that computes in their dtype. A tied head gets a copy."""
-        weight = self.embed_tokens.weight
-        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-            return
-        bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported() and weight.dtype == torch.bfloat16
-        if weight.dtype == torch.float32 or bfloat16:
-            for module in self.modules():
-                if isinstance(module, Linear):
-                    module.pack()
+        with onednn_for(len(states)):
+            return self.lm_head(states)
 
 
 class GraphedDecode:
@@ -398,9 +403,8 @@ def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     """Load the Llama in `folder`, its weights as `dtype` on `device`.
 
-    They are joined, and on a CPU packed, one at a time, so that they are never held twice, but for
-    a tied head. Raises ValueError with the missing, unexpected and mis-shaped tensors, up to four
-    names each.
+    They are joined one at a time, so that they are never held twice. Raises ValueError with the
+    missing, unexpected and mis-shaped tensors, up to four names each.
     """
     config = load_config(folder)
     with torch.device("meta"):  # the shapes without the memory
@@ -420,5 +424,5 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
         weights["lm_head.weight"] = weights["embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
     del weights
-    model.requires_grad_(False).eval().pack()
+    model.requires_grad_(False).eval()
     return model

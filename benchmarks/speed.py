@@ -81,7 +81,7 @@ def random_model(name: str, device, dtype) -> Llama:
     torch.manual_seed(0)
     with made_on(device, dtype):
         model = Llama(LlamaConfig.from_dict(CONFIGS[name]))
-    model.requires_grad_(False).eval().pack()
+    model.requires_grad_(False).eval()
     return model
 
 

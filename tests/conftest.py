@@ -47,7 +47,6 @@ def checkpoint(model) -> dict:
     weights = {}
     for name, parts in checkpoint_names(model).items():
         weight = model.get_parameter(name)
-        weight = weight.to_dense() if weight.is_mkldnn else weight
         weights |= zip(parts, weight.split([shape[0] for shape in parts.values()]))
     return weights
 

@@ -63,22 +63,21 @@ def test_slices_of_the_mlp_change_nothing(tiny, device, monkeypatch):
     torch.testing.assert_close(all_logits(tiny, ids), whole, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_packed_weights_compute_what_plain_ones_do(dtype, atol, tied):
-    config = replace(TINY, attention_bias=True, mlp_bias=True, tie_word_embeddings=tied)
-    model = random_llama(config=config).to(dtype)
-    plain = all_logits(model, random_ids(60, CPU))
-    embeddings = model.embed_tokens.weight.clone()
-    model.pack()
-    if not any(weight.is_mkldnn for weight in model.parameters()):
-        pytest.skip(f"oneDNN does not compute in {dtype} here")
-    assert torch.equal(model.embed_tokens.weight, embeddings)
-    torch.testing.assert_close(all_logits(model, random_ids(60, CPU)), plain, rtol=0, atol=atol)
-    cache = full_cache(model, 60)
-    model.prefill(random_ids(60, CPU)[:59], cache)
-    states = model.decode(random_ids(60, CPU)[59:], cache)
-    torch.testing.assert_close(model.logits(states)[0], plain[-1], rtol=0, atol=atol)
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
+def test_a_token_alone_is_what_it_is_among_others(dtype, atol, n_threads):
+    """Its projections are computed in another way, on CPUs: in a block of rows for each thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        model = random_llama(config=replace(TINY, attention_bias=True, mlp_bias=True)).to(dtype)
+        ids, cache = random_ids(60, CPU), full_cache(model, 60)
+        model.prefill(ids[:59], cache)
+        alone = model.logits(model.decode(ids[59:], cache))[0]
+        torch.testing.assert_close(alone, all_logits(model, ids)[-1], rtol=0, atol=atol)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.backends.mkldnn.enabled  # which is switched off for a while
 
 
 def test_default_weights_are_the_reference_s(default_model, reference):
