@@ -102,16 +102,15 @@ def rope_frequencies(config: LlamaConfig, device) -> torch.Tensor:
 
 
 def rope_table(config: LlamaConfig, positions: torch.Tensor, dtype) -> tuple:
-    """cos and sin (T, D) of every position's angles. RoFormer, arXiv 2104.09864."""
+    """cos and sin (T, D) of every position's angles, for `rotate`. RoFormer, arXiv 2104.09864."""
     angles = positions[:, None].float() * rope_frequencies(config, positions.device)  # (T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (T, D)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each head's channel pairs (i, i + D/2) of x (heads, T, D) by their position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 @contextmanager
@@ -163,9 +162,10 @@ class Attention(nn.Module):
 
     def heads(self, x, rope):
         """x (T, hidden) -> q (H, T, D), k and v (H_kv, T, D), positions already in q and k."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(0, 1)
-        qk, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads))
-        return *rotate(qk, *rope).split((self.n_heads, self.n_kv_heads)), v
+        qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim).transpose(0, 1)
+        qk, v = qkv[: -self.n_kv_heads], qkv[-self.n_kv_heads :]
+        qk = rotate(qk, *rope)
+        return qk[: self.n_heads], qk[self.n_heads :], v
 
     def prefill(self, x, rope, cache):
         q, k, v = self.heads(x, rope)
@@ -222,7 +222,8 @@ class Block(nn.Module):
         """`attend` is the attention's `prefill` or `decode` with its other arguments bound."""
         x = x + attend(self.input_layernorm(x))
         # In slices, or a long prompt's activations, widest in the MLP, would set the memory's peak.
-        for part in x.split(MLP_SLICE):
+        for start in range(0, x.shape[0], MLP_SLICE):
+            part = x[start : start + MLP_SLICE]
             part += self.mlp(self.post_attention_layernorm(part))
         return x
 
