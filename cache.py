@@ -31,12 +31,13 @@ from sentencekv import (
     SCORES,
     SentenceKVConfig,
     keep_tokens,
-    select_rows,
     sentence_bounds,
     sentence_vectors,
+    take_best,
     token_importance,
 )
 
+NO_ROW = 2**62  # greater than any row
 SENTENCE_BLOCK = 64  # sentences; the room for generated ones grows by as many at a time
 
 
@@ -122,21 +123,27 @@ class SentenceKVCache:
         self.recent_slot = self.sink_slot + config.sink_tokens
         n_slots = self.recent_slot + config.recent_window + config.sentence_limit
         self.slots = torch.zeros(layers, heads, n_slots, 2, dim, device=device, dtype=dtype)
-        # The row that each working-set slot holds, -1 for none.
-        self.resident = torch.full((layers, heads, self.load_slots), -1, device=device)
+        # Of each working-set slot: the row in it, its sentence, and whether it was not here yet.
+        self.rows = torch.full((layers, heads, self.load_slots), NO_ROW, device=device)
+        self.sentences = torch.zeros_like(self.rows)
+        self.missing = torch.zeros_like(self.rows, dtype=torch.bool)
 
-        # By sentence: semantic vector, spread, first row (and the next one's), score so far.
+        # By sentence: semantic vector, spread, rows, first row (and the next one's), score so far,
+        # and how many of its rows are in slots, which are always its first.
         room = self.n_sentences + SENTENCE_BLOCK
         self.vectors = torch.zeros(layers, heads, room, dim, device=device, dtype=dtype)
         self.spreads = torch.zeros(layers, heads, room, device=device)
+        self.lengths = torch.zeros_like(self.spreads)
         self.bounds = torch.zeros(layers, heads, room + 1, device=device, dtype=torch.long)
-        self.scores = torch.zeros(layers, heads, room, device=device)
+        self.scores = torch.zeros_like(self.spreads)
+        self.taken = torch.zeros_like(self.bounds[..., 1:])
 
         # The plan for the next token, in tensors that keep their place: `decode` has no numbers of
         # its own that change from token to token, so it can be captured as a CUDA graph.
         self.here = torch.zeros(1, device=device, dtype=torch.long)  # slot of the token
-        self.loadable = torch.zeros_like(self.bounds)  # as far as sentences may be fetched
-        self.places = torch.zeros_like(self.resident[0])  # in the queue of rows by rank
+        # Of each sentence, the first row that may be fetched, and how many.
+        self.starts, self.loadable = torch.zeros_like(self.taken), torch.zeros_like(self.taken)
+        self.room = torch.zeros_like(self.here)  # rows that may be fetched
         self.mask = torch.zeros(heads, 1, n_slots, device=device, dtype=torch.bool)
         self.n_wanted = 0  # rows, all in all
         self.n_loaded = torch.zeros((), device=device, dtype=torch.long)  # rows that were not here
@@ -160,6 +167,7 @@ class SentenceKVCache:
             bounds = sentence_bounds(kept, self.sentence_ends)
             self.bounds[layer, :, : n + 1] = bounds
             self.bounds[layer, :, n + 1 :] = self.n_rows  # empty, until sentences are written
+            self.lengths[layer, :, :n] = bounds.diff(dim=-1)
             self.vectors[layer, :, :n], self.spreads[layer, :, :n] = sentence_vectors(
                 kv[:, :, 0], bounds)
         with self.stage("offload"):
@@ -198,6 +206,7 @@ class SentenceKVCache:
                 self.make_room()
         else:
             self.n_wanted += self.n_fetched * self.bounds[:, :, 0].numel()
+            self.n_loaded += self.missing.sum()
         self.num_tokens += n_tokens
         self.plan_next_token()
 
@@ -213,10 +222,11 @@ class SentenceKVCache:
         start = max(self.window_start(), n_tokens - room)  # of a long sentence, only what fits
         # Finished sentences can be loaded from the sinks to the window, both of which are here.
         end = max(self.n_rows - max(self.open_start - start, 0), self.n_sinks)
-        torch.clamp(self.bounds, self.n_sinks, end, out=self.loadable)
+        bounds = self.bounds.clamp(self.n_sinks, end)
+        self.starts.copy_(bounds[..., :-1])
+        self.loadable.copy_(bounds.diff(dim=-1))
         self.n_fetched = min(room - (n_tokens - start), end - self.n_sinks, self.load_slots)
-        places = torch.arange(self.load_slots, device=self.device)
-        self.places.copy_(places.where(places < self.n_fetched, self.n_rows))  # or beyond the end
+        self.room.fill_(self.n_fetched)
         first, last = start - self.recent_start, n_tokens - self.recent_start
         self.mask[..., self.sink_slot :] = False
         self.mask[..., self.sink_slot : self.sink_slot + self.n_sinks] = True
@@ -233,35 +243,33 @@ class SentenceKVCache:
         assert here < self.config.recent_window + self.config.sentence_limit, "end_sentence is due"
         self.slots[layer].index_copy_(1, self.here, torch.stack((k, v), dim=2))
         with self.stage("select"):
-            rows = self.select(layer, q)
-            slots, missing = assign_slots(rows, self.resident[layer])
-            self.mask[:, 0, : self.load_slots].scatter_(-1, slots, rows >= 0)
+            self.select(layer, q)
         with self.stage("load"):
-            self.load(layer, rows, slots, missing)
+            self.load(layer)
         return *self.slots[layer].unbind(dim=2), self.mask
 
     def select(self, layer: int, q):
-        """Rows of the sentences that the sentence being written asks for, best first.
-
-        -> rows (H_kv, B), -1 where there is none or no room for it
-        """
+        """Give the slots to rows of the sentences that the sentence being written asks for."""
         self.add_scores(layer, q.view(self.bounds.shape[1], -1, q.shape[-1]))  # (H_kv, G, D)
-        return select_rows(self.scores[layer], self.loadable[layer], self.places)
+        rows, taken = self.rows[layer], take_best(
+            self.scores[layer], self.loadable[layer], self.room)
+        assign_slots(rows, self.sentences[layer], self.missing[layer], self.starts[layer],
+                     self.taken[layer], taken)
+        self.taken[layer] = taken
+        torch.lt(rows, NO_ROW, out=self.mask[:, 0, : self.load_slots])
 
     def add_scores(self, layer: int, q):
         """Scores add up from one sentence's sealing to the next.
 
         So an end that is found late also takes away the scores of tokens written after it.
         """
-        lengths = self.bounds[layer].diff(dim=-1)
         score = SCORES[self.config.score]
-        self.scores[layer] += score(q, self.vectors[layer], self.spreads[layer], lengths)
+        self.scores[layer] += score(
+            q, self.vectors[layer], self.spreads[layer], self.lengths[layer])
 
-    def load(self, layer: int, rows, slots, missing):
+    def load(self, layer: int):
         """Bring the missing rows from the host into their slots; the others are there already."""
-        fetch_rows(self.host[layer], self.slots[layer], rows, slots, missing)
-        self.resident[layer].scatter_(-1, slots, rows)
-        self.n_loaded += missing.sum()
+        fetch_rows(self.host[layer], self.slots[layer], self.rows[layer], self.missing[layer])
 
     def end_sentence(self, length: int):
         """The first `length` tokens since the last sentence have become a sentence themselves.
@@ -284,6 +292,7 @@ class SentenceKVCache:
             vectors, spreads = sentence_vectors(keys, bounds.contiguous())
             self.vectors[:, :, n] = vectors.view_as(self.vectors[:, :, n])
             self.spreads[:, :, n] = spreads.view_as(self.spreads[:, :, n])
+            self.lengths[:, :, n] = length
             self.n_rows += length
             self.bounds[:, :, n + 1 :] = self.n_rows
             self.scores.zero_()
@@ -302,10 +311,10 @@ class SentenceKVCache:
         more = self.n_sentences + SENTENCE_BLOCK - self.capacity
         pad = torch.nn.functional.pad  # which can cut off as well
         self.vectors = pad(self.vectors, (0, 0, 0, more))
-        self.spreads = pad(self.spreads, (0, more))
-        self.scores = pad(self.scores, (0, more))
+        for name in ("spreads", "lengths", "scores", "taken"):
+            setattr(self, name, pad(getattr(self, name), (0, more)))
         self.bounds = pad(self.bounds, (0, more))  # `end_sentence` fills them in
-        self.loadable = torch.zeros_like(self.bounds)
+        self.starts, self.loadable = torch.zeros_like(self.taken), torch.zeros_like(self.taken)
 
     def slide_window(self, recent):
         """Move the recent window, and the sentence being written, to the first recent slots."""
@@ -332,34 +341,33 @@ class SentenceKVCache:
         }
 
 
-def fetch_rows(host, kv, rows, slots, missing):
+def fetch_rows(host, kv, rows, missing):
     """Copy the missing rows into their slots.
 
-    host (N, H_kv, 2, D), kv (H_kv, n_slots, 2, D), rows, slots and missing (H_kv, B)
+    host (N, H_kv, 2, D), kv (H_kv, n_slots, 2, D), rows and missing (H_kv, B), of the first slots
     """
     if triton and (kv.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         heads, n_rows = rows.shape
         size = kv[0, 0].numel()
-        copy_missing[n_rows, heads](host, kv, rows, slots, missing, kv.shape[1], size,
+        copy_missing[n_rows, heads](host, kv, rows, missing, kv.shape[1], size,
                                     triton.next_power_of_2(size), num_warps=1)
         return
     # On a GPU this waits for it: the host has to know which rows, to gather them.
-    head, i = missing.nonzero(as_tuple=True)
-    rows, slots = rows[head, i], slots[head, i]
-    kv[head, slots] = host[rows.to(host.device), head.to(host.device)].to(kv.device)
+    head, slot = missing.nonzero(as_tuple=True)
+    kv[head, slot] = host[rows[head, slot].to(host.device), head.to(host.device)].to(kv.device)
 
 
 if triton:
 
     @triton.jit
-    def copy_missing(host, kv, rows, slots, missing, n_slots, size, BLOCK: tl.constexpr):
-        """One program for each of a head's B rows. The GPU reads pinned host memory by itself."""
-        head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
-        here = head * tl.num_programs(0) + tl.program_id(0)
+    def copy_missing(host, kv, rows, missing, n_slots, size, BLOCK: tl.constexpr):
+        """One program for each of a head's B slots. The GPU reads pinned host memory by itself."""
+        slot, head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
+        here = head * tl.num_programs(0) + slot
         if tl.load(missing + here):
             channel = tl.arange(0, BLOCK)
             source = host + (tl.load(rows + here) * heads + head) * size + channel
-            target = kv + (head * n_slots + tl.load(slots + here)) * size + channel
+            target = kv + (head * n_slots + slot) * size + channel
             tl.store(target, tl.load(source, mask=channel < size), mask=channel < size)
 
 
@@ -368,27 +376,31 @@ def kv_shape(model_config) -> tuple:
     return (model_config.num_hidden_layers, model_config.num_key_value_heads, model_config.head_dim)
 
 
-def assign_slots(rows, resident) -> tuple:
-    """A slot for every row, so that only rows that are not resident need to move.
+def assign_slots(rows, sentences, missing, starts, before, taken):
+    """Let the slots of rows that are still wanted keep them, and the others take the missing rows.
 
-    A row that is resident stays in its slot. The i-th of the others takes the i-th slot whose row
-    nobody wants. Static shapes and no value read back: a GPU never waits here.
+    The first `before` rows of each sentence are in slots, and the first `taken` are wanted: the
+    i-th free slot takes the i-th row that is wanted and not here. Static shapes and no value read
+    back: a GPU never waits here.
 
-    rows (H_kv, B) to be in the slots, resident (H_kv, B) in them so far, -1 for none
-        -> slots, missing (H_kv, B)
+    rows, sentences, missing (H_kv, B) of the slots: set, a row for which there is none to NO_ROW
+    starts, before, taken (H_kv, S) of the sentences
 
-    >>> slots, missing = assign_slots(torch.tensor([[7, 3, 9]]), torch.tensor([[5, 9, 3]]))
-    >>> slots.tolist(), missing.tolist()
-    ([[0, 2, 1]], [[True, False, False]])
+    >>> rows, sentences = torch.tensor([[5, 8, 4]]), torch.tensor([[0, 1, 0]])
+    >>> missing, starts = torch.zeros(1, 3, dtype=torch.bool), torch.tensor([[4, 8, 12]])
+    >>> before, taken = torch.tensor([[2, 1, 0]]), torch.tensor([[0, 2, 1]])
+    >>> assign_slots(rows, sentences, missing, starts, before, taken)
+    >>> rows.tolist(), sentences.tolist(), missing.tolist()
+    ([[9, 8, 12]], [[1, 1, 2]], [[True, False, True]])
     """
-    by_row, slot_of = resident.sort(dim=-1)
-    place = torch.searchsorted(by_row, rows).clamp(max=rows.shape[-1] - 1)
-    wanted = rows >= 0
-    hit = wanted & (by_row.gather(-1, place) == rows)
-    home = slot_of.gather(-1, place)  # the row's slot, where it is a hit
-    # One column more than there are slots takes what the rows without a home would write.
-    free = torch.ones(len(rows), rows.shape[-1] + 1, dtype=torch.bool, device=rows.device)
-    free.scatter_(-1, home.where(hit, rows.shape[-1]), False)
-    # The first slot with as many free ones up to it as there are homeless rows up to this one.
-    turn = torch.searchsorted(free[:, :-1].cumsum(dim=-1), (~hit).cumsum(dim=-1))
-    return home.where(hit, turn), wanted & ~hit
+    ends = starts + taken
+    free = rows >= ends.gather(-1, sentences)
+    turn = free.cumsum(dim=-1)  # this is the so-manieth free slot
+    absent = (taken - before).clamp(min=0).cumsum(dim=-1)  # rows not here, up to each sentence's
+    # The sentence of the `turn`-th of them is the first that has as many up to its last.
+    sentence = torch.searchsorted(absent, turn).clamp(max=taken.shape[-1] - 1)
+    row = (ends - absent).gather(-1, sentence) + turn - 1
+    torch.logical_and(free, turn <= absent[:, -1:], out=missing)
+    rows.masked_fill_(free, NO_ROW)
+    torch.where(missing, row, rows, out=rows)
+    torch.where(free, sentence, sentences, out=sentences)

@@ -54,10 +54,10 @@ def expected_attention(q, vectors, spreads, lengths) -> torch.Tensor:
     q (H_kv, G, D), vectors (H_kv, S, D), spreads σ² and lengths (H_kv, S) -> (H_kv, S)
     """
     dim = q.shape[-1]
-    logits = (q @ vectors.mT).float() / math.sqrt(dim)  # (H_kv, G, S)
-    hidden = q.float().square().sum(dim=-1, keepdim=True) * spreads.unsqueeze(1) / (2 * dim)
-    sentences = (logits + hidden + lengths.log().unsqueeze(1)).softmax(dim=-1).sum(dim=1)
-    return sentences / lengths.clamp(min=1)
+    width = q.float().square().sum(dim=-1, keepdim=True) / (2 * dim)  # |q|² / 2D (H_kv, G, 1)
+    logits = torch.addcmul(lengths.log().unsqueeze(1), width, spreads.unsqueeze(1))
+    logits = logits.add(q @ vectors.mT, alpha=dim**-0.5)  # (H_kv, G, S)
+    return logits.softmax(dim=-1).sum(dim=1) / lengths.clamp(min=1)
 
 
 SCORES = {"mean_query": mean_query, "votes": votes, "expected_attention": expected_attention}
@@ -176,24 +176,18 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     return vectors.to(dtype), spreads.clamp(min=0)
 
 
-def select_rows(scores, bounds, places) -> torch.Tensor:
-    """Rows in order of their sentence's score, the last sentence cut where the places end.
+def take_best(scores, lengths, room) -> torch.Tensor:
+    """How many rows to take of each sentence: the best ones whole while there is room (§ 3.3).
 
-    The rows of all sentences by rank form one queue: each place, 0 to B - 1, takes the row that
-    stands there. A row's rank is its sentence's, so this sorts S scores and never N tokens.
+    The last of them is cut to fit, in reading order. This sorts S scores and never N tokens.
 
-    scores (H_kv, S), bounds (H_kv, S + 1), places (H_kv, B) -> rows (H_kv, B), -1 for a place
-    beyond the queue's end
+    scores (H_kv, S), lengths (H_kv, S) in rows, room (1,) in rows -> (H_kv, S)
 
-    >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[1, 4, 7, 9]]),
-    ...             places=torch.tensor([[0, 1, 2, 3]]))  # three rows of the second, one more
-    tensor([[4, 5, 6, 7]])
+    >>> take_best(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[3, 3, 2]]), torch.tensor([4]))
+    tensor([[0, 3, 1]])
     """
-    order = scores.argsort(dim=-1, descending=True, stable=True)  # (H_kv, S) best sentence first
-    taken = bounds.diff(dim=-1).gather(-1, order).cumsum(dim=-1)  # rows with the i-th best one
-    rank = torch.searchsorted(taken, places, right=True)  # (H_kv, B) whose row takes this place
-    found = rank < scores.shape[-1]
-    # Sentence by sentence, rows and places run in step: they differ by end - taken.
-    ahead = bounds[:, 1:].gather(-1, order) - taken  # (H_kv, S)
-    rows = places + ahead.gather(-1, rank.clamp(max=scores.shape[-1] - 1))
-    return rows.where(found, -1)
+    order = scores.argsort(dim=-1, descending=True, stable=True)  # best sentence first
+    lengths = lengths.gather(-1, order)
+    excess = (lengths.cumsum(dim=-1) - room).clamp(min=0)  # too many, with the i-th best one
+    taken = (lengths - excess).clamp(min=0)
+    return torch.empty_like(taken).scatter_(-1, order, taken)

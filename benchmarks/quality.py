@@ -40,6 +40,7 @@ from benchmarks.baselines import (
     make_cache,
 )
 from benchmarks.segmentation import old_spans
+from cache import NO_ROW
 from generate import Tokenizer, read_first, stop_tokens
 from model import load_model, rope_table
 from segment import SentenceStream, token_spans
@@ -258,17 +259,18 @@ class Bench:
             cache = method.new_cache(self.model, pieces, 1)
             cache.reuse = 1
             self.model.decode(torch.tensor([first]), recording.replay(cache))
-            chosen = [[set(head.tolist()) - {-1} for head in layer] for layer in chosen_by(cache)]
+            chosen = [[set(head.tolist()) - {NO_ROW} for head in layer]
+                      for layer in chosen_by(cache)]
             for layer, (here, there) in enumerate(pairwise(chosen)):
                 yield method, layer, mean(len(a & b) / len(a | b) for a, b in zip(here, there))
 
 
 def chosen_by(cache) -> list:
     """For every layer the positions (H_kv, n) that were chosen of the prompt."""
-    if hasattr(cache, "resident"):
+    if hasattr(cache, "rows"):
         if cache.config.keep_factor != math.inf:
             raise ValueError("jaccard needs keep_factor=inf: else rows are no positions")
-        return list(cache.resident)
+        return list(cache.rows)
     if getattr(cache, "kept_at", [None])[0] is None:
         raise ValueError(f"{type(cache).__name__} chooses no tokens of the prompt once and for all")
     return cache.kept_at

@@ -17,11 +17,11 @@ from oracle import SlowSentenceKV
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cache as cache_module
-from cache import FullCache, SentenceKVCache, assign_slots
+from cache import NO_ROW, FullCache, SentenceKVCache, assign_slots
 from generate import Tokenizer
 from model import GraphedDecode
 from segment import SentenceStream, token_spans
-from sentencekv import SentenceKVConfig
+from sentencekv import SentenceKVConfig, take_best
 
 N_NEW = 90
 
@@ -100,14 +100,14 @@ def test_a_small_budget_selects_what_the_slow_way_selects(
 class AllResident(SentenceKVCache):
     """Every kept row stays on the device as well, and every slot is filled anew at every step."""
 
-    def load(self, layer, rows, slots, missing):
-        everything = self.host.to(self.device)  # (L, N, H_kv, 2, D)
+    def load(self, layer):
+        everything, rows = self.host.to(self.device), self.rows[layer]  # (L, N, H_kv, 2, D)
         heads = torch.arange(len(rows), device=rows.device)[:, None]
-        wanted = rows >= 0
-        filled = everything[layer][rows.clamp(min=0), heads]  # (H_kv, B, 2, D)
-        kept = self.slots[layer][heads, slots]
-        self.slots[layer][heads, slots] = filled.where(wanted[..., None, None], kept)
-        super().load(layer, rows, slots, missing)
+        wanted = rows < NO_ROW
+        filled = everything[layer][rows.where(wanted, 0), heads]  # (H_kv, B, 2, D)
+        slots = self.slots[layer, :, : self.load_slots]
+        slots.copy_(filled.where(wanted[..., None, None], slots))
+        super().load(layer)
 
 
 @pytest.mark.parametrize("keep_factor", [1, math.inf])
@@ -168,10 +168,10 @@ class Traced(GraphedDecode):
         return states
 
 
-def fetch_rows_in_static_shapes(host, kv, rows, slots, missing):
-    head = torch.arange(len(rows), device=rows.device)[:, None]
-    fetched = host[rows.clamp(min=0), head]
-    kv[head, slots] = fetched.where(missing[..., None, None], kv[head, slots])
+def fetch_rows_in_static_shapes(host, kv, rows, missing):
+    head, slots = torch.arange(len(rows), device=rows.device)[:, None], kv[:, : rows.shape[1]]
+    fetched = host[rows.where(missing, 0), head]
+    slots.copy_(fetched.where(missing[..., None, None], slots))
 
 
 @pytest.mark.parametrize("score", ["mean_query", "expected_attention"])
@@ -206,12 +206,12 @@ import torch, cache
 torch.manual_seed(0)
 host, kv = torch.randn(40, {heads}, 2, {dim}), torch.randn({heads}, 30, 2, {dim})
 rows = torch.stack([torch.randperm(40)[:20] for _ in range({heads})])
-slots = torch.stack([torch.randperm(20) for _ in range({heads})])
 missing = torch.rand({heads}, 20) < 0.5
+rows[:, 7], missing[:, 7] = cache.NO_ROW, False
 expected = kv.clone()
 for h, i in missing.nonzero().tolist():
-    expected[h, slots[h, i]] = host[rows[h, i], h]
-cache.fetch_rows(host, kv, rows, slots, missing)
+    expected[h, i] = host[rows[h, i], h]
+cache.fetch_rows(host, kv, rows, missing)
 assert torch.equal(kv, expected)
 """
     subprocess.run([sys.executable, "-c", test], check=True, cwd=Path(cache_module.__file__).parent,
@@ -221,13 +221,13 @@ assert torch.equal(kv, expected)
 class Poisoned(SentenceKVCache):
     """Rows on the host that are not selected are NaN; slots that nobody attends to are wild."""
 
-    def load(self, layer, rows, slots, missing):
+    def load(self, layer):
         kept = self.host[layer].clone()
-        heads, i = missing.nonzero(as_tuple=True)
+        heads, i = self.missing[layer].nonzero(as_tuple=True)
         selected = torch.zeros(kept.shape[:2], dtype=torch.bool)
-        selected[rows[heads, i].cpu(), heads.cpu()] = True
+        selected[self.rows[layer, heads, i].cpu(), heads.cpu()] = True
         self.host[layer][~selected] = math.nan
-        super().load(layer, rows, slots, missing)
+        super().load(layer)
         if self.slots.is_cuda:
             torch.cuda.synchronize()  # the GPU reads these very rows
         self.host[layer] = kept
@@ -353,19 +353,30 @@ def test_half_precision_keys_and_values_stay_half(device):
 
 @settings(deadline=None)
 @given(st.data())
-def test_slots_are_shared_out_one_to_one(data):
-    n = data.draw(st.integers(1, 10))
-    rows = torch.tensor([data.draw(st.permutations(range(2 * n)))[:n] for _ in range(2)])
-    n_wanted = data.draw(st.integers(0, n))
-    rows[:, n_wanted:] = -1
-    resident = torch.tensor([data.draw(st.permutations(range(2 * n)))[:n] for _ in range(2)])
-    if data.draw(st.booleans()):
-        resident[:, n // 2 :] = -1
-    slots, missing = assign_slots(rows, resident)
-    for head in range(2):
-        assert sorted(slots[head].tolist()) == list(range(n))
-        for i in range(n_wanted):
-            row, slot = rows[head, i], slots[head, i]
-            assert missing[head, i] == (row not in resident[head])
-            assert missing[head, i] or resident[head, slot] == row
-        assert not missing[head, n_wanted:].any()
+def test_slots_hold_what_is_wanted_and_only_what_is_not_there_moves(data):
+    """Step after step, with sentences growing and the room for them changing."""
+    n_slots, n_heads = data.draw(st.integers(1, 10)), 2
+    lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6))
+    n, ends = len(lengths), torch.tensor(lengths).cumsum(0)
+    starts = (ends - torch.tensor(lengths)).expand(n_heads, -1).contiguous()
+    rows = torch.full((n_heads, n_slots), NO_ROW)
+    sentences, missing = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
+    before = torch.zeros(n_heads, n, dtype=torch.long)
+    for _ in range(data.draw(st.integers(1, 5))):
+        scores = torch.tensor([data.draw(st.permutations(range(n))) for _ in range(n_heads)])
+        there = torch.tensor([data.draw(st.integers(0, length)) for length in lengths])
+        room = torch.tensor([data.draw(st.integers(0, n_slots))])
+        taken = take_best(scores, there.expand(n_heads, -1), room)
+        was_here = rows.clone()
+        assign_slots(rows, sentences, missing, starts, before, taken)
+        for head in range(n_heads):
+            wanted = {row.item() for s in range(n)
+                      for row in starts[head, s] + torch.arange(taken[head, s])}
+            assert sorted(r for r in rows[head].tolist() if r < NO_ROW) == sorted(wanted)
+            new = wanted - set(was_here[head].tolist())
+            assert {row.item() for row in rows[head][missing[head]]} == new
+            stays = ~missing[head] & (rows[head] < NO_ROW)
+            assert torch.equal(rows[head][stays], was_here[head][stays])
+            for row, s in zip(rows[head].tolist(), sentences[head].tolist()):
+                assert row == NO_ROW or 0 <= row - starts[head, s] < taken[head, s]
+        before = taken

@@ -12,9 +12,9 @@ from sentencekv import (
     expected_attention,
     keep_tokens,
     mean_query,
-    select_rows,
     sentence_bounds,
     sentence_vectors,
+    take_best,
     token_importance,
     votes,
 )
@@ -115,29 +115,21 @@ def test_expected_attention_of_keys_all_alike_is_a_vote_by_token():
     torch.testing.assert_close(found * lengths, votes(q, vectors, None, lengths))
 
 
-def walk_down_the_ranking(scores, bounds, first, last, n_rows):
-    rows = []
-    for s in sorted(range(len(scores)), key=lambda s: -scores[s]):
-        rows += [r for r in range(bounds[s], bounds[s + 1]) if first <= r < last]
-    return rows[:n_rows]
-
-
 @settings(deadline=None)
 @given(st.data())
 def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
-    n_sentences = data.draw(st.integers(1, 12))
-    lengths = data.draw(st.lists(st.lists(st.integers(0, 6), min_size=n_sentences,
-                                          max_size=n_sentences), min_size=1, max_size=3))
+    n_sentences, n_heads = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 3))
+    row = st.lists(st.integers(0, 6), min_size=n_sentences, max_size=n_sentences)
+    lengths = torch.tensor([data.draw(row) for _ in range(n_heads)])
     scores = torch.tensor([data.draw(st.permutations(range(n_sentences))) for _ in lengths]).float()
-    bounds = torch.nn.functional.pad(torch.tensor(lengths).cumsum(-1), (1, 0))
-    first, last = data.draw(st.integers(0, 8)), data.draw(st.integers(0, 60))
-    n_rows = data.draw(st.integers(1, 40))
-    places = torch.arange(n_rows).repeat(len(lengths), 1)
-    rows = select_rows(scores, bounds.clamp(first, max(first, last)), places)
-    for head in range(len(lengths)):
-        ours = scores[head].tolist(), bounds[head].tolist()
-        expected = walk_down_the_ranking(*ours, first, last, n_rows)
-        assert rows[head].tolist() == expected + [-1] * (n_rows - len(expected))
+    room = data.draw(st.integers(0, 40))
+    taken = take_best(scores, lengths, torch.tensor([room]))
+    for head in range(n_heads):
+        left, expected = room, [0] * n_sentences
+        for s in sorted(range(n_sentences), key=lambda s: -scores[head, s]):
+            expected[s] = min(left, lengths[head, s].item())
+            left -= expected[s]
+        assert taken[head].tolist() == expected
 
 
 @pytest.mark.parametrize("settings, message", [
