@@ -130,11 +130,11 @@ class SentenceKVCache:
 
         # By sentence: semantic vector, spread, rows, first row (and the next one's), score so far,
         # and how many of its rows are in slots, which are always its first.
-        room = self.n_sentences + SENTENCE_BLOCK
-        self.vectors = torch.zeros(layers, heads, room, dim, device=device, dtype=dtype)
-        self.spreads = torch.zeros(layers, heads, room, device=device)
+        capacity = self.n_sentences + SENTENCE_BLOCK
+        self.vectors = torch.zeros(layers, heads, capacity, dim, device=device, dtype=dtype)
+        self.spreads = torch.zeros(layers, heads, capacity, device=device)
         self.lengths = torch.zeros_like(self.spreads)
-        self.bounds = torch.zeros(layers, heads, room + 1, device=device, dtype=torch.long)
+        self.bounds = torch.zeros(layers, heads, capacity + 1, device=device, dtype=torch.long)
         self.scores = torch.zeros_like(self.spreads)
         self.taken = torch.zeros_like(self.bounds[..., 1:])
 
@@ -218,14 +218,14 @@ class SentenceKVCache:
     def plan_next_token(self):
         """Set what the token at position `num_tokens` attends to, and what it may ask for."""
         config, n_tokens = self.config, self.num_tokens + 1
-        room = config.token_budget - self.n_sinks
-        start = max(self.window_start(), n_tokens - room)  # of a long sentence, only what fits
+        budget = config.token_budget - self.n_sinks
+        start = max(self.window_start(), n_tokens - budget)  # of a long sentence, only what fits
         # Finished sentences can be loaded from the sinks to the window, both of which are here.
         end = max(self.n_rows - max(self.open_start - start, 0), self.n_sinks)
         bounds = self.bounds.clamp(self.n_sinks, end)
         self.starts.copy_(bounds[..., :-1])
         self.loadable.copy_(bounds.diff(dim=-1))
-        self.n_fetched = min(room - (n_tokens - start), end - self.n_sinks, self.load_slots)
+        self.n_fetched = min(budget - (n_tokens - start), end - self.n_sinks, self.load_slots)
         self.room.fill_(self.n_fetched)
         first, last = start - self.recent_start, n_tokens - self.recent_start
         self.mask[..., self.sink_slot :] = False
@@ -251,12 +251,11 @@ class SentenceKVCache:
     def select(self, layer: int, q):
         """Give the slots to rows of the sentences that the sentence being written asks for."""
         self.add_scores(layer, q.view(self.bounds.shape[1], -1, q.shape[-1]))  # (H_kv, G, D)
-        rows, taken = self.rows[layer], take_best(
-            self.scores[layer], self.loadable[layer], self.room)
-        assign_slots(rows, self.sentences[layer], self.missing[layer], self.starts[layer],
-                     self.taken[layer], taken)
+        taken = take_best(self.scores[layer], self.loadable[layer], self.room)
+        assign_slots(self.rows[layer], self.sentences[layer], self.missing[layer],
+                     self.starts[layer], self.taken[layer], taken)
         self.taken[layer] = taken
-        torch.lt(rows, NO_ROW, out=self.mask[:, 0, : self.load_slots])
+        torch.lt(self.rows[layer], NO_ROW, out=self.mask[:, 0, : self.load_slots])
 
     def add_scores(self, layer: int, q):
         """Scores add up from one sentence's sealing to the next.
@@ -383,8 +382,8 @@ def assign_slots(rows, sentences, missing, starts, before, taken):
     i-th free slot takes the i-th row that is wanted and not here. Static shapes and no value read
     back: a GPU never waits here.
 
-    rows, sentences, missing (H_kv, B) of the slots: set, a row for which there is none to NO_ROW
-    starts, before, taken (H_kv, S) of the sentences
+    rows, sentences, missing (H_kv, B): of the slots, set here; the row of an empty one is NO_ROW
+    starts, before, taken (H_kv, S): of the sentences
 
     >>> rows, sentences = torch.tensor([[5, 8, 4]]), torch.tensor([[0, 1, 0]])
     >>> missing, starts = torch.zeros(1, 3, dtype=torch.bool), torch.tensor([[4, 8, 12]])
@@ -395,9 +394,9 @@ def assign_slots(rows, sentences, missing, starts, before, taken):
     """
     ends = starts + taken
     free = rows >= ends.gather(-1, sentences)
-    turn = free.cumsum(dim=-1)  # this is the so-manieth free slot
-    absent = (taken - before).clamp(min=0).cumsum(dim=-1)  # rows not here, up to each sentence's
-    # The sentence of the `turn`-th of them is the first that has as many up to its last.
+    turn = free.cumsum(dim=-1)  # 1 at the first free slot, 2 at the second
+    absent = (taken - before).clamp(min=0).cumsum(dim=-1)  # rows not here, up to a sentence's end
+    # The sentence of the `turn`-th of them is the first with that many up to its end.
     sentence = torch.searchsorted(absent, turn).clamp(max=taken.shape[-1] - 1)
     row = (ends - absent).gather(-1, sentence) + turn - 1
     torch.logical_and(free, turn <= absent[:, -1:], out=missing)

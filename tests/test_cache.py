@@ -218,6 +218,19 @@ assert torch.equal(kv, expected)
                    env=os.environ | {"TRITON_INTERPRET": "1"})
 
 
+def test_the_oracles_hold_with_the_kernel_too():
+    """Under Triton's interpreter, a few of each; on a GPU the kernel is in all of them anyway."""
+    pytest.importorskip("triton")
+    names = ("a_budget_for_everything and cpu-expected_attention-70",
+             "a_small_budget and inf-expected_attention and small11", "offloaded_is_resident",
+             "not_selected_takes_no_part")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__,
+         "-k", " or ".join(f"({name})" for name in names)],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout + done.stderr
+
+
 class Poisoned(SentenceKVCache):
     """Rows on the host that are not selected are NaN; slots that nobody attends to are wild."""
 
