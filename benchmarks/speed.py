@@ -9,7 +9,8 @@ that every method does the same. A `--config` has random weights, made on the de
 is random tokens in sentences of 8 to 42: its times are real, its hit rate is not.
 
 `ttft` is making the cache, reading the prompt and choosing a token, the median of `--repeats`; `ms
-a token` is the median over `--new-tokens` of every repeat, `p90` their 90th percentile. The floor
+a token` is the median over `--new-tokens` of every repeat, `p90` their 90th percentile. In every
+repeat the methods take turns. The floor
 is the time to read the weights and what the device holds of the cache once: their bytes over the
 bandwidth of a large copy, measured first. What comes from the host, `load`, is not in it. `host KV`
 is what is stored there; PyTorch rounds pinned memory up to a power of two. Stage times are of
@@ -25,6 +26,7 @@ import random
 import sys
 import time
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -143,7 +145,7 @@ class Ours:
         self.forget()
 
     def forget(self):
-        """Let go of the last cache before there is another."""
+        """Let go of the cache."""
         self.cache = self.decode = None
 
     def prefill(self):
@@ -251,40 +253,51 @@ class HuggingFace:
             config.num_key_value_heads * config.head_dim)
 
 
-def measure(subject, args, device, weights: int, bytes_a_second: float) -> dict:
-    """Prefill and decode, `--repeats` times; the first tokens of each are warm-up."""
-    ttft, tokens, before = [], [], 0
-    for _ in range(args.repeats):
-        subject.forget()
+def once(subject, args, device) -> tuple:
+    """Seconds to the first token, and of every token after it but the first, a warm-up."""
+    tokens = []
+    synchronize(device)
+    start = time.perf_counter()
+    subject.prefill()
+    synchronize(device)
+    ttft = time.perf_counter() - start
+    for i in range(args.new_tokens + WARM_UP):
+        if i == WARM_UP:
+            subject.warm()
+        start = time.perf_counter()
+        subject.step()
+        synchronize(device)
+        tokens.append(time.perf_counter() - start)
+    return ttft, tokens[WARM_UP:]
+
+
+def measure(subjects: list, args, device, weights: int, bytes_a_second: float):
+    """Yield a row for each subject. They take turns, so that a slow minute is shared out."""
+    ttft, tokens, peak = ([[] for _ in subjects] for _ in range(3))
+    for repeat, (i, subject) in product(range(args.repeats), enumerate(subjects)):
         if device.type == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-        synchronize(device)
-        start = time.perf_counter()
-        subject.prefill()
-        synchronize(device)
-        ttft.append(time.perf_counter() - start)
-        for i in range(args.new_tokens + WARM_UP):
-            if i == WARM_UP:
-                subject.warm()
-            start = time.perf_counter()
-            subject.step()
-            synchronize(device)
-            if i >= WARM_UP:
-                tokens.append(time.perf_counter() - start)
-    read, report = subject.read_bytes(), subject.report()
-    floor = None if read is None else 1e3 * (weights + read) / bytes_a_second
-    stages = subject.stages(args.new_tokens)
-    peak = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
-    return {"ttft_ms": 1e3 * median(ttft), "decode_ms_per_token": 1e3 * median(tokens),
-            "decode_p90_ms": 1e3 * quantiles(tokens, n=10, method="inclusive")[-1],
-            "floor_ms": floor,
-            "device_kv_bytes": report.get("device_kv_bytes"),
-            "host_kv_bytes": report.get("host_kv_bytes"),
-            "full_kv_bytes": report.get("full_kv_bytes"),
-            "loaded_bytes_per_token": report["loaded_bytes"] / args.new_tokens if report else None,
-            "hit_rate": report.get("hit_rate"), "peak_device_bytes": peak,
-            "stages_ms_per_token": stages}
+        first, others = once(subject, args, device)
+        ttft[i].append(first)
+        tokens[i] += others
+        if device.type == "cuda":
+            peak[i].append(torch.cuda.max_memory_allocated() - before)
+        if repeat == args.repeats - 1:
+            read, report = subject.read_bytes(), subject.report()
+            yield {
+                "ttft_ms": 1e3 * median(ttft[i]), "decode_ms_per_token": 1e3 * median(tokens[i]),
+                "decode_p90_ms": 1e3 * quantiles(tokens[i], n=10, method="inclusive")[-1],
+                "floor_ms": None if read is None else 1e3 * (weights + read) / bytes_a_second,
+                "device_kv_bytes": report.get("device_kv_bytes"),
+                "host_kv_bytes": report.get("host_kv_bytes"),
+                "full_kv_bytes": report.get("full_kv_bytes"),
+                "loaded_bytes_per_token":
+                    report["loaded_bytes"] / args.new_tokens if report else None,
+                "hit_rate": report.get("hit_rate"),
+                "peak_device_bytes": max(peak[i], default=None),
+                "stages_ms_per_token": subject.stages(args.new_tokens)}
+        subject.forget()  # before another has its cache
 
 
 COLUMNS = {  # heading: (key, divisor, format)
@@ -395,20 +408,20 @@ def run(args) -> list[dict]:
     copied, rows = bandwidth(device), []
     print(f"{args.config or args.model.name}, {str(dtype)[6:]}, {machine}, torch"
           f" {torch.__version__}, budget {args.token_budget}; a copy moves {copied / 1e9:.1f} GB/s")
-    pairs = [(length, method) for length in args.lengths for method in methods]
-    for length, method in tqdm(pairs, disable=None):
+    for length in tqdm(args.lengths, disable=None):
         text = Text(args, model, length + room)
-        kind = HuggingFace if method.startswith("transformers") else Ours
-        subject = kind(method, args, model, text, length)
-        row = measure(subject, args, device, weight_bytes(model), copied)
-        rows.append({"model": args.config or args.model.name, "method": method, "length": length,
-                     "token_budget": args.token_budget, "dtype": str(dtype)[6:],
-                     "machine": machine, "torch": torch.__version__,
-                     "copy_bytes_per_second": copied, **row})
-        del subject
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        subjects = [
+            (HuggingFace if method.startswith("transformers") else Ours)(
+                method, args, model, text, length) for method in methods]
+        measured = measure(subjects, args, device, weight_bytes(model), copied)
+        for method, row in zip(methods, measured):
+            rows.append({"model": args.config or args.model.name, "method": method,
+                         "length": length, "token_budget": args.token_budget,
+                         "dtype": str(dtype)[6:], "machine": machine, "torch": torch.__version__,
+                         "copy_bytes_per_second": copied, **row})
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
