@@ -140,9 +140,9 @@ class Linear(nn.Linear):
     def forward(self, x):
         if x.is_cuda or x.shape[0] > 1 or x.dtype != torch.float32:
             return super().forward(x)
-        # A token takes as long as the weights take to be read. In float32 a matrix times a vector is
-        # the work of one CPU thread, which reads at a third of the memory's speed; a batch of such
-        # products is shared out: so to each thread a block of rows.
+        # A token takes as long as the weights take to be read. In float32 PyTorch leaves a matrix
+        # times a vector to one CPU thread, which cannot read as fast as the memory gives; a batch
+        # of such products it shares out. So each thread gets a block of rows.
         n_blocks = math.gcd(self.out_features, torch.get_num_threads())
         blocks = self.weight.unflatten(0, (n_blocks, -1))  # (blocks, rows, in)
         out = (blocks @ x.mT.expand(n_blocks, -1, -1)).view(1, -1)
@@ -170,6 +170,8 @@ class Attention(nn.Module):
     def prefill(self, x, rope, cache):
         q, k, v = self.heads(x, rope)
         with cache.stage("attention"):
+            # A head's keys are gone over again for every few queries: faster if they lie together.
+            k, v = k.contiguous(), v.contiguous()
             out = F.scaled_dot_product_attention(
                 q[None], k[None], v[None], is_causal=True, enable_gqa=True
             )[0]  # (H, T, D)

@@ -10,12 +10,12 @@ is random tokens in sentences of 8 to 42: its times are real, its hit rate is no
 
 `ttft` is making the cache, reading the prompt and choosing a token, the median of `--repeats`; `ms
 a token` is the median over `--new-tokens` of every repeat, `p90` their 90th percentile. In every
-repeat the methods take turns. The floor
-is the time to read the weights and what the device holds of the cache once: their bytes over the
-bandwidth of a large copy, measured first. What comes from the host, `load`, is not in it. `host KV`
-is what is stored there; PyTorch rounds pinned memory up to a power of two. Stage times are of
-tokens after those, without a graph. `--cuda-graph` adds SentenceKV with each token replayed as one
-graph, `--compare transformers` Hugging Face's Llama, where that is installed.
+repeat the methods take turns. The floor is the time to read the weights and what the device holds
+of the cache once: their bytes over the bandwidth of a large copy, measured first. What comes from
+the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up to
+a power of two. Stage times are of tokens after those, without a graph. `--cuda-graph` adds
+SentenceKV with each token replayed as one graph, `--compare transformers` Hugging Face's Llama,
+where that is installed.
 """
 
 import argparse
@@ -254,7 +254,7 @@ class HuggingFace:
 
 
 def once(subject, args, device) -> tuple:
-    """Seconds to the first token, and of every token after it but the first, a warm-up."""
+    """Seconds to the first token, and of each after it; the first few of those are not timed."""
     tokens = []
     synchronize(device)
     start = time.perf_counter()
