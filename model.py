@@ -105,6 +105,7 @@ def rope_table(config: LlamaConfig, positions: torch.Tensor, dtype) -> tuple:
     """cos and sin (T, D) of every position's angles, for `rotate`. RoFormer, arXiv 2104.09864."""
     angles = positions[:, None].float() * rope_frequencies(config, positions.device)  # (T, D/2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    # (a, b) turns to (a cos - b sin, b cos + a sin): the minus is kept here, with the sine.
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 

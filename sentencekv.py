@@ -177,9 +177,10 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
 
 
 def take_best(scores, lengths, room) -> torch.Tensor:
-    """How many rows to take of each sentence: the best ones whole while there is room (§ 3.3).
+    """How many rows to take of each sentence: the best ones whole while there is room.
 
-    The last of them is cut to fit, in reading order. This sorts S scores and never N tokens.
+    The last of them is cut to fit, in reading order (Section 3.3). This sorts S scores and never N
+    tokens.
 
     scores (H_kv, S), lengths (H_kv, S) in rows, room (1,) in rows -> (H_kv, S)
 
