@@ -9,7 +9,7 @@ returns numbers. Everything is per KV head: the query heads of a group choose to
 grouped-query attention saves stays saved.
 
 Shapes: T prompt tokens, N kept tokens ("rows"), S sentences, W the observation window,
-    H query heads, H_kv KV heads, G = H // H_kv, D channels, B rows to load.
+    H query heads, H_kv KV heads, G = H // H_kv, D channels.
 """
 
 import math

@@ -271,9 +271,10 @@ def once(subject, args, device) -> tuple:
     return ttft, tokens[WARM_UP:]
 
 
-def measure(subjects: list, args, device, weights: int, bytes_a_second: float):
-    """Yield a row for each subject. They take turns, so that a slow minute is shared out."""
+def measure(subjects: list, args, device, weights: int, bytes_a_second: float) -> list[dict]:
+    """A row for each subject. They take turns, so that a slow minute is shared out."""
     ttft, tokens, peak = ([[] for _ in subjects] for _ in range(3))
+    rows = []
     for repeat, (i, subject) in product(range(args.repeats), enumerate(subjects)):
         if device.type == "cuda":
             before = torch.cuda.memory_allocated()
@@ -285,7 +286,7 @@ def measure(subjects: list, args, device, weights: int, bytes_a_second: float):
             peak[i].append(torch.cuda.max_memory_allocated() - before)
         if repeat == args.repeats - 1:
             read, report = subject.read_bytes(), subject.report()
-            yield {
+            rows.append({
                 "ttft_ms": 1e3 * median(ttft[i]), "decode_ms_per_token": 1e3 * median(tokens[i]),
                 "decode_p90_ms": 1e3 * quantiles(tokens[i], n=10, method="inclusive")[-1],
                 "floor_ms": None if read is None else 1e3 * (weights + read) / bytes_a_second,
@@ -296,8 +297,9 @@ def measure(subjects: list, args, device, weights: int, bytes_a_second: float):
                     report["loaded_bytes"] / args.new_tokens if report else None,
                 "hit_rate": report.get("hit_rate"),
                 "peak_device_bytes": max(peak[i], default=None),
-                "stages_ms_per_token": subject.stages(args.new_tokens)}
+                "stages_ms_per_token": subject.stages(args.new_tokens)})
         subject.forget()  # before another has its cache
+    return rows
 
 
 COLUMNS = {  # heading: (key, divisor, format)
@@ -414,14 +416,14 @@ def run(args) -> list[dict]:
             (HuggingFace if method.startswith("transformers") else Ours)(
                 method, args, model, text, length) for method in methods]
         measured = measure(subjects, args, device, weight_bytes(model), copied)
-        for method, row in zip(methods, measured):
-            rows.append({"model": args.config or args.model.name, "method": method,
-                         "length": length, "token_budget": args.token_budget,
-                         "dtype": str(dtype)[6:], "machine": machine, "torch": torch.__version__,
-                         "copy_bytes_per_second": copied, **row})
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        del subjects  # before the next ones load their weights
+        rows += [{"model": args.config or args.model.name, "method": method, "length": length,
+                  "token_budget": args.token_budget, "dtype": str(dtype)[6:], "machine": machine,
+                  "torch": torch.__version__, "copy_bytes_per_second": copied, **row}
+                 for method, row in zip(methods, measured)]
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

@@ -226,7 +226,7 @@ def test_the_oracles_hold_with_the_kernel_too():
              "not_selected_takes_no_part")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__,
-         "-k", " or ".join(f"({name})" for name in names)],
+         "-k", f"not cuda and ({' or '.join(f'({name})' for name in names)})"],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout + done.stderr
 
