@@ -1,25 +1,21 @@
-"""Where keys and values live while a Llama reads and writes.
+"""Where keys and values live while a Llama reads and writes: on the host and on the device.
 
-`FullCache` keeps all of them on the device. `SentenceKVCache` has two tiers: the host holds every
-kept token, and the device holds a fixed number of slots, filled per KV head with
+    HostTier         CPU memory: the keys and values of all kept tokens
+    SentenceTable    on the device: each sentence's vector, and what else is known of it
+    SentenceKVCache  on the device: the slots that attention reads, and what moves between the tiers
 
-    [ working set: rows fetched from the host | sinks | recent window + sentence being written ]
+The order of the slots does not matter to attention: RoPE has put the positions into the keys. This
+file knows nothing of tokenizers, RoPE or weights, and asks `sentencekv.py` for every choice.
 
-Attention runs over these slots and has nothing else. A mask admits the sinks, the recent tokens
-and the rows selected for this token, of which those selected for the last one are here already.
-The slots' order does not matter, because positions are already in the keys. This file knows
-nothing of tokenizers, RoPE or weights, and leaves the scoring of sentences to `sentencekv`.
-
-A row is what one token leaves in one KV head: its key and its value, side by side (2, D), so that
-they move together. `kv` is always such data, `rows` are indices of it on the host. Shapes:
-    L layers, H_kv KV heads, G query heads a KV head, D channels, T prompt tokens,
-    N rows on the host, S sentences, B working-set slots.
+A token's *row* is its key and its value in one KV head, side by side (2, D), so that they move
+together; `kv` is always such data. Shapes as in `sentencekv.py`, and L layers, B slots for rows.
 """
 
 import os
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 
 try:  # comes with PyTorch where there is a GPU
     import triton
@@ -27,379 +23,351 @@ try:  # comes with PyTorch where there is a GPU
 except ImportError:
     triton = None
 
-from sentencekv import (
-    SCORES,
-    SentenceKVConfig,
-    keep_tokens,
-    sentence_bounds,
-    sentence_vectors,
-    take_best,
-    token_importance,
-)
+from sentencekv import (SCORES, SentenceKVConfig, keep_tokens, select_rows, sentence_bounds,
+                        sentence_vectors, token_importance)
 
-NO_ROW = 2**62  # greater than any row
-SENTENCE_BLOCK = 64  # sentences; the room for generated ones grows by as many at a time
+NO_ROW = 2**62  # the row of an empty slot; greater than any row
+SENTENCE_BLOCK = 64  # the table grows by so many sentences at a time
 
 
-class FullCache:
-    """Every key and value on the device, as in a plain Llama: what SentenceKV is compared with.
+class HostTier:
+    """All kept rows in CPU memory: kv (L, N, H_kv, 2, D), a sentence is one block.
 
-    `stage(name)` gives a context manager to put around a timed stage.
+    For a GPU it is pinned: a copy runs beside the computation, and the GPU can read it by itself.
     """
 
-    def __init__(self, model_config, max_tokens: int, device, dtype, stage=nullcontext):
-        self.stage = stage
-        self.num_tokens = 0
-        layers, heads, dim = kv_shape(model_config)
-        self.kv = torch.zeros(layers, heads, max_tokens, 2, dim, device=device, dtype=dtype)
-
-    def prefill(self, layer: int, q, k, v):
-        """q (H, T, D), k and v (H_kv, T, D) of one layer's whole prompt."""
-        self.kv[layer, :, : k.shape[1]] = torch.stack((k, v), dim=2)
-
-    def decode(self, layer: int, q, k, v) -> tuple:
-        """q (H, 1, D), k and v (H_kv, 1, D) -> keys and values (H_kv, n, D), mask or None."""
-        end = self.num_tokens + 1
-        self.kv[layer, :, self.num_tokens : end] = torch.stack((k, v), dim=2)
-        return *self.kv[layer, :, :end].unbind(dim=2), None
-
-    def advance(self, n_tokens: int):
-        """All layers have seen `n_tokens` more."""
-        self.num_tokens += n_tokens
-
-    def end_sentence(self, length: int):
-        """A full cache has no use for sentences."""
-
-    def report(self) -> dict:
-        """What is held and what was moved, in bytes."""
-        n_bytes = self.kv.untyped_storage().nbytes()
-        return {
-            "device_kv_parts": {"keys and values": n_bytes},
-            "device_kv_bytes": n_bytes,
-            "host_kv_bytes": 0,
-            "full_kv_bytes": self.num_tokens * self.kv[:, :, 0].nbytes,
-            "loaded_bytes": 0,
-            "hit_rate": None,
-        }
-
-
-class SentenceKVCache:
-    """Kept tokens on the host; sinks, recent tokens and the sentences asked for on the device.
-
-    `spans` are the prompt's sentences as (start, end) token positions. While decoding, at most
-    `token_budget` tokens are attended to in every KV head: the sinks, the last `recent_window`
-    tokens (the sentence being written, if that is longer), and fetched rows for the rest.
-    """
-
-    def __init__(self, config: SentenceKVConfig, model_config, spans: list, max_new_tokens: int,
-                 device, dtype, stage=nullcontext):
-        self.config, self.stage, self.device = config, stage, torch.device(device)
-        layers, heads, dim = kv_shape(model_config)
-        n_prompt = spans[-1][1]
-        self.sentence_ends = torch.tensor([end for _, end in spans], device=device)  # (S,)
-
-        # Positions count tokens of the text; rows count tokens kept on the host. They differ by
-        # what prefill dropped, which is never among the sinks or the last tokens.
-        self.num_tokens = 0
-        self.n_sinks = min(config.sink_tokens, n_prompt)
-        self.recent_start = 0  # position of the token in the first recent slot
-        self.open_start = 0  # position where the sentence being written begins
-        self.n_rows = config.kept_tokens(n_prompt)
-        self.n_sentences = len(spans)
-
-        # Token before head, so that a sentence is one block; pinned, so that offloading can run
-        # beside the computation (torch rounds pinned memory up to a power of two).
-        on_gpu = self.device.type == "cuda"
-        self.host = torch.empty(
-            layers, self.n_rows + max_new_tokens, heads, 2, dim, dtype=dtype, pin_memory=on_gpu
-        )
+    def __init__(self, kv_shape: tuple, n_rows: int, device: torch.device, dtype):
+        layers, heads, dim = kv_shape
+        on_gpu = device.type == "cuda"
+        self.kv = torch.empty(layers, n_rows, heads, 2, dim, dtype=dtype, pin_memory=on_gpu)
+        self.device = device
         self.copy_stream = torch.cuda.Stream(device) if on_gpu else None
-        self.leaving = None  # what is being copied to the host
+        self.in_flight = None  # the source of a copy: it must live until the copy is done
 
-        # Head before token, as attention wants it. Masked slots still enter the product, with
-        # weight 0, so they must never hold a NaN.
-        self.load_slots = min(config.load_slots, self.host.shape[1])  # B
-        self.sink_slot = self.load_slots
-        self.recent_slot = self.sink_slot + config.sink_tokens
-        n_slots = self.recent_slot + config.recent_window + config.sentence_limit
-        self.slots = torch.zeros(layers, heads, n_slots, 2, dim, device=device, dtype=dtype)
-        # Of each working-set slot: the row in it, its sentence, and whether it was not here yet.
-        self.rows = torch.full((layers, heads, self.load_slots), NO_ROW, device=device)
-        self.sentences = torch.zeros_like(self.rows)
-        self.missing = torch.zeros_like(self.rows, dtype=torch.bool)
+    def write(self, layer: int, first_row: int, kv):
+        """Start to copy one layer's kv (H_kv, n, 2, D) to the rows from `first_row` on.
 
-        # By sentence: semantic vector, spread, rows, first row (and the next one's), score so far,
-        # and how many of its rows are in slots, which are always its first.
-        capacity = self.n_sentences + SENTENCE_BLOCK
-        self.vectors = torch.zeros(layers, heads, capacity, dim, device=device, dtype=dtype)
-        self.spreads = torch.zeros(layers, heads, capacity, device=device)
-        self.lengths = torch.zeros_like(self.spreads)
-        self.bounds = torch.zeros(layers, heads, capacity + 1, device=device, dtype=torch.long)
-        self.scores = torch.zeros_like(self.spreads)
-        self.taken = torch.zeros_like(self.bounds[..., 1:])
-
-        # The plan for the next token, in tensors that keep their place: `decode` has no numbers of
-        # its own that change from token to token, so it can be captured as a CUDA graph.
-        self.here = torch.zeros(1, device=device, dtype=torch.long)  # slot of the token
-        # Of each sentence, the first row that may be fetched, and how many.
-        self.starts, self.loadable = torch.zeros_like(self.taken), torch.zeros_like(self.taken)
-        self.room = torch.zeros_like(self.here)  # rows that may be fetched
-        self.mask = torch.zeros(heads, 1, n_slots, device=device, dtype=torch.bool)
-        self.n_wanted = 0  # rows, all in all
-        self.n_loaded = torch.zeros((), device=device, dtype=torch.long)  # rows that were not here
-
-    def prefill(self, layer: int, q, k, v):
-        """q (H, T, D), k and v (H_kv, T, D): keep, make sentence vectors, offload (Section 3.2)."""
-        kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
-        n_tokens = k.shape[1]
-        sinks = kv[:, : self.n_sinks]
-        recent = kv[:, max(self.n_sinks, n_tokens - self.config.recent_window) :]
-        self.slots[layer, :, self.sink_slot : self.sink_slot + sinks.shape[1]] = sinks
-        self.slots[layer, :, self.recent_slot : self.recent_slot + recent.shape[1]] = recent
-        kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1).contiguous()
-        if self.n_rows < n_tokens:
-            with self.stage("importance"):
-                importance = token_importance(q[:, -self.config.observation_window :], k)
-                kept = keep_tokens(importance, n_tokens, self.config)  # (H_kv, N)
-                kv = kv[torch.arange(len(k), device=k.device)[:, None], kept]  # (H_kv, N, 2, D)
-        with self.stage("sentence vectors"):
-            n = self.n_sentences
-            bounds = sentence_bounds(kept, self.sentence_ends)
-            self.bounds[layer, :, : n + 1] = bounds
-            self.bounds[layer, :, n + 1 :] = self.n_rows  # empty, until sentences are written
-            self.lengths[layer, :, :n] = bounds.diff(dim=-1)
-            self.vectors[layer, :, :n], self.spreads[layer, :, :n] = sentence_vectors(
-                kv[:, :, 0], bounds)
-        with self.stage("offload"):
-            self.offload(layer, 0, kv)
-
-    def offload(self, layer: int, first_row: int, kv):
-        """Copy kv (H_kv, n, 2, D) to the host, on a GPU while the next layer computes."""
+        At most one copy is in flight: a slow bus holds back one layer on the device, not many.
+        """
         kv = kv.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
-        target = self.host[layer, first_row : first_row + len(kv)]
+        target = self.kv[layer, first_row : first_row + len(kv)]
         if self.copy_stream is None:
             target.copy_(kv)
             return
-        self.finish_offload()
+        self.wait()
         self.copy_stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.copy_stream):
             target.copy_(kv, non_blocking=True)
-        self.leaving = kv
+        self.in_flight = kv
 
-    def finish_offload(self):
-        """From here on the computation waits for the copy, whose source may be written over.
-
-        So no more than one layer is ever on its way, however slow the link to the host is.
-        """
+    def wait(self):
+        """What is computed from here on waits for the copy in flight."""
         if self.copy_stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.copy_stream)
-            self.leaving = None
+            self.in_flight = None
 
-    def advance(self, n_tokens: int):
-        """All layers have seen `n_tokens` more: the prompt, or one token."""
-        if self.num_tokens == 0:
-            self.finish_offload()
-            self.open_start = n_tokens
-            self.recent_start = max(self.n_sinks, n_tokens - self.config.recent_window)
-            if self.n_rows < n_tokens:  # of some sentences nothing was kept
-                self.n_sentences = int((self.bounds.diff(dim=-1) > 0).sum(dim=-1).max())
-                self.make_room()
-        else:
-            self.n_wanted += self.n_fetched * self.bounds[:, :, 0].numel()
-            self.n_loaded += self.missing.sum()
-        self.num_tokens += n_tokens
-        self.plan_next_token()
+    def load(self, layer: int, slots, rows, missing):
+        """Copy the missing ones of `rows` into the first B of one layer's `slots`, in place.
 
-    def window_start(self) -> int:
-        """First position of the recent window, or of the sentence being written if longer."""
-        start = min(self.num_tokens + 1 - self.config.recent_window, self.open_start)
-        return max(start, self.recent_start)
-
-    def plan_next_token(self):
-        """Set what the token at position `num_tokens` attends to, and what it may ask for."""
-        config, n_tokens = self.config, self.num_tokens + 1
-        budget = config.token_budget - self.n_sinks
-        start = max(self.window_start(), n_tokens - budget)  # of a long sentence, only what fits
-        # Finished sentences can be loaded from the sinks to the window, both of which are here.
-        end = max(self.n_rows - max(self.open_start - start, 0), self.n_sinks)
-        bounds = self.bounds.clamp(self.n_sinks, end)
-        self.starts.copy_(bounds[..., :-1])
-        self.loadable.copy_(bounds.diff(dim=-1))
-        self.n_fetched = min(budget - (n_tokens - start), end - self.n_sinks, self.load_slots)
-        self.room.fill_(self.n_fetched)
-        first, last = start - self.recent_start, n_tokens - self.recent_start
-        self.mask[..., self.sink_slot :] = False
-        self.mask[..., self.sink_slot : self.sink_slot + self.n_sinks] = True
-        self.mask[..., self.recent_slot + first : self.recent_slot + last] = True
-        self.here.fill_(self.recent_slot + last - 1)
-
-    def decode(self, layer: int, q, k, v) -> tuple:
-        """q (H, 1, D), k and v (H_kv, 1, D) of the token at position `num_tokens` (Section 3.3).
-
-        Returns keys and values (H_kv, n_slots, D) and the mask (H_kv, 1, n_slots) of the slots
-        to attend to.
+        slots (H_kv, n_slots, 2, D), rows and missing (H_kv, B)
         """
-        here = self.num_tokens - self.recent_start
-        assert here < self.config.recent_window + self.config.sentence_limit, "end_sentence is due"
-        self.slots[layer].index_copy_(1, self.here, torch.stack((k, v), dim=2))
-        with self.stage("select"):
-            self.select(layer, q)
-        with self.stage("load"):
-            self.load(layer)
-        return *self.slots[layer].unbind(dim=2), self.mask
-
-    def select(self, layer: int, q):
-        """Give the slots to rows of the sentences that the sentence being written asks for."""
-        self.add_scores(layer, q.view(self.bounds.shape[1], -1, q.shape[-1]))  # (H_kv, G, D)
-        taken = take_best(self.scores[layer], self.loadable[layer], self.room)
-        assign_slots(self.rows[layer], self.sentences[layer], self.missing[layer],
-                     self.starts[layer], self.taken[layer], taken)
-        self.taken[layer] = taken
-        torch.lt(self.rows[layer], NO_ROW, out=self.mask[:, 0, : self.load_slots])
-
-    def add_scores(self, layer: int, q):
-        """Scores add up from one sentence's sealing to the next.
-
-        So an end that is found late also takes away the scores of tokens written after it.
-        """
-        score = SCORES[self.config.score]
-        self.scores[layer] += score(
-            q, self.vectors[layer], self.spreads[layer], self.lengths[layer])
-
-    def load(self, layer: int):
-        """Bring the missing rows from the host into their slots; the others are there already."""
-        fetch_rows(self.host[layer], self.slots[layer], self.rows[layer], self.missing[layer])
-
-    def end_sentence(self, length: int):
-        """The first `length` tokens since the last sentence have become a sentence themselves.
-
-        They move to the host and get a semantic vector. As soon as they have left the recent
-        window, they can be fetched like any others.
-        """
-        with self.stage("seal"):
-            if self.n_sentences == self.capacity:
-                self.make_room()
-            recent = self.slots[:, :, self.recent_slot :]
-            first = self.open_start - self.recent_start
-            kv = recent[:, :, first : first + length]  # (L, H_kv, length, 2, D)
-            for layer in range(len(kv)):
-                self.offload(layer, self.n_rows, kv[layer])
-            self.finish_offload()
-            n = self.n_sentences
-            keys = kv[:, :, :, 0].flatten(0, 1)  # (L * H_kv, length, D)
-            bounds = torch.tensor([[0, length]], device=self.device).expand(len(keys), -1)
-            vectors, spreads = sentence_vectors(keys, bounds.contiguous())
-            self.vectors[:, :, n] = vectors.view_as(self.vectors[:, :, n])
-            self.spreads[:, :, n] = spreads.view_as(self.spreads[:, :, n])
-            self.lengths[:, :, n] = length
-            self.n_rows += length
-            self.bounds[:, :, n + 1 :] = self.n_rows
-            self.scores.zero_()
-            self.n_sentences += 1
-            self.open_start += length
-            self.slide_window(recent)
-
-    @property
-    def capacity(self) -> int:
-        """Sentences there is room for. While it is the same, every tensor keeps its address."""
-        return self.vectors.shape[2]
-
-    @torch.inference_mode(False)  # what is made in it may not be changed outside
-    def make_room(self):
-        """Room for some sentences more than there are, and no more."""
-        more = self.n_sentences + SENTENCE_BLOCK - self.capacity
-        pad = torch.nn.functional.pad  # which can cut off as well
-        self.vectors = pad(self.vectors, (0, 0, 0, more))
-        for name in ("spreads", "lengths", "scores", "taken"):
-            setattr(self, name, pad(getattr(self, name), (0, more)))
-        self.bounds = pad(self.bounds, (0, more))  # `end_sentence` fills them in
-        self.starts, self.loadable = torch.zeros_like(self.taken), torch.zeros_like(self.taken)
-
-    def slide_window(self, recent):
-        """Move the recent window, and the sentence being written, to the first recent slots."""
-        start = self.window_start()
-        n_tokens, shift = self.num_tokens - start, start - self.recent_start
-        recent[:, :, :n_tokens] = recent[:, :, shift : shift + n_tokens].clone()
-        self.recent_start = start
-        self.plan_next_token()
-
-    def report(self) -> dict:
-        """What is held and what was moved, in bytes, measured on the tensors themselves."""
-        tensors = {name: t for name, t in vars(self).items() if isinstance(t, torch.Tensor)}
-        sizes = {name: t.untyped_storage().nbytes() for name, t in tensors.items()}
-        host, slots, vectors = sizes.pop("host"), sizes.pop("slots"), sizes.pop("vectors")
-        wanted, loaded = self.n_wanted, self.n_loaded.item()
-        return {
-            "device_kv_parts": {"slots": slots, "sentence vectors": vectors,
-                                "bookkeeping": sum(sizes.values())},
-            "device_kv_bytes": slots + vectors + sum(sizes.values()),
-            "host_kv_bytes": host,
-            "full_kv_bytes": self.num_tokens * self.host[:, 0].nbytes,
-            "loaded_bytes": loaded * self.host[0, 0, 0].nbytes,
-            "hit_rate": 1 - loaded / wanted if wanted else None,
-        }
-
-
-def fetch_rows(host, kv, rows, missing):
-    """Copy the missing rows into their slots.
-
-    host (N, H_kv, 2, D), kv (H_kv, n_slots, 2, D), rows and missing (H_kv, B), of the first slots
-    """
-    if triton and (kv.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        heads, n_rows = rows.shape
-        size = kv[0, 0].numel()
-        copy_missing[n_rows, heads](host, kv, rows, missing, kv.shape[1], size,
-                                    triton.next_power_of_2(size), num_warps=1)
-        return
-    # On a GPU this waits for it: the host has to know which rows, to gather them.
-    head, slot = missing.nonzero(as_tuple=True)
-    kv[head, slot] = host[rows[head, slot].to(host.device), head.to(host.device)].to(kv.device)
+        host = self.kv[layer]
+        if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+            heads, n_rows = rows.shape
+            size = slots[0, 0].numel()
+            copy_missing[n_rows, heads](host, slots, rows, missing, slots.shape[1], size,
+                                        triton.next_power_of_2(size), num_warps=1)
+            return
+        head, slot = missing.nonzero(as_tuple=True)  # a GPU without Triton waits here for the CPU
+        found = host[rows[head, slot].to(host.device), head.to(host.device)]
+        slots[head, slot] = found.to(slots.device)
 
 
 if triton:
 
     @triton.jit
-    def copy_missing(host, kv, rows, missing, n_slots, size, BLOCK: tl.constexpr):
-        """One program for each of a head's B slots. The GPU reads pinned host memory by itself."""
+    def copy_missing(host, slots, rows, missing, n_slots, size, BLOCK: tl.constexpr):
+        """One program for each of a head's B slots. The GPU itself reads pinned host memory."""
         slot, head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
         here = head * tl.num_programs(0) + slot
         if tl.load(missing + here):
             channel = tl.arange(0, BLOCK)
             source = host + (tl.load(rows + here) * heads + head) * size + channel
-            target = kv + (head * n_slots + slot) * size + channel
+            target = slots + (head * n_slots + slot) * size + channel
             tl.store(target, tl.load(source, mask=channel < size), mask=channel < size)
 
 
-def kv_shape(model_config) -> tuple:
-    """Layers, KV heads, channels of a head."""
-    return (model_config.num_hidden_layers, model_config.num_key_value_heads, model_config.head_dim)
+class SentenceTable:
+    """What the device knows of each sentence, per layer and KV head.
+
+    vectors      (L, H_kv, S, D)   the sentence vector
+    variances    (L, H_kv, S)      of the sentence's keys
+    scores       (L, H_kv, S)      how well it matches the sentence being written
+    bounds       (L, H_kv, S + 1)  its first row, and after it the next sentence's
+    retrievable  (L, H_kv, S + 1)  the same, limited to the rows that can be selected
+    resident     (L, H_kv, S)      how many of its retrievable rows are in slots
+
+    S is the capacity. The first `n_sentences` are in use, with `n_rows` rows; the others are empty.
+    """
+
+    def __init__(self, kv_shape: tuple, capacity: int, device, dtype):
+        layers, heads, dim = kv_shape
+        self.n_sentences = self.n_rows = 0
+        self.vectors = torch.zeros(layers, heads, capacity, dim, device=device, dtype=dtype)
+        self.variances = torch.zeros(layers, heads, capacity, device=device)
+        self.scores = torch.zeros_like(self.variances)
+        self.resident = torch.zeros_like(self.variances, dtype=torch.long)
+        self.bounds = F.pad(self.resident, (0, 1))
+        self.retrievable = torch.zeros_like(self.bounds)
+
+    @property
+    def capacity(self) -> int:
+        return self.vectors.shape[2]
+
+    def put(self, layer: int, keys, bounds):
+        """Add sentences after those in use: keys (H_kv, n, D), bounds (H_kv, m + 1) within them."""
+        first, last = self.n_sentences, self.n_sentences + bounds.shape[-1] - 1
+        vectors, variances = sentence_vectors(keys, bounds)
+        self.vectors[layer, :, first:last] = vectors
+        self.variances[layer, :, first:last] = variances
+        self.bounds[layer, :, first : last + 1] = self.n_rows + bounds
+        self.bounds[layer, :, last + 1 :] = self.n_rows + keys.shape[1]
+
+    @torch.inference_mode(False)  # a tensor made in inference mode cannot be changed outside it
+    def use(self, n_rows: int):
+        """All layers have put sentences with `n_rows` rows a head: count them, keep room for more.
+
+        A sentence counts if any head has kept a token of it. Only here do tensors move.
+        """
+        self.n_rows += n_rows
+        self.n_sentences = int((self.bounds.diff(dim=-1) > 0).sum(dim=-1).max())
+        more = self.n_sentences + SENTENCE_BLOCK - self.capacity
+        if 0 <= more < SENTENCE_BLOCK:
+            return
+        self.vectors = F.pad(self.vectors, (0, 0, 0, more))  # a negative number cuts
+        self.bounds = F.pad(self.bounds, (0, more), value=self.n_rows)
+        for name in ("variances", "scores", "resident", "retrievable"):
+            setattr(self, name, F.pad(getattr(self, name), (0, more)))
 
 
-def assign_slots(rows, sentences, missing, starts, before, taken):
-    """Let the slots of rows that are still wanted keep them, and the others take the missing rows.
+class SentenceKVCache:
+    """Every kept row on the host; sinks, recent tokens and selected rows in slots on the device.
 
-    The first `before` rows of each sentence are in slots, and the first `taken` are wanted: the
-    i-th free slot takes the i-th row that is wanted and not here. Static shapes and no value read
-    back: a GPU never waits here.
+    The slots of a layer and KV head, of which a mask says which ones attention reads:
 
-    rows, sentences, missing (H_kv, B): of the slots, set here; the row of an empty one is NO_ROW
-    starts, before, taken (H_kv, S): of the sentences
+        [ B slots for selected rows | sinks | recent window and the sentence being written ]
 
-    >>> rows, sentences = torch.tensor([[5, 8, 4]]), torch.tensor([[0, 1, 0]])
-    >>> missing, starts = torch.zeros(1, 3, dtype=torch.bool), torch.tensor([[4, 8, 12]])
-    >>> before, taken = torch.tensor([[2, 1, 0]]), torch.tensor([[0, 2, 1]])
-    >>> assign_slots(rows, sentences, missing, starts, before, taken)
+    Three coordinates: a *position* is a token of the text; a *row* is a kept token on the host, and
+    differs from its position by what prefill dropped; a *slot* is a place on the device. `row_of`
+    and `slot_of` convert. Invariants, which tests/test_cache.py checks after every step:
+
+     1. The sentences of a head tile its rows on the host.
+     2. The recent slot i holds the token at position `recent_start` + i.
+     3. The rows of a sentence that are in slots are its first retrievable ones, `resident` of them.
+     4. Sinks + selected rows + window are `token_budget` tokens at most.
+     5. The window never moves back, so a retrievable row stays retrievable.
+     6. Masked slots are finite: attention gives them weight 0, and 0 times NaN is NaN.
+     7. Tensors move only when the table's capacity changes, so `decode` can become a CUDA graph.
+
+    `spans` are the prompt's sentences as (start, end) positions. See `model.FullCache` for the
+    protocol.
+    """
+
+    def __init__(self, config: SentenceKVConfig, model_config, spans: list, max_new_tokens: int,
+                 device, dtype, stage=nullcontext):
+        self.config, self.stage, device = config, stage, torch.device(device)
+        layers, heads, dim = kv_shape = model_config.kv_shape
+        n_prompt = spans[-1][1]
+        self.n_kept = config.kept_tokens(n_prompt)
+        max_rows = self.n_kept + max_new_tokens
+        self.host = HostTier(kv_shape, max_rows, device, dtype)
+        self.table = SentenceTable(kv_shape, len(spans) + SENTENCE_BLOCK, device, dtype)
+
+        self.num_tokens = 0  # this and the next four are positions, or counts of them
+        self.sentence_ends = torch.tensor([end for _, end in spans], device=device)  # (S,)
+        self.n_sinks = min(config.sink_tokens, n_prompt)
+        self.recent_start = max(self.n_sinks, n_prompt - config.recent_window)
+        self.open_start = n_prompt  # where the sentence being written begins
+
+        self.n_row_slots = min(config.selected_rows, max_rows)  # B
+        self.sink_slot = self.n_row_slots
+        self.recent_slot = self.sink_slot + config.sink_tokens
+        n_slots = self.recent_slot + config.recent_window + config.sentence_limit
+        self.slots = torch.zeros(layers, heads, n_slots, 2, dim, device=device, dtype=dtype)
+        # Of each of the B slots: its row, the sentence of that row, and whether it must be loaded.
+        self.rows = torch.full((layers, heads, self.n_row_slots), NO_ROW, device=device)
+        self.sentences = torch.zeros_like(self.rows)
+        self.missing = torch.zeros_like(self.rows, dtype=torch.bool)
+
+        # The plan for the next token. `decode` reads it from tensors: a CUDA graph would repeat
+        # plain numbers as they were when it was captured.
+        self.n_selected = 0  # rows per layer and head
+        self.room = torch.zeros(1, device=device, dtype=torch.long)  # the same number
+        self.next_slot = torch.zeros_like(self.room)  # of the token itself
+        self.mask = torch.zeros(layers, heads, 1, n_slots, device=device, dtype=torch.bool)
+
+        self.total_selected = 0  # rows, over all tokens, layers and heads
+        self.total_loaded = torch.zeros((), device=device, dtype=torch.long)
+
+    def row_of(self, position: int) -> int:
+        """The row of a position in the recent window: of those, prefill drops none.
+
+        So it is as far from the last row as the position is from the end of the last sentence.
+        """
+        assert self.recent_start <= position <= self.open_start
+        return self.table.n_rows - (self.open_start - position)
+
+    def slot_of(self, position: int) -> int:
+        """The slot of a position in the recent window."""
+        return self.recent_slot + position - self.recent_start
+
+    def prefill(self, layer: int, q, k, v):
+        """Keep tokens, make sentence vectors, offload (Section 3.2)."""
+        kv, n_tokens = torch.stack((k, v), dim=2), k.shape[1]  # (H_kv, T, 2, D)
+        slots = self.slots[layer]
+        slots[:, self.sink_slot : self.sink_slot + self.n_sinks] = kv[:, : self.n_sinks]
+        slots[:, self.recent_slot : self.slot_of(n_tokens)] = kv[:, self.recent_start :]
+        kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1).contiguous()
+        if self.n_kept < n_tokens:
+            with self.stage("importance"):
+                importance = token_importance(q[:, -self.config.observation_window :], k)
+                kept = keep_tokens(importance, n_tokens, self.config)  # (H_kv, N)
+                kv = kv[torch.arange(len(k), device=k.device)[:, None], kept]  # (H_kv, N, 2, D)
+        with self.stage("sentence vectors"):
+            self.table.put(layer, kv[:, :, 0], sentence_bounds(kept, self.sentence_ends))
+        with self.stage("offload"):
+            self.host.write(layer, 0, kv)
+
+    def advance(self, n_tokens: int):
+        """All layers have seen `n_tokens` more: the prompt, or one token."""
+        if self.num_tokens == 0:
+            self.host.wait()
+            self.table.use(self.n_kept)
+        else:
+            self.total_selected += self.n_selected * self.rows[:, :, 0].numel()
+            self.total_loaded += self.missing.sum()
+        self.num_tokens += n_tokens
+        self.plan()
+
+    def window_start(self) -> int:
+        """First position of the recent window, or of the sentence being written if it is longer."""
+        start = min(self.num_tokens + 1 - self.config.recent_window, self.open_start)
+        return max(start, self.recent_start)
+
+    def plan(self):
+        """Fix what the token at position `num_tokens` attends to, alike in all layers and heads:
+
+        the sinks, `n_selected` rows of sealed sentences, and the positions from `start` to itself.
+        """
+        end = self.num_tokens + 1
+        budget = self.config.token_budget - self.n_sinks
+        start = max(self.window_start(), end - budget)  # of a long sentence, only what fits
+        first_row, end_row = self.n_sinks, self.row_of(min(start, self.open_start))
+        self.n_selected = min(budget - (end - start), end_row - first_row, self.n_row_slots)
+        self.room.fill_(self.n_selected)
+        self.next_slot.fill_(self.slot_of(end - 1))
+        self.table.retrievable.copy_(self.table.bounds.clamp(first_row, end_row))
+        self.mask[..., self.sink_slot :] = False
+        self.mask[..., self.sink_slot : self.sink_slot + self.n_sinks] = True
+        self.mask[..., self.slot_of(start) : self.slot_of(end)] = True
+
+    def decode(self, layer: int, q, k, v) -> tuple:
+        """Select rows, load those that are missing (Section 3.3), return all slots and the mask."""
+        n_recent = self.num_tokens - self.recent_start
+        assert n_recent < self.config.recent_window + self.config.sentence_limit, "seal is due"
+        self.slots[layer].index_copy_(1, self.next_slot, torch.stack((k, v), dim=2))
+        with self.stage("select"):
+            self.select(layer, q.view(len(k), -1, q.shape[-1]))  # (H_kv, G, D)
+        with self.stage("load"):  # the other selected rows are in slots already
+            self.host.load(layer, self.slots[layer], self.rows[layer], self.missing[layer])
+        return *self.slots[layer].unbind(dim=2), self.mask[layer]
+
+    def select(self, layer: int, q):
+        """Select the rows of the best sentences, and find slots for them. q (H_kv, G, D)"""
+        self.add_scores(layer, q)
+        table, retrievable = self.table, self.table.retrievable[layer]
+        selected = select_rows(table.scores[layer], retrievable.diff(dim=-1), self.room)
+        self.rows[layer], self.sentences[layer], self.missing[layer] = assign_slots(
+            self.rows[layer], self.sentences[layer], retrievable[:, :-1], table.resident[layer],
+            selected)
+        table.resident[layer] = selected
+        self.mask[layer, :, 0, : self.n_row_slots] = self.rows[layer] < NO_ROW
+
+    def add_scores(self, layer: int, q):
+        """Scores add up over the sentence being written. `seal` sets them to zero."""
+        table, score = self.table, SCORES[self.config.score]
+        lengths = table.bounds[layer].diff(dim=-1)
+        table.scores[layer] += score(q, table.vectors[layer], table.variances[layer], lengths)
+
+    def seal(self, length: int):
+        """Make the first `length` tokens of the sentence being written a sentence of the table.
+
+        It is offloaded and gets a vector. It can be selected once it has left the recent window.
+        """
+        with self.stage("seal"):
+            first, end = self.open_start, self.open_start + length
+            kv = self.slots[:, :, self.slot_of(first) : self.slot_of(end)]  # (L, H_kv, n, 2, D)
+            bounds = torch.tensor([[0, length]], device=kv.device).repeat(kv.shape[1], 1)
+            for layer in range(len(kv)):
+                self.table.put(layer, kv[layer, :, :, 0], bounds)
+                self.host.write(layer, self.table.n_rows, kv[layer])
+            self.host.wait()
+            self.table.use(length)
+            self.table.scores.zero_()
+            self.open_start = end
+            self.move_window(self.window_start())
+            self.plan()
+
+    def move_window(self, start: int):
+        """Move the tokens from position `start` on to the first recent slots."""
+        kept = self.slots[:, :, self.slot_of(start) : self.slot_of(self.num_tokens)].clone()
+        self.recent_start = start
+        self.slots[:, :, self.slot_of(start) : self.slot_of(self.num_tokens)] = kept
+
+    def report(self) -> dict:
+        """Bytes held, measured on the tensors themselves, and bytes selected and loaded so far."""
+        table, host = self.table, self.host.kv
+        held = {"slots": [self.slots], "sentence vectors": [table.vectors], "bookkeeping": [
+            table.variances, table.scores, table.bounds, table.retrievable, table.resident,
+            self.sentence_ends, self.rows, self.sentences, self.missing, self.room, self.next_slot,
+            self.mask, self.total_loaded]}
+        parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+                 for name, tensors in held.items()}
+        selected, loaded, row = self.total_selected, self.total_loaded.item(), host[0, 0, 0]
+        return {
+            "device_kv_parts": parts,
+            "device_kv_bytes": sum(parts.values()),
+            "host_kv_bytes": host.untyped_storage().nbytes(),
+            "full_kv_bytes": self.num_tokens * host[:, 0].nbytes,
+            "selected_bytes": selected * row.nbytes,
+            "loaded_bytes": loaded * row.nbytes,
+            "hit_rate": 1 - loaded / selected if selected else None,
+        }
+
+
+def assign_slots(rows, sentences, starts, resident, selected) -> tuple:
+    """Which row each slot holds next, that row's sentence, and whether the row must be loaded.
+
+    The slot of a row that is still selected keeps it. The other slots are free, and the i-th of
+    them takes the i-th selected row that has no slot. No shape depends on a value.
+
+    rows, sentences (H_kv, B) of the slots; of the sentences (H_kv, S): the first row, how many rows
+    are in slots, how many are selected -> rows, sentences, missing (H_kv, B)
+
+    >>> rows, sentences, missing = assign_slots(
+    ...     rows=torch.tensor([[5, 8, 4]]), sentences=torch.tensor([[0, 1, 0]]),
+    ...     starts=torch.tensor([[4, 8, 12]]), resident=torch.tensor([[2, 1, 0]]),
+    ...     selected=torch.tensor([[0, 2, 1]]))  # rows 8, 9 and 12
     >>> rows.tolist(), sentences.tolist(), missing.tolist()
     ([[9, 8, 12]], [[1, 1, 2]], [[True, False, True]])
     """
-    ends = starts + taken
+    ends = starts + selected
     free = rows >= ends.gather(-1, sentences)
-    turn = free.cumsum(dim=-1)  # 1 at the first free slot, 2 at the second
-    absent = (taken - before).clamp(min=0).cumsum(dim=-1)  # rows not here, up to a sentence's end
-    # The sentence of the `turn`-th of them is the first with that many up to its end.
-    sentence = torch.searchsorted(absent, turn).clamp(max=taken.shape[-1] - 1)
-    row = (ends - absent).gather(-1, sentence) + turn - 1
-    torch.logical_and(free, turn <= absent[:, -1:], out=missing)
-    rows.masked_fill_(free, NO_ROW)
-    torch.where(missing, row, rows, out=rows)
-    torch.where(free, sentence, sentences, out=sentences)
+    turn = free.cumsum(dim=-1)  # the free slots are numbered from 1
+    lacking = (selected - resident).clamp(min=0).cumsum(dim=-1)  # so are the rows without a slot
+    # The turn-th such row is in the first sentence up to whose end there are `turn` of them.
+    sentence = torch.searchsorted(lacking, turn).clamp(max=selected.shape[-1] - 1)
+    row = (ends - lacking).gather(-1, sentence) + turn - 1
+    missing = free & (turn <= lacking[:, -1:])
+    rows = torch.where(missing, row, rows.masked_fill(free, NO_ROW))
+    return rows, torch.where(free, sentence, sentences), missing

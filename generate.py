@@ -1,184 +1,135 @@
 """Answer a prompt of several thousand tokens: `python generate.py --prompt file.txt`.
 
-This file joins the others: text becomes tokens and sentences, the model reads them once and
-writes one token after another, a cache decides what it attends to. It also measures, and it is
-the command line. It knows nothing of what is inside a cache or the model.
+The loop comes first: prefill, then decode one token after another. Below it are the sampler, the
+stage timer, and the command line. This file joins the others and knows nothing of the insides of
+tensors, caches or files.
 """
 
 import argparse
-import codecs
 import json
 import os
 import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from datetime import datetime
 from pathlib import Path
 
-# Read when torch is loaded: CPU threads soon stop spinning for each other and sleep. Where other
-# programs run as well, one that spins holds up the very thread that it waits for.
+# Read when torch is loaded. CPU threads that wait for each other soon sleep instead of spinning:
+# beside other programs, a spinning thread holds up the very thread that it waits for.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import sentencepiece
-import tokenizers
 import torch
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
-from cache import FullCache, SentenceKVCache, triton
-from model import GraphedDecode, load_config, load_model, read_json
+from cache import SentenceKVCache, triton
+from model import FullCache, LlamaConfig
 from segment import SentenceStream, token_spans
 from sentencekv import SCORES, SentenceKVConfig
+from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
 from weights.download import download
+from weights.tokenizer import Tokenizer
 
 
-class HuggingFaceTokens:
-    """The tokens of a `tokenizer.json`."""
-
-    def __init__(self, path: Path):
-        self.model = tokenizers.Tokenizer.from_file(str(path))
-        self.model.no_truncation()  # which a file may have been saved with
-        self.model.no_padding()
-        added = self.model.get_added_tokens_decoder()
-        self.special = {index for index, token in added.items() if token.special}
-        self.plain = {index: token.content for index, token in added.items()}
-        self.name = self.model.id_to_token
-        self.byte_of = byte_alphabet() if "ByteLevel" in repr(self.model.decoder) else None
-
-    def encode(self, text: str, add_bos: bool) -> list[int]:
-        return self.model.encode(text, add_special_tokens=add_bos).ids
+def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=iter) -> int:
+    """Read the prompt into the cache. Returns the first token after it."""
+    device = model.embed_tokens.weight.device
+    with timer("prefill"):
+        states = model.prefill(torch.tensor(ids, device=device), cache, progress)
+        return sample(model.logits(states[-1:])[0])
 
 
-class SentencePieceTokens:
-    """The tokens of a Llama 2 style `tokenizer.model`."""
+def generate(model, cache, token: int, detokenize, sample, stop: set, max_new_tokens: int,
+             sentence_limit: int, timer=nullcontext, decode=None):
+    """Yield (token id, piece of text) from the first token on, including the one that ends it.
 
-    def __init__(self, path: Path):
-        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.pieces = dict(enumerate(map(self.model.id_to_piece, range(len(self.model)))))
-        added = read_optional(path.parent / "added_tokens.json")
-        self.pieces |= {index: token for token, index in added.items()}
-        self.special = {*filter(self.model.is_control, range(len(self.model))), *added.values()}
-        self.plain = {}
-        self.name = self.pieces.get
-        self.byte_of = None
-
-    def encode(self, text: str, add_bos: bool) -> list[int]:
-        # The library does not look for `<s>` and `</s>` in text, where chat templates put them.
-        ids = {self.name(index): index for index in self.special}
-        parts = re.split(f"({'|'.join(map(re.escape, ids))})", text) if ids else [text]
-        encoded = [self.model.bos_id()] if add_bos and self.model.bos_id() >= 0 else []
-        for part in filter(None, parts):
-            encoded += [ids[part]] if part in ids else self.model.encode(part)
-        return encoded
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes every byte as a printable character: which one stands for which.
-
-    >>> byte_alphabet()["A"], byte_alphabet()["Ġ"]  # Ġ is a space, the 33rd unprintable byte
-    (65, 32)
+    `detokenize` and `sample` are a `Tokenizer.detokenizer()` and a `sampler(...)`. `decode` can
+    replace `model.decode`.
     """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    sentences = SentenceStream(sentence_limit)
+    for count in range(1, max_new_tokens + 1):
+        piece = detokenize(token)
+        yield token, piece
+        if token in stop or count == max_new_tokens:
+            return
+        with timer("decode"):
+            seal_finished(cache, sentences, piece)
+            token = sample(next_logits(model, cache, token, decode))
 
 
-class Tokenizer:
-    """Text to token ids and back, and the model's chat template."""
+def seal_finished(cache, sentences: SentenceStream, piece: str):
+    """Seal the sentences that have ended before `piece`, which is decoded next.
 
-    def __init__(self, folder: Path):
-        """Raises ValueError if `folder` holds no tokenizer, or one that cannot be read."""
-        try:
-            self.load(folder)
-        except Exception as error:  # which is all that the two libraries promise to raise
-            raise ValueError(f"no tokenizer in {folder}: {error}") from None
-
-    def load(self, folder: Path):
-        if (folder / "tokenizer.json").exists():
-            self.tokens = HuggingFaceTokens(folder / "tokenizer.json")
-        elif (folder / "tokenizer.model").exists():
-            self.tokens = SentencePieceTokens(folder / "tokenizer.model")
-        else:
-            raise ValueError("neither tokenizer.json nor tokenizer.model is there")
-        self.encode = self.tokens.encode
-        self.special = self.tokens.special
-        settings = read_optional(folder / "tokenizer_config.json")
-        # A token is a string here or, in older files, a dict with its content.
-        self.names = {key: value["content"] if isinstance(value, dict) else value
-                      for key, value in settings.items() if key.endswith("_token") and value}
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {item["name"]: item["template"] for item in template}.get("default")
-        if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self.chat_template = template
-
-    def render_chat(self, message: str) -> str:
-        """`message` as the user's turn, and the beginning of the model's. ValueError if it fails.
-
-        A template comes with the weights, from anywhere: it runs in jinja2's sandbox.
-        """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, **how: json.dumps(value, **how)
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=[{"role": "user", "content": message}],
-                add_generation_prompt=True, tools=None, documents=None, **self.names,
-            )
-        except Exception as error:  # it is somebody else's program
-            raise ValueError(f"the model's chat template failed: {error}") from None
-
-    def prompt_ids(self, text: str, raw: bool) -> list[int]:
-        """Token ids of the prompt: through the chat template, or as it is with BOS before it."""
-        if raw or self.chat_template is None:
-            return self.encode(text, add_bos=True)
-        return self.encode(self.render_chat(text), add_bos=False)
-
-    def to_bytes(self, index: int) -> bytes:
-        token = self.tokens.plain.get(index) or self.tokens.name(index) or ""
-        if self.tokens.byte_of and index not in self.tokens.plain:
-            return bytes(self.tokens.byte_of[character] for character in token)
-        if byte := re.fullmatch("<0x(..)>", token):  # how sentencepiece spells a lone byte
-            return bytes.fromhex(byte[1])
-        return token.replace("▁", " ").encode()
-
-    def reader(self):
-        """A function from one token id after another to its piece, the text it adds.
-
-        A token that only begins a character adds nothing; the one that ends it adds it whole. A
-        special token reads as a paragraph break, so that no sentence crosses it.
-        """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-        def read(index: int) -> str:
-            return "\n\n" if index in self.special else decoder.decode(self.to_bytes(index))
-
-        return read
-
-    def pieces(self, ids: list[int]) -> list[str]:
-        return list(map(self.reader(), ids))
+    So the token that begins a sentence can select rows of the one before.
+    """
+    for length in sentences.push(piece):
+        cache.seal(length)
 
 
-def refuse(message: str):
-    raise TemplateError(message)
+def next_logits(model, cache, token: int, decode=None) -> torch.Tensor:
+    """Decode one token. Returns the logits (V,) of the next."""
+    ids = torch.tensor([token], device=model.embed_tokens.weight.device)
+    return model.logits((decode or model.decode)(ids, cache))[0]
 
 
-def read_optional(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}
+def make_cache(name: str, config: SentenceKVConfig, model_config: LlamaConfig, spans: list,
+               max_new_tokens: int, device, dtype, stage=nullcontext):
+    """An empty cache, "full" or "sentencekv", for a prompt whose sentences are `spans`."""
+    if name == "full":
+        return FullCache(model_config, spans[-1][1] + max_new_tokens, device, dtype, stage)
+    return SentenceKVCache(config, model_config, spans, max_new_tokens, device, dtype, stage)
+
+
+def sampler(temperature: float, top_p: float, seed: int, device):
+    """A function from logits (V,) to a token id: the most likely one, or a sample."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def sample(logits) -> int:
+        if temperature == 0:
+            return logits.argmax().item()
+        probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
+        before = probabilities.cumsum(-1) - probabilities  # 0 for the most likely: it always stays
+        probabilities[before >= top_p] = 0
+        return order[probabilities.multinomial(1, generator=generator)].item()
+
+    return sample
+
+
+class GraphedDecode:
+    """`Llama.decode` as one CUDA graph, replayed for every token.
+
+    A token is a thousand small kernels, and the host needs longer to launch them one by one than
+    most of them run. The graph repeats them on the same addresses, so it is captured again when the
+    table of sentences grows. Stages inside a graph cannot be timed.
+    """
+
+    def __init__(self, model, cache: SentenceKVCache):
+        self.model, self.cache = model, cache
+        self.ids = torch.zeros(1, dtype=torch.long, device=model.embed_tokens.weight.device)
+        self.position = torch.zeros_like(self.ids)
+        self.graph = self.capacity = self.states = None
+
+    @torch.inference_mode()
+    def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
+        assert cache is self.cache
+        self.ids.copy_(ids)
+        self.position.fill_(cache.num_tokens)
+        if self.capacity is None:  # the first token is decoded plainly: kernels are compiled in it
+            self.capacity = 0
+            return self.model.decode(self.ids, cache)
+        if self.capacity != cache.table.capacity:
+            self.capacity, self.graph = cache.table.capacity, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.states = self.model.step(self.ids, self.position, cache)
+        self.graph.replay()
+        cache.advance(1)
+        return self.states
 
 
 class StageTimer:
-    """Milliseconds by stage: CUDA events on a GPU, read once at the end; a clock on the CPU.
+    """Milliseconds by stage: CUDA events on a GPU, read once at the end; a clock on a CPU.
 
-    `with timer("prefill"):` opens a stage; one opened inside it is a part of it, and has no parts
-    itself. On a GPU this is the time of the stream that computes: a copy that runs beside it
-    costs nothing here.
+    `with timer("prefill"):` opens a stage. One opened inside it is a part of it, and has no parts
+    itself. On a GPU this is the time of the computing stream: a copy beside it costs nothing here.
     """
 
     def __init__(self, device: torch.device):
@@ -207,61 +158,20 @@ class StageTimer:
         return sum(path == (name,) for path, _, _ in self.spans)
 
     def totals(self) -> dict:
-        """Stage -> ms; a stage that has parts is a dict of them, with its `rest` and `total`."""
+        """Stage -> {part: ms}, with its `total`, and as `OTHER` what is in no part."""
         if self.cuda:
             torch.cuda.synchronize()
         totals = {}
         for (name, *part), start, end in self.spans:
             ms = start.elapsed_time(end) if self.cuda else (end - start) * 1e3
-            stage = totals.setdefault(name, {"rest": 0.0, "total": 0.0})
-            shares = {part[0]: ms, "rest": -ms} if part else {"rest": ms, "total": ms}
+            stage = totals.setdefault(name, {OTHER: 0.0, "total": 0.0})
+            shares = {part[0]: ms, OTHER: -ms} if part else {OTHER: ms, "total": ms}
             for key, share in shares.items():
                 stage[key] = stage.get(key, 0.0) + share
         return totals
 
 
-def make_chooser(temperature: float, top_p: float, seed: int, device):
-    """A function from logits (V,) to the next token id: the likeliest, or a sample."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def choose(logits) -> int:
-        if temperature == 0:
-            return logits.argmax().item()
-        chances, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
-        chances[chances.cumsum(-1) - chances >= top_p] = 0  # the likeliest is never cut off
-        return order[chances.multinomial(1, generator=generator)].item()
-
-    return choose
-
-
-def read_first(model, cache, ids: list[int], choose, timer=nullcontext, progress=iter) -> int:
-    """Read the prompt into the cache and choose the first token after it."""
-    device = model.embed_tokens.weight.device
-    with timer("prefill"):
-        states = model.prefill(torch.tensor(ids, device=device), cache, progress)
-        return choose(model.logits(states[-1:])[0])
-
-
-def write_on(model, cache, token: int, read, choose, stop: set, max_new_tokens: int,
-             sentence_limit: int, timer=nullcontext, decode=None):
-    """Yield (token id, piece) from the first token on, the one in `stop` that ends it included.
-
-    `read` and `choose` are a `Tokenizer.reader()` and a `make_chooser(...)`; `decode` stands in
-    for `model.decode`.
-    """
-    sentences, decode = SentenceStream(sentence_limit), decode or model.decode
-    device = model.embed_tokens.weight.device
-    for count in range(1, max_new_tokens + 1):
-        piece = read(token)
-        yield token, piece
-        if token in stop or count == max_new_tokens:
-            return
-        with timer("decode"):
-            # The sentence that this token follows is sealed first: the token may ask for it.
-            for length in sentences.push(piece):
-                cache.end_sentence(length)
-            states = decode(torch.tensor([token], device=device), cache)
-            token = choose(model.logits(states)[0])
+OTHER = "projections, MLP, norms"  # what is timed in no stage of its own
 
 
 class Parser(argparse.ArgumentParser):
@@ -269,31 +179,39 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def parse(arguments) -> argparse.Namespace:
-    parser = Parser(description="Answer a long prompt with a Llama that remembers by sentence.")
-    add = parser.add_argument
-    defaults = SentenceKVConfig()
-    add("--prompt", required=True, help="text file; - is standard input")
-    add("--model", type=Path, help="Llama folder (default: SmolLM2-135M-Instruct, downloaded once)")
-    add("--cache", choices=("sentencekv", "full"), default="sentencekv")
-    add("--token-budget", type=int, default=defaults.token_budget,
-        help="tokens attended to per KV head while decoding (%(default)s)")
-    add("--keep-factor", type=float, default=defaults.keep_factor,
-        help="keep so many budgets of tokens on the host; the paper: 1 to 5 (%(default)s: all)")
-    add("--sink-tokens", type=int, default=defaults.sink_tokens, help="(%(default)s)")
-    add("--recent-window", type=int, default=defaults.recent_window, help="(%(default)s)")
-    add("--score", choices=SCORES, default=defaults.score, help="(%(default)s)")
-    add("--max-new-tokens", type=int, default=256, help="(%(default)s)")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
-    add("--top-p", type=float, default=1.0, help="sample among this share (%(default)s)")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (%(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    add("--cuda-graph", action="store_true",
-        help="replay each token as one CUDA graph: faster, but its stages cannot be timed")
-    add("--raw", action="store_true", help="no chat template: continue the text as it is")
-    add("--json", action="store_true", help="print the report as one JSON line, last")
-    args = parser.parse_args(arguments)
+def options() -> Parser:
+    parser, defaults = Parser(description=__doc__.splitlines()[0]), SentenceKVConfig()
+
+    def add(name, default, help, **how):
+        parser.add_argument(name, default=default, help=f"{help} (%(default)s)", **how)
+
+    parser.add_argument("--prompt", required=True, help="text file; - is standard input")
+    parser.add_argument("--model", type=Path,
+                        help="Llama folder (SmolLM2-135M-Instruct, downloaded the first time)")
+    add("--cache", "sentencekv", "where keys and values are kept", choices=("sentencekv", "full"))
+    add("--token-budget", defaults.token_budget, "tokens attended to while decoding", type=int)
+    add("--keep-factor", defaults.keep_factor,
+        "keep this many budgets of tokens on the host; the paper: 1 to 5", type=float)
+    add("--sink-tokens", defaults.sink_tokens, "first tokens, always attended to", type=int)
+    add("--recent-window", defaults.recent_window, "last tokens, always attended to", type=int)
+    add("--score", defaults.score, "ranks the sentences; the paper: mean_query", choices=SCORES)
+    add("--max-new-tokens", 256, "write no more than this", type=int)
+    add("--temperature", 0.0, "0 takes the most likely token", type=float)
+    add("--top-p", 1.0, "sample among the most likely tokens up to this share", type=float)
+    add("--seed", 0, "of the samples", type=int)
+    add("--device", "auto", "auto, cpu, cuda, cuda:1, …")
+    add("--dtype", "auto", "auto: bfloat16 where the hardware computes in it",
+        choices=("auto", "float32", "bfloat16", "float16"))
+    for name, help in (("--cuda-graph", "replay each token as one CUDA graph: faster, not timed"),
+                       ("--raw", "no chat template: continue the text as it is"),
+                       ("--json", "print the report as one JSON line, last")):
+        parser.add_argument(name, action="store_true", help=help)
+    return parser
+
+
+def parse(arguments=None) -> argparse.Namespace:
+    """ValueError for a value that is out of range."""
+    args = options().parse_args(arguments)
     for name, good in (("max_new_tokens", args.max_new_tokens >= 1),
                        ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1e3),
                        ("top_p", 0 < args.top_p <= 1), ("seed", 0 <= args.seed < 2**63)):
@@ -304,16 +222,17 @@ def parse(arguments) -> argparse.Namespace:
     return args
 
 
-def read_prompt(path: str) -> str:
-    """The whole file, or standard input. ValueError if it is not UTF-8 text or is blank.
+def read_text(path: str | Path) -> str:
+    """The text of a file, or of standard input for "-". ValueError if it is not UTF-8 or blank.
 
-    The line end that editors put at the end of a file is left out: a model takes it for a sign.
+    Without the line end that editors put at the end of a file: it would change the model's answer.
     """
     name = "standard input" if path == "-" else path
     if path == "-" and sys.stdin is None:
         raise ValueError("standard input is closed")
     try:
-        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8")
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is wrong") from None
     except OSError as error:
@@ -323,21 +242,6 @@ def read_prompt(path: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of this name, made the current one. ValueError if there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):
-        raise ValueError(f"--device {name} is not one of auto, cpu, cuda, cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
-        if device.index >= (gpus := torch.cuda.device_count()):
-            raise ValueError(f"--device {name}: this machine has {gpus} CUDA GPUs")
-        torch.cuda.set_device(device)
-    return device
-
-
 def check_cuda_graph(device: torch.device):
     if device.type != "cuda":
         raise ValueError(f"--cuda-graph needs a GPU, --device is {device}")
@@ -345,50 +249,16 @@ def check_cuda_graph(device: torch.device):
         raise ValueError("--cuda-graph needs Triton, which this PyTorch came without")
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware computes in it, which others only emulate."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":  # from Ampere on
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else torch.float16
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
-
-
-def stop_tokens(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """The ids that end an answer, wherever the folder's files name them."""
-    name = tokenizer.names.get("eos_token")
-    stop = {index for index in tokenizer.special if tokenizer.tokens.name(index) == name}
-    for file in ("config.json", "generation_config.json"):
-        ids = read_optional(folder / file).get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-        if not all(isinstance(index, int) for index in ids):
-            raise ValueError(f"{folder / file}: eos_token_id {ids} is no token, nor a list of them")
-        stop |= set(ids)
-    return stop
-
-
-def check_fits(ids: list[int], max_new_tokens: int, folder: Path):
-    config = load_config(folder)
-    if not ids:
-        raise ValueError("the tokenizer makes no token of the prompt")
-    needed, positions = len(ids) + max_new_tokens, config.max_position_embeddings
+def check_positions(n_prompt: int, n_new: int, config: LlamaConfig):
+    """ValueError if the model has fewer positions."""
+    needed, positions = n_prompt + n_new, config.max_position_embeddings
     if needed > positions:
-        raise ValueError(f"{len(ids)} prompt tokens + {max_new_tokens} new ones = {needed}, and the"
-                         f" model has {positions} positions: shorten one or the other")
-    if max(ids) >= config.vocab_size:
-        raise ValueError(f"the tokenizer makes token {max(ids)}, the model has {config.vocab_size}")
+        raise ValueError(f"{n_prompt} prompt tokens + {n_new} new ones = {needed}, and the model has"
+                         f" {positions} positions: shorten one or the other")
 
 
-def make_cache(args, config: SentenceKVConfig, model_config, spans, device, dtype, stage):
-    if args.cache == "full":
-        max_tokens = spans[-1][1] + args.max_new_tokens
-        return FullCache(model_config, max_tokens, device, dtype, stage)
-    return SentenceKVCache(config, model_config, spans, args.max_new_tokens, device, dtype, stage)
-
-
-def write_out(tokens, special: set) -> tuple[str, int, bool]:
-    """Print the text as it is made. Returns it, its tokens, and whether Ctrl-C ended it."""
+def stream(tokens, special: set) -> tuple[str, int, bool]:
+    """Print the text as it is written. Returns it, its tokens, and whether Ctrl-C ended it."""
     text, count, interrupted = "", 0, False
     try:
         for token, piece in tokens:
@@ -405,33 +275,34 @@ def write_out(tokens, special: set) -> tuple[str, int, bool]:
 def run(args) -> int:
     config = SentenceKVConfig(**{name: getattr(args, name) for name in (
         "token_budget", "keep_factor", "sink_tokens", "recent_window", "score")})
-    prompt, device = read_prompt(args.prompt), pick_device(args.device)
+    text, device = read_text(args.prompt), pick_device(args.device)
     if args.cuda_graph:
         check_cuda_graph(device)
     dtype, folder = pick_dtype(args.dtype, device), args.model or download()
     tokenizer, timer = Tokenizer(folder), StageTimer(device)
     with timer("tokenize"):
-        ids = tokenizer.prompt_ids(prompt, args.raw)
+        ids = tokenizer.prompt_ids(text, args.raw)
     with timer("segment"):
         spans = token_spans(tokenizer.pieces(ids), config.sentence_limit)
-    check_fits(ids, args.max_new_tokens, folder)
-    stop = stop_tokens(folder, tokenizer)
-    model = load_model(folder, device, dtype)
-    cache = make_cache(args, config, model.config, spans, device, dtype, timer)
+    model_config = load_config(folder)
+    check_positions(len(ids), args.max_new_tokens, model_config)
+    if max(ids) >= model_config.vocab_size:
+        raise ValueError(f"the tokenizer makes token {max(ids)}, the model has"
+                         f" {model_config.vocab_size}")
+    stop, model = tokenizer.stop_tokens(), load_model(folder, device, dtype)
+    cache = make_cache(args.cache, config, model.config, spans, args.max_new_tokens, device, dtype,
+                       timer)
 
     def progress(layers):  # of the prefill, on a terminal
-        return tqdm(layers, "reading", unit="layer", leave=False, disable=None, file=sys.stderr)
+        return tqdm(layers, "prefill", unit="layer", leave=False, disable=None, file=sys.stderr)
 
-    choose = make_chooser(args.temperature, args.top_p, args.seed, device)
-    first = read_first(model, cache, ids, choose, timer, progress)
-    decode = None
+    sample = sampler(args.temperature, args.top_p, args.seed, device)
+    first, decode = prefill(model, cache, ids, sample, timer, progress), None
     if args.cuda_graph:
         cache.stage, decode = nullcontext, GraphedDecode(model, cache)
-    text, new_tokens, interrupted = write_out(
-        write_on(model, cache, first, tokenizer.reader(), choose, stop,
-                 args.max_new_tokens, config.sentence_limit, timer, decode),
-        tokenizer.special,
-    )
+    text, new_tokens, interrupted = stream(
+        generate(model, cache, first, tokenizer.detokenizer(), sample, stop, args.max_new_tokens,
+                 config.sentence_limit, timer, decode), tokenizer.special)
     report = {"text": text, "prompt_tokens": len(ids), "new_tokens": new_tokens,
               "sentences": len(spans), **times(timer), **cache.report(),
               "cache": args.cache, "clock": timer.clock, "device": str(device),
@@ -443,49 +314,48 @@ def run(args) -> int:
 
 
 def times(timer: StageTimer) -> dict:
-    """Time to the first token, from the prompt's text on, and per token after it."""
+    """Time to first token, which begins with the prompt's text, and time per token after it."""
     stages, steps = timer.totals(), timer.count("decode")
     decode = stages.get("decode", {"total": 0.0})["total"]
-    first = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
-    return {"ttft_ms": first, "decode_ms_per_token": decode / max(steps, 1),
+    ttft = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
+    return {"ttft_ms": ttft, "decode_ms_per_token": decode / max(steps, 1),
             "decode_steps": steps, "stages_ms": stages}
 
 
 def print_report(report: dict):
     """The tables for people, on standard error: standard output holds the answer alone."""
     def line(*cells):
-        print("{:<24}{:>14}{:>20}".format(*cells), file=sys.stderr)
+        print("{:<26}{:>14}{:>20}".format(*cells), file=sys.stderr)
 
     stages, steps = report["stages_ms"], max(report["decode_steps"], 1)
     before, after = stages.get("prefill", {}), stages.get("decode", {})
-    print(f"\n{report['prompt_tokens']} prompt tokens in {report['sentences']} sentences,"
-          f" {report['new_tokens']} new tokens", file=sys.stderr)
-    print(f"{report['cache']} cache, {report['device']}, {report['dtype']},"
-          f" torch {report['torch']}, timed by {report['clock']}\n", file=sys.stderr)
-    line("stage", "first token ms", "then ms a token")
+    print("\n{prompt_tokens} prompt tokens in {sentences} sentences, {new_tokens} new tokens\n"
+          "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}\n".format(**report),
+          file=sys.stderr)
+    line("stage", "ttft ms", "decode ms/token")
     for name in ("tokenize", "segment"):
         line(name, f"{stages[name]['total']:.1f}", "")
-    for name in [n for n in {**before, **after} if n not in ("rest", "total")] + ["rest"]:
-        line("the rest" if name == "rest" else name,
-             f"{before[name]:.1f}" if name in before else "",
+    for name in [n for n in {**before, **after} if n not in (OTHER, "total")] + [OTHER]:
+        line(name, f"{before[name]:.1f}" if name in before else "",
              f"{after[name] / steps:.2f}" if name in after else "")
     line("total", f"{report['ttft_ms']:.1f}", f"{report['decode_ms_per_token']:.2f}")
     line("\nmemory", "MiB", "of the full cache")
     full = report["full_kv_bytes"]
     sizes = {f"device: {name}": size for name, size in report["device_kv_parts"].items()}
     sizes |= {"device: everything": report["device_kv_bytes"], "host": report["host_kv_bytes"],
-              "full cache": full, "loaded from the host": report["loaded_bytes"]}
+              "full cache": full, "selected, over all tokens": report["selected_bytes"],
+              "loaded, over all tokens": report["loaded_bytes"]}
     for name, size in sizes.items():
         line(name, f"{size / 2**20:.2f}", f"{size / max(full, 1):.1%}")
     if report["hit_rate"] is not None:
-        print(f"{report['hit_rate']:.1%} of the selected rows were on the device already",
+        print(f"{report['hit_rate']:.1%} of the selected rows were in slots already",
               file=sys.stderr)
 
 
 def main(arguments=None) -> int:
     try:
         return run(parse(arguments))
-    except BrokenPipeError:  # whoever read our output has had enough
+    except BrokenPipeError:  # whoever read our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:

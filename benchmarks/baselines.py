@@ -1,4 +1,4 @@
-"""The published alternatives, as caches with the interface of `cache.py`, on the very same keys.
+"""The published alternatives, as caches with the protocol of `model.FullCache`, on the same keys.
 
 They show what a method keeps, not how fast it could be: nothing here is offloaded or tuned.
 
@@ -18,7 +18,9 @@ from functools import lru_cache
 
 import torch
 
-from cache import FullCache, SentenceKVCache, kv_shape
+import benchmarks.scores  # noqa: F401  registers the scores that a method can name
+import generate
+from cache import SentenceKVCache
 from sentencekv import SentenceKVConfig, token_importance
 
 WINDOW = 32  # SnapKV's observation window: the last queries of the prompt, always kept
@@ -53,7 +55,7 @@ class Evicting:
     window = WINDOW
 
     def __init__(self, model_config, budget: int):
-        self.n_layers = kv_shape(model_config)[0]
+        self.n_layers = model_config.num_hidden_layers
         self.budget, self.num_tokens = budget, 0
         self.kept = [None] * self.n_layers  # (H_kv, n, 2, D), the most important first
         self.recent = [None] * self.n_layers  # (H_kv, n, 2, D), the oldest first
@@ -91,7 +93,7 @@ class Evicting:
     def advance(self, n_tokens):
         self.num_tokens += n_tokens
 
-    def end_sentence(self, length):
+    def seal(self, length):
         """Nothing to do: these methods know no sentences."""
 
 
@@ -245,7 +247,7 @@ class LastQuery(SentenceKVCache):
     """SentenceKV by the newest query alone, and not by the sentence being written."""
 
     def add_scores(self, layer, q):
-        self.scores[layer].zero_()
+        self.table.scores[layer].zero_()
         super().add_scores(layer, q)
 
 
@@ -256,13 +258,13 @@ class BestSentences(SentenceKVCache):
     """
 
     def add_scores(self, layer, q):
-        keys = self.host[layer, : self.n_rows, :, 0].transpose(0, 1)  # (H_kv, N, D)
+        keys = self.host.kv[layer, : self.table.n_rows, :, 0].transpose(0, 1)  # (H_kv, N, D)
         logits = (q @ keys.mT).float() / math.sqrt(q.shape[-1])  # (H_kv, G, N)
         attention = logits.softmax(dim=-1).mean(dim=1).double()
         total = torch.nn.functional.pad(attention.cumsum(dim=-1), (1, 0))
-        bounds = self.bounds[layer]
+        bounds = self.table.bounds[layer]
         per_row = total.gather(-1, bounds).diff(dim=-1) / bounds.diff(dim=-1).clamp(min=1)
-        self.scores[layer] = per_row
+        self.table.scores[layer] = per_row
 
 
 BASELINES = {
@@ -292,7 +294,7 @@ def make_cache(method: str, model_config, budget: int, spans: list, max_new_toke
     if settings and method not in SENTENCE_METHODS:
         raise ValueError(f"method {method!r} has no settings")
     if method == "full":
-        return FullCache(model_config, spans[-1][1] + max_new_tokens, "cpu", dtype)
+        return generate.make_cache("full", None, model_config, spans, max_new_tokens, "cpu", dtype)
     if method in BASELINES:
         return BASELINES[method](model_config, budget)
     if method not in SENTENCE_METHODS:

@@ -14,7 +14,7 @@ from statistics import mean
 
 from benchmarks.baselines import METHODS, device_bytes
 from benchmarks.quality import Bench, Method, asked_methods
-from generate import read_prompt
+from generate import read_text
 from weights.download import download
 
 
@@ -54,9 +54,9 @@ def compare(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Met
 def main(arguments=None) -> int:
     args = parse(arguments)
     try:
-        prompt, methods = read_prompt(args.prompt), asked_methods(args)
+        prompt, methods = read_text(args.prompt), asked_methods(args)
         bench = Bench(args.model or download())
-        ids = bench.tokenizer.prompt_ids(prompt, raw=False)
+        ids = bench.tokenizer.prompt_ids(prompt)
         compare(bench, ids, args.max_new_tokens, methods)
     except (ValueError, OSError) as error:
         print(f"benchmarks.compare: {error}", file=sys.stderr)

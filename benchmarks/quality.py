@@ -17,7 +17,6 @@ is there already is not done again. Runs on the CPU in float32.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from contextlib import contextmanager
@@ -25,8 +24,6 @@ from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, stdev
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in generate.py, before torch is loaded
 
 import torch
 from tqdm import tqdm
@@ -41,11 +38,13 @@ from benchmarks.baselines import (
 )
 from benchmarks.segmentation import old_spans
 from cache import NO_ROW
-from generate import Tokenizer, read_first, stop_tokens
-from model import load_model, rope_table
+from generate import check_positions, next_logits, prefill, read_text, seal_finished
+from model import LlamaConfig, rope_table
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
+from weights.checkpoint import load_model
 from weights.download import download
+from weights.tokenizer import Tokenizer
 
 LIMIT = SentenceKVConfig.sentence_limit
 
@@ -108,18 +107,17 @@ def units(pieces: list[str], unit: str) -> list[tuple[int, int]]:
 class Writer:
     """One method's cache, the tokens written with it, and the seconds that the cache took."""
 
-    def __init__(self, method: Method, cache, read):
-        self.method, self.cache, self.read = method, cache, read
+    def __init__(self, method: Method, cache, detokenize):
+        self.method, self.cache, self.detokenize = method, cache, detokenize
         self.sentences, self.tokens, self.pieces, self.seconds = SentenceStream(LIMIT), [], [], 0.0
 
     def read_on(self, token: int):
-        """As in `generate.write_on`: the sentence that a token follows is sealed first."""
-        piece = self.read(token)
+        """Take the token that is decoded next."""
+        piece = self.detokenize(token)
         self.tokens.append(token)
         self.pieces.append(piece)
         with self.clock():
-            for length in self.sentences.push(piece):
-                self.cache.end_sentence(length)
+            seal_finished(self.cache, self.sentences, piece)
 
     @contextmanager
     def clock(self):
@@ -143,7 +141,7 @@ def decode_together(model, writers: list[Writer]) -> torch.Tensor:
     All are at the same position. Each attends for itself; the weights are read once for all.
     """
     def attend(attention, x):
-        qkv = (heads.split(1, dim=1) for heads in attention.heads(x, rope))
+        qkv = (heads.split(1, dim=1) for heads in attention.qkv(x, rope))
         return attention.o_proj(torch.cat([
             writer.attend(attention, *one) for writer, *one in zip(writers, *qkv)]))
 
@@ -168,36 +166,27 @@ class Bench:
     def __init__(self, folder: Path):
         self.tokenizer = Tokenizer(folder)
         self.model = load_model(folder, torch.device("cpu"), torch.float32)
-        self.stop = stop_tokens(folder, self.tokenizer)
+        self.stop = self.tokenizer.stop_tokens()
         self.name = folder.name
 
     def prompt_ids(self, example) -> list[int]:
-        if not example.chat or self.tokenizer.chat_template is None:
-            text = f"{example.message} {example.prefix}" if example.prefix else example.message
-            return self.tokenizer.encode(text, add_bos=True)
-        text = self.tokenizer.render_chat(example.message) + example.prefix
-        return self.tokenizer.encode(text, add_bos=False)
+        return self.tokenizer.prompt_ids(example.message, not example.chat, example.prefix)
 
     def record(self, ids: list[int]) -> tuple[Recording, int]:
         """What the layers computed of the prompt, and the token that comes first after it."""
         attention_received.cache_clear()
         recording = Recording()
-        first = read_first(self.model, recording, ids, lambda logits: logits.argmax().item())
+        first = prefill(self.model, recording, ids, lambda logits: logits.argmax().item())
         return recording, first
-
-    def check(self, ids: list[int], max_new_tokens: int):
-        needed, positions = len(ids) + max_new_tokens, self.model.config.max_position_embeddings
-        if needed > positions:
-            raise ValueError(f"needs {needed} positions, the model has {positions}")
 
     def answers(self, ids: list[int], max_new_tokens: int, methods: list[Method]):
         """Yield a `Writer` for every method, when its answer to one prompt is written."""
-        self.check(ids, max_new_tokens)
+        check_positions(len(ids), max_new_tokens, self.model.config)
         recording, first = self.record(ids)
         pieces = self.tokenizer.pieces(ids)
         for group in batched(methods):
             writers = [Writer(m, recording.replay(m.new_cache(self.model, pieces, max_new_tokens)),
-                              self.tokenizer.reader()) for m in group]
+                              self.tokenizer.detokenizer()) for m in group]
             live, tokens = writers, [first] * len(writers)
             for _ in range(max_new_tokens):
                 for writer, token in zip(live, tokens):
@@ -219,7 +208,7 @@ class Bench:
         for group in batched(methods):
             readers = [Writer(m, recording.replay(
                 m.new_cache(self.model, pieces[:n_prompt], len(ids) - n_prompt)),
-                self.tokenizer.reader()) for m in group]
+                self.tokenizer.detokenizer()) for m in group]
             losses = []
             for i in range(n_prompt, len(ids) - 1):
                 for reader in readers:
@@ -240,9 +229,8 @@ class Bench:
         recording.replay(witness)
         sentences = SentenceStream(LIMIT)
         for i in range(n_prompt, len(ids)):
-            for length in sentences.push(pieces[i]):
-                witness.end_sentence(length)
-            self.model.decode(torch.tensor(ids[i : i + 1]), witness)
+            seal_finished(witness, sentences, pieces[i])
+            next_logits(self.model, witness, ids[i])
         for method, seen in zip(methods, witness.seen):
             for layer, pairs in enumerate(seen):
                 yield method, layer, mean(m for m, _ in pairs), mean(e for _, e in pairs)
@@ -295,9 +283,9 @@ class Witness:
         for other in self.others if decoding else ():
             other.advance(n_tokens)
 
-    def end_sentence(self, length):
+    def seal(self, length):
         for other in self.others:
-            other.end_sentence(length)
+            other.seal(length)
 
     def decode(self, layer, q, k, v):
         full = self.full.decode(layer, q, k, v)
@@ -318,13 +306,6 @@ def attend(q, keys, values, mask):
     return logits.logsumexp(dim=-1), logits.softmax(dim=-1) @ values
 
 
-def read_book(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-
-
 def haystack(bench: Bench, text: str, n_tokens: int) -> list[str]:
     """Paragraphs from the middle of a book that have about so many tokens."""
     paragraphs = [p.strip() for p in text.replace("\r\n", "\n").split("\n\n") if p.strip()]
@@ -342,7 +323,7 @@ def examples(args, bench: Bench) -> list[tasks.Example]:
         return [e for path in args.data for e in tasks.longbench_file(path)]
     if args.task == "ruler" and not args.generate:
         return [e for path in args.data for e in tasks.ruler_file(path)]
-    text = "\n\n".join(map(read_book, args.data))
+    text = "\n\n".join(map(read_text, args.data))
     if args.task == "needle":
         return [*tasks.needle_grid(lambda n: haystack(bench, text, n), args.lengths, args.depths)]
     unknown = set(args.generate) - set(tasks.FAMILIES)
@@ -358,7 +339,7 @@ class Results:
 
     def __init__(self, path: Path | None):
         self.path, self.rows = path, []
-        if path and path.exists():
+        if path and path.exists() and path.stat().st_size:
             needed = ("task", "index", "method", "budget", "score")
             self.rows = [row for _, row in tasks.read_rows(path, *needed)]
 
@@ -404,13 +385,13 @@ def book_tokens(args, bench) -> list[tuple[str, list[int]]]:
         raise ValueError(f"--new-tokens is {args.new_tokens}, the least is 2")
     books = []
     for path in args.data[: args.limit]:
-        text = read_book(path)
+        text = read_text(path)
         middle = text[len(text) // 3 : len(text) // 3 + 8 * (args.length + args.new_tokens)]
         ids = bench.tokenizer.encode(middle, add_bos=True)[: args.length + args.new_tokens]
         if len(ids) < args.length + 2:
             raise ValueError(f"{path} has {len(ids)} tokens after its first third, the least is"
                              f" {args.length + 2}: --length and two to read on")
-        bench.check(ids, 0)
+        check_positions(args.length, len(ids) - args.length, bench.model.config)
         books.append((path.stem, ids))
     return books
 
@@ -567,8 +548,8 @@ def asked_methods(args) -> list[Method]:
 class _Shape:
     """Just enough of a model to find out whether a method's settings are possible."""
 
-    class config:
-        num_hidden_layers, num_key_value_heads, head_dim = 1, 1, 1
+    config = LlamaConfig(1, 1, 1, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+                         head_dim=1, max_position_embeddings=1)
 
 
 def main(arguments=None) -> int:

@@ -17,7 +17,6 @@ sentence
 """
 
 import argparse
-import json
 import sys
 import time
 from itertools import accumulate, pairwise
@@ -26,38 +25,29 @@ from statistics import median
 
 import regex
 
+from benchmarks import tasks
+from generate import read_text
 from segment import sentence_ends, token_spans
+from weights.download import download
+from weights.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
 OLD_ENDS = {".", "!", "?", "\n"}
 STOPPED = regex.compile(r"[.!?…:;][\p{Pe}\p{Pf}\"'_*]*$")
 SHORT = regex.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Messrs|Mme|Prof|Capt|Col|Rev|Hon|Esq|No|\p{Lu})\.$")
 
 
-def read_text(path: str) -> str:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise ValueError(f"{path}: {reason}") from None
-    if not text.strip():
-        raise ValueError(f"{path}: is empty")
-    return text
+def refuse(problem: str):
+    raise ValueError(problem)
 
 
 def read_rows(path: str, field: str, is_field) -> list[dict]:
+    """Rows with a `text` and a list `field`, all of whose items `is_field` accepts."""
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{path}: line {number} is not JSON") from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(f"{path}: line {number} has no `text`")
-        if not isinstance(row.get(field), list) or not all(map(is_field, row[field])):
-            raise ValueError(f"{path}: line {number} has no list `{field}` of the right kind")
+    for number, row in tasks.read_rows(Path(path), "text", field, bad_line=refuse):
+        if not isinstance(row["text"], str):
+            refuse(f"{path}:{number + 1}: text is no string")
+        if not isinstance(row[field], list) or not all(map(is_field, row[field])):
+            refuse(f"{path}:{number + 1}: {field} is no list of the right kind")
         rows.append(row)
     return rows
 
@@ -126,10 +116,7 @@ def describe(texts: list[str], tokenized: list[list[str]], cut, inside) -> str:
     return f"{len(lengths):9,} {median(lengths):6.0f} {max(lengths):7} {middle / len(lengths):9.1%}"
 
 
-def compare(pages: list[dict], book: str, folder: Path):
-    from generate import Tokenizer
-
-    tokenizer = Tokenizer(folder)
+def compare(pages: list[dict], book: str, tokenizer: Tokenizer):
     gold = [{end for _, end in page["sentence_char_spans"]} for page in pages]
 
     def inside_page(number, text, end):
@@ -160,8 +147,7 @@ def parse(arguments) -> argparse.Namespace:
         "--model",
         metavar="DIR",
         type=Path,
-        default=ROOT / "weights/smollm2-135m-instruct",
-        help="folder with tokenizer.json (default: %(default)s)",
+        help="folder with a tokenizer (default: SmolLM2-135M-Instruct)",
     )
     return parser.parse_args(arguments)
 
@@ -172,8 +158,7 @@ def main(arguments=None) -> int:
         golden = read_rows(args.GOLDEN, "sentences", lambda field: isinstance(field, str))
         pages = read_rows(args.EWT, "sentence_char_spans", is_span)
         book = read_text(args.BOOK)
-        if not any((args.model / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-            raise ValueError(f"{args.model}: has no tokenizer; try python weights/download.py")
+        tokenizer = Tokenizer(args.model or download())
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -181,7 +166,7 @@ def main(arguments=None) -> int:
     print(f"golden rules      {count_golden(golden)} of {len(golden)}")
     print(f"web pages         precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}")
     print(f"speed             {characters_per_second(book) / 1e6:.1f} million characters a second")
-    compare(pages, book, args.model)
+    compare(pages, book, tokenizer)
     return 0
 
 

@@ -20,7 +20,6 @@ where that is installed.
 
 import argparse
 import json
-import os
 import platform
 import random
 import sys
@@ -30,24 +29,26 @@ from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in generate.py, before torch is loaded
-
 import torch
 from tqdm import tqdm
 
-from cache import FullCache, SentenceKVCache
 from generate import (
+    GraphedDecode,
     StageTimer,
-    Tokenizer,
     check_cuda_graph,
-    pick_device,
-    pick_dtype,
-    read_first,
+    check_positions,
+    make_cache,
+    next_logits,
+    prefill,
+    read_text,
+    seal_finished,
 )
-from model import GraphedDecode, Llama, LlamaConfig, load_model
+from model import Llama
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
+from weights.checkpoint import load_model, parse_config, pick_device, pick_dtype
 from weights.download import download
+from weights.tokenizer import Tokenizer
 
 WARM_UP = 4  # tokens that are not timed
 GRAPHED = "sentencekv, graph"
@@ -82,7 +83,7 @@ def random_model(name: str, device, dtype) -> Llama:
     """A real shape, its weights drawn on the device itself."""
     torch.manual_seed(0)
     with made_on(device, dtype):
-        model = Llama(LlamaConfig.from_dict(CONFIGS[name]))
+        model = Llama(parse_config(CONFIGS[name]))
     model.requires_grad_(False).eval()
     return model
 
@@ -101,7 +102,7 @@ class Text:
                 self.pieces.append(" word" if left else ".\n\n")
         else:
             tokenizer = Tokenizer(args.model)
-            book = "\n\n".join(path.read_text(encoding="utf-8-sig") for path in args.data)
+            book = "\n\n".join(map(read_text, args.data))
             self.ids = tokenizer.encode(book, add_bos=True)[:n_tokens]
             self.pieces = tokenizer.pieces(self.ids)
         if len(self.ids) < n_tokens:
@@ -151,29 +152,25 @@ class Ours:
     def prefill(self):
         dtype = self.model.embed_tokens.weight.dtype
         room = len(self.text.ids) - self.length
-        self.cache = (
-            FullCache(self.model.config, self.length + room, self.device, dtype)
-            if self.method == "full" else
-            SentenceKVCache(self.settings, self.model.config, self.spans, room, self.device, dtype))
-        read_first(self.model, self.cache, self.text.ids[: self.length],
-                   lambda logits: logits.argmax().item())
+        self.cache = make_cache(self.method, self.settings, self.model.config, self.spans, room,
+                                self.device, dtype)
+        prefill(self.model, self.cache, self.text.ids[: self.length],
+                lambda logits: logits.argmax().item())
         self.at, self.sentences = self.length, SentenceStream(self.settings.sentence_limit)
         self.decode = self.model.decode
         if self.method == GRAPHED:
             self.decode = GraphedDecode(self.model, self.cache)
 
     def step(self):
-        token = torch.tensor([self.text.ids[self.at]], device=self.device)
-        for n in self.sentences.push(self.text.pieces[self.at]):
-            self.cache.end_sentence(n)
-        self.model.logits(self.decode(token, self.cache)).argmax().item()
+        seal_finished(self.cache, self.sentences, self.text.pieces[self.at])
+        next_logits(self.model, self.cache, self.text.ids[self.at], self.decode).argmax().item()
         self.at += 1
 
     def warm(self):
         """What came from the host is counted from here on."""
         if self.method != "full":
-            self.cache.n_wanted = 0
-            self.cache.n_loaded.zero_()
+            self.cache.total_selected = 0
+            self.cache.total_loaded.zero_()
 
     def stages(self, steps: int) -> dict:
         """Milliseconds a token, by stage."""
@@ -400,10 +397,8 @@ def run(args) -> list[dict]:
         args.model = args.model or download()
         model = load_model(args.model, device, dtype)
     room = 2 * args.new_tokens + 2 * WARM_UP
-    needed, positions = max(args.lengths) + room, model.config.max_position_embeddings
-    if needed > positions and not args.config:
-        raise ValueError(f"--lengths {max(args.lengths)} needs {needed} positions, the model has"
-                         f" {positions}")
+    if not args.config:
+        check_positions(max(args.lengths), room, model.config)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else (
         f"{torch.get_num_threads()} threads of"
         f" {torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}")

@@ -17,6 +17,8 @@ from pathlib import Path
 from rapidfuzz import fuzz
 from rapidfuzz.distance import LCSseq
 
+from generate import read_text
+
 RULER = re.compile(  # a Llama 3 chat around the question, and the beginning of the answer
     r"^<\|begin_of_text\|>.*?<\|start_header_id\|>user<\|end_header_id\|>(?P<body>.*)<\|eot_id\|>"
     r"<\|start_header_id\|>assistant<\|end_header_id\|>(?P<prefix>.*)$", re.DOTALL)
@@ -78,13 +80,13 @@ METRICS = {"qa_f1": qa_f1, "rouge_l_f": rouge_l_f, "classification": class_match
            "code_sim": code_similarity}
 
 
-def read_rows(path: Path, *needed: str) -> Iterator[tuple[int, dict]]:
-    """(line number from 0, row) of a JSON lines file; a bad line is named and passed over."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines):
+def warn(problem: str):
+    print(problem, file=sys.stderr)
+
+
+def read_rows(path: Path, *needed: str, bad_line=warn) -> Iterator[tuple[int, dict]]:
+    """(line number from 0, row) of a JSON lines file. `bad_line` is told of each bad line."""
+    for number, line in enumerate(read_text(path).splitlines()):
         try:
             row = json.loads(line)
             missing = [name for name in needed if name not in row]
@@ -92,7 +94,7 @@ def read_rows(path: Path, *needed: str) -> Iterator[tuple[int, dict]]:
         except (ValueError, TypeError):
             problem = "is not a JSON object"
         if problem:
-            print(f"{path}:{number + 1}: {problem}", file=sys.stderr)
+            bad_line(f"{path}:{number + 1}: {problem}")
         else:
             yield number, row
 

@@ -1,7 +1,7 @@
-"""SentenceKV the slow, obvious way: everything in one place, lists and loops, no tiers, no slots.
+"""SentenceKV the slow, obvious way: lists and loops, one place for everything, no tiers, no slots.
 
-It has the caches' interface and hands attention exactly the tokens that the method selects, so a
-model run with it shows what `SentenceKVCache` must compute.
+It follows the protocol of `model.FullCache` and returns exactly the tokens that the method selects.
+So a model that runs with it shows what `SentenceKVCache` must compute. Read it first.
 """
 
 import math
@@ -53,7 +53,7 @@ class SlowSentenceKV:
             self.n_prompt = n_tokens
         self.num_tokens += n_tokens
 
-    def end_sentence(self, length):
+    def seal(self, length):
         start = self.spans[-1][1]
         self.spans.append((start, start + length))
         self.queries = [[] for _ in self.kv]
@@ -86,7 +86,7 @@ class SlowSentenceKV:
         for span in self.ranking(layer, head, group):
             positions = self.tokens_of(span, layer, head)
             fetched += [i for i in positions if len(sinks) <= i < start]
-        fetched = fetched[: min(room - len(recent), config.load_slots)]
+        fetched = fetched[: min(room - len(recent), config.selected_rows)]
         self.selected.append(fetched)
         assert len(sinks + fetched + recent) <= config.token_budget
         return sinks + fetched + recent
@@ -103,11 +103,11 @@ class SlowSentenceKV:
         else:
             lengths = torch.tensor([float(len(k)) for k in keys], device=vectors.device)
             logits = queries @ vectors.T / math.sqrt(vectors.shape[-1])
-            if self.config.score == "expected_attention":
-                spreads = torch.stack([k.var(0, correction=0).mean() for k in keys])
-                logits += queries.square().sum(-1, keepdim=True) * spreads / (2 * vectors.shape[-1])
+            if self.config.score == "gaussian":
+                variances = torch.stack([k.var(0, correction=0).mean() for k in keys])
+                logits += queries.square().sum(-1, keepdim=True) * variances / (2 * vectors.shape[-1])
             attention = (logits + lengths.log()).softmax(-1)
-            if self.config.score == "expected_attention":
+            if self.config.score == "gaussian":
                 attention /= lengths
             scores = attention.sum(dim=(0, 1))
         return [spans[i] for i in scores.argsort(descending=True).tolist()]

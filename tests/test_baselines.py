@@ -137,7 +137,7 @@ def test_no_head_attends_to_more_than_the_budget(recording, method):
             counts[layer].append(n)
         cache.advance(1)
         if step % 10 == 9:
-            cache.end_sentence(10)
+            cache.seal(10)
     mean = sum(map(max, counts)) / len(counts)
     assert mean <= BUDGET
     assert min(map(min, counts)) >= (BUDGET - 16 if method == "quest" else WINDOW)

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import weakref
+from bisect import bisect_right
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,12 @@ from oracle import SlowSentenceKV
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cache as cache_module
-from cache import NO_ROW, FullCache, SentenceKVCache, assign_slots
-from generate import Tokenizer
-from model import GraphedDecode
+from cache import NO_ROW, HostTier, SentenceKVCache, SentenceTable, assign_slots
+from generate import GraphedDecode
+from model import FullCache
 from segment import SentenceStream, token_spans
-from sentencekv import SentenceKVConfig, take_best
+from sentencekv import SentenceKVConfig, select_rows
+from weights.tokenizer import Tokenizer
 
 N_NEW = 90
 
@@ -43,10 +46,16 @@ def write(model, caches, n_prompt, n_new=N_NEW, ends=True):
     for i in range(n_prompt, n_prompt + n_new):
         if ends and since >= lengths[0] + delay:
             for cache in caches:
-                cache.end_sentence(lengths[0])
+                cache.seal(lengths[0])
             since, delay = since - lengths.pop(0), 1 - delay
         yield [model.decode(ids[i : i + 1], cache)[0] for cache in caches]
         since += 1
+
+
+def tensors_of(cache) -> list:
+    """Every tensor that the cache, its host tier and its table hold."""
+    values = [x for part in (cache, cache.host, cache.table) for x in vars(part).values()]
+    return [x for x in values if isinstance(x, torch.Tensor)]
 
 
 def test_docstrings():
@@ -54,7 +63,7 @@ def test_docstrings():
 
 
 @pytest.mark.parametrize("n_prompt", [1, 2, 31, 33, 70, 300])
-@pytest.mark.parametrize("score", ["mean_query", "votes", "expected_attention"])
+@pytest.mark.parametrize("score", ["mean_query", "votes", "gaussian"])
 def test_a_budget_for_everything_is_full_attention(tiny, device, n_prompt, score):
     config = SentenceKVConfig(token_budget=1024, score=score)
     caches = [sentencekv_cache(config, n_prompt, device),
@@ -77,10 +86,10 @@ LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window
     (300, 20, SMALL, math.inf, "mean_query"),
     (300, 20, LEAST, 1, "votes"),
     (300, 20, LEAST, math.inf, "mean_query"),
-    (1, 1, SMALL, 1, "expected_attention"),
-    (300, 20, SMALL, 2.5, "expected_attention"),
-    (300, 20, SMALL, math.inf, "expected_attention"),
-    (300, 20, LEAST, 1, "expected_attention"),
+    (1, 1, SMALL, 1, "gaussian"),
+    (300, 20, SMALL, 2.5, "gaussian"),
+    (300, 20, SMALL, math.inf, "gaussian"),
+    (300, 20, LEAST, 1, "gaussian"),
     (300, 128, SMALL, 2.5, "mean_query"),
     (300, 128, SMALL, math.inf, "votes"),
     (300, 20, dict(token_budget=96), 2.5, "mean_query"),
@@ -100,14 +109,18 @@ def test_a_small_budget_selects_what_the_slow_way_selects(
 class AllResident(SentenceKVCache):
     """Every kept row stays on the device as well, and every slot is filled anew at every step."""
 
-    def load(self, layer):
-        everything, rows = self.host.to(self.device), self.rows[layer]  # (L, N, H_kv, 2, D)
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.host.load = self.load
+
+    def load(self, layer, slots, rows, missing):
+        everything = self.host.kv.to(slots.device)  # (L, N, H_kv, 2, D)
         heads = torch.arange(len(rows), device=rows.device)[:, None]
         wanted = rows < NO_ROW
         filled = everything[layer][rows.where(wanted, 0), heads]  # (H_kv, B, 2, D)
-        slots = self.slots[layer, :, : self.load_slots]
-        slots.copy_(filled.where(wanted[..., None, None], slots))
-        super().load(layer)
+        row_slots = slots[:, : rows.shape[1]]
+        row_slots.copy_(filled.where(wanted[..., None, None], row_slots))
+        HostTier.load(self.host, layer, slots, rows, missing)
 
 
 @pytest.mark.parametrize("keep_factor", [1, math.inf])
@@ -118,7 +131,7 @@ def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, ke
         assert torch.equal(ours, resident)
     report = caches[0].report()
     assert 0 < report["hit_rate"] < 1
-    assert report["loaded_bytes"] == caches[0].n_loaded.item() * 2 * TINY.head_dim * 4
+    assert report["loaded_bytes"] == caches[0].total_loaded.item() * 2 * TINY.head_dim * 4
 
 
 def test_on_the_default_weights_too(default_model, default_folder):
@@ -138,13 +151,13 @@ def test_on_the_default_weights_too(default_model, default_folder):
     for token, piece in zip(ids[600:], pieces[600:]):
         for length in sentences.push(piece):
             for cache in caches:
-                cache.end_sentence(length)
+                cache.seal(length)
         full, everything, small, resident = (
             default_model.logits(default_model.decode(torch.tensor([token]), cache))
             for cache in caches)
         torch.testing.assert_close(everything, full, rtol=0, atol=2e-3)
         assert torch.equal(small, resident) and not torch.equal(small, full)
-    assert caches[2].n_sentences > len(spans)
+    assert caches[2].table.n_sentences > len(spans)
 
 
 class Traced(GraphedDecode):
@@ -156,9 +169,9 @@ class Traced(GraphedDecode):
     def __call__(self, ids, cache):
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        if self.capacity != cache.capacity:
-            self.capacity = cache.capacity
-            tensors = [t for t in vars(cache).values() if isinstance(t, torch.Tensor)]
+        if self.capacity != cache.table.capacity:
+            self.capacity = cache.table.capacity
+            tensors = tensors_of(cache)
             before = [t.clone() for t in tensors]
             self.graph = make_fx(lambda a, b: self.model.step(a, b, cache))(self.ids, self.position)
             for tensor, value in zip(tensors, before):  # tracing has run it
@@ -168,20 +181,20 @@ class Traced(GraphedDecode):
         return states
 
 
-def fetch_rows_in_static_shapes(host, kv, rows, missing):
-    head, slots = torch.arange(len(rows), device=rows.device)[:, None], kv[:, : rows.shape[1]]
-    fetched = host[rows.where(missing, 0), head]
-    slots.copy_(fetched.where(missing[..., None, None], slots))
+def load_in_static_shapes(self, layer, slots, rows, missing):
+    head, slots = torch.arange(len(rows), device=rows.device)[:, None], slots[:, : rows.shape[1]]
+    loaded = self.kv[layer][rows.where(missing, 0), head]
+    slots.copy_(loaded.where(missing[..., None, None], slots))
 
 
-@pytest.mark.parametrize("score", ["mean_query", "expected_attention"])
+@pytest.mark.parametrize("score", ["mean_query", "gaussian"])
 @pytest.mark.parametrize("keep_factor", [2.5, math.inf])
 def test_a_step_captured_once_serves_every_later_token(
         tiny, device, keep_factor, score, monkeypatch):
     """So nothing in it depends on a number of the host or is brought back to it."""
     monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)  # there is no room now and then
     if device.type == "cpu":
-        monkeypatch.setattr(cache_module, "fetch_rows", fetch_rows_in_static_shapes)
+        monkeypatch.setattr(HostTier, "load", load_in_static_shapes)
     config = SentenceKVConfig(keep_factor=keep_factor, score=score, **SMALL)
     plain, captured = (sentencekv_cache(config, 300, device) for _ in range(2))
     decode = (Traced if device.type == "cpu" else GraphedDecode)(tiny, captured)
@@ -194,7 +207,7 @@ def test_a_step_captured_once_serves_every_later_token(
 
     for ours, expected in write(Model(), [captured, plain], 300):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    assert captured.n_loaded == plain.n_loaded > 0
+    assert captured.total_loaded == plain.total_loaded > 0
 
 
 @pytest.mark.parametrize("heads, dim", [(1, 64), (3, 12)])
@@ -204,15 +217,17 @@ def test_the_kernel_copies_what_plain_torch_copies(heads, dim):
     test = f"""
 import torch, cache
 torch.manual_seed(0)
-host, kv = torch.randn(40, {heads}, 2, {dim}), torch.randn({heads}, 30, 2, {dim})
+host = cache.HostTier((1, {heads}, {dim}), 40, torch.device("cpu"), torch.float32)
+host.kv.normal_()
+slots = torch.randn({heads}, 30, 2, {dim})
 rows = torch.stack([torch.randperm(40)[:20] for _ in range({heads})])
 missing = torch.rand({heads}, 20) < 0.5
 rows[:, 7], missing[:, 7] = cache.NO_ROW, False
-expected = kv.clone()
+expected = slots.clone()
 for h, i in missing.nonzero().tolist():
-    expected[h, i] = host[rows[h, i], h]
-cache.fetch_rows(host, kv, rows, missing)
-assert torch.equal(kv, expected)
+    expected[h, i] = host.kv[0, rows[h, i], h]
+host.load(0, slots, rows, missing)
+assert torch.equal(slots, expected)
 """
     subprocess.run([sys.executable, "-c", test], check=True, cwd=Path(cache_module.__file__).parent,
                    env=os.environ | {"TRITON_INTERPRET": "1"})
@@ -221,8 +236,8 @@ assert torch.equal(kv, expected)
 def test_the_oracles_hold_with_the_kernel_too():
     """Under Triton's interpreter, a few of each; on a GPU the kernel is in all of them anyway."""
     pytest.importorskip("triton")
-    names = ("a_budget_for_everything and cpu-expected_attention-70",
-             "a_small_budget and inf-expected_attention and small11", "offloaded_is_resident",
+    names = ("a_budget_for_everything and cpu-gaussian-70",
+             "a_small_budget and inf-gaussian and small11", "offloaded_is_resident",
              "not_selected_takes_no_part")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__,
@@ -234,16 +249,20 @@ def test_the_oracles_hold_with_the_kernel_too():
 class Poisoned(SentenceKVCache):
     """Rows on the host that are not selected are NaN; slots that nobody attends to are wild."""
 
-    def load(self, layer):
-        kept = self.host[layer].clone()
-        heads, i = self.missing[layer].nonzero(as_tuple=True)
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.host.load = self.load
+
+    def load(self, layer, slots, rows, missing):
+        kept = self.host.kv[layer].clone()
+        heads, i = missing.nonzero(as_tuple=True)
         selected = torch.zeros(kept.shape[:2], dtype=torch.bool)
-        selected[self.rows[layer, heads, i].cpu(), heads.cpu()] = True
-        self.host[layer][~selected] = math.nan
-        super().load(layer)
-        if self.slots.is_cuda:
+        selected[rows[heads, i].cpu(), heads.cpu()] = True
+        self.host.kv[layer][~selected] = math.nan
+        HostTier.load(self.host, layer, slots, rows, missing)
+        if slots.is_cuda:
             torch.cuda.synchronize()  # the GPU reads these very rows
-        self.host[layer] = kept
+        self.host.kv[layer] = kept
 
     def decode(self, layer, q, k, v):
         keys, values, mask = super().decode(layer, q, k, v)
@@ -272,11 +291,11 @@ def test_offloaded_keys_and_values_leave_the_device(device):
             gc.collect()
             assert not any(ref() is not None for ref in given), "the cache holds on to its input"
         cache.advance(n_prompt)
-        device_bytes = sum(
-            t.untyped_storage().nbytes() for t in gc.get_referents(cache.__dict__)
-            if isinstance(t, torch.Tensor) and t is not cache.host)
+        device_bytes = sum(t.untyped_storage().nbytes() for t in tensors_of(cache)
+                           if t is not cache.host.kv)
         assert device_bytes == cache.report()["device_kv_bytes"]
-        assert cache.host.device.type == "cpu" and cache.host.is_pinned() == (device.type == "cuda")
+        host = cache.host.kv
+        assert host.device.type == "cpu" and host.is_pinned() == (device.type == "cuda")
         sizes.append(device_bytes)
     assert sizes[0] == sizes[1]
 
@@ -286,8 +305,8 @@ def test_sentences_with_nothing_kept_take_no_room(tiny, device):
     cache = SentenceKVCache(SentenceKVConfig(token_budget=96, keep_factor=1), TINY, spans, 10,
                             device, torch.float32)
     tiny.prefill(random_ids(300, device), cache)
-    assert cache.n_sentences == 96
-    assert cache.vectors.shape[2] == 96 + cache_module.SENTENCE_BLOCK
+    assert cache.table.n_sentences == 96
+    assert cache.table.vectors.shape[2] == 96 + cache_module.SENTENCE_BLOCK
 
 
 @needs_gpu
@@ -312,7 +331,7 @@ def test_device_memory_does_not_grow_while_writing(tiny, device):
     cache = sentencekv_cache(SentenceKVConfig(token_budget=96), 300, device, new=300)
     sizes = [cache.report()["device_kv_bytes"] for _ in write(tiny, [cache], 300, 300)]
     assert len(set(sizes)) == 1
-    assert cache.n_sentences > len(random_spans(300)) + 10
+    assert cache.table.n_sentences > len(random_spans(300)) + 10
 
 
 def test_room_for_more_sentences_is_made(tiny, device):
@@ -327,8 +346,8 @@ def test_room_for_more_sentences_is_made(tiny, device):
         ours, full = (tiny.decode(ids[i : i + 1], cache) for cache in caches)
         torch.testing.assert_close(ours, full, rtol=0, atol=1e-4)
         if i % 2:
-            caches[0].end_sentence(2)
-    assert caches[0].n_sentences > 2 * cache_module.SENTENCE_BLOCK
+            caches[0].seal(2)
+    assert caches[0].table.n_sentences > 2 * cache_module.SENTENCE_BLOCK
 
 
 def test_a_sentence_longer_than_the_budget_stays_within_it(tiny, device):
@@ -361,7 +380,7 @@ def test_half_precision_keys_and_values_stay_half(device):
     cache = SentenceKVCache(config, TINY, random_spans(300), N_NEW, device, torch.bfloat16)
     for (state,) in write(model, [cache], 300):
         assert state.dtype == torch.bfloat16 and state.isfinite().all()
-    assert cache.host.dtype == cache.slots.dtype == cache.vectors.dtype == torch.bfloat16
+    assert {x.dtype for x in (cache.host.kv, cache.slots, cache.table.vectors)} == {torch.bfloat16}
 
 
 @settings(deadline=None)
@@ -373,23 +392,193 @@ def test_slots_hold_what_is_wanted_and_only_what_is_not_there_moves(data):
     n, ends = len(lengths), torch.tensor(lengths).cumsum(0)
     starts = (ends - torch.tensor(lengths)).expand(n_heads, -1).contiguous()
     rows = torch.full((n_heads, n_slots), NO_ROW)
-    sentences, missing = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-    before = torch.zeros(n_heads, n, dtype=torch.long)
+    sentences = torch.zeros_like(rows)
+    resident = torch.zeros(n_heads, n, dtype=torch.long)
     for _ in range(data.draw(st.integers(1, 5))):
         scores = torch.tensor([data.draw(st.permutations(range(n))) for _ in range(n_heads)])
         there = torch.tensor([data.draw(st.integers(0, length)) for length in lengths])
         room = torch.tensor([data.draw(st.integers(0, n_slots))])
-        taken = take_best(scores, there.expand(n_heads, -1), room)
-        was_here = rows.clone()
-        assign_slots(rows, sentences, missing, starts, before, taken)
+        selected = select_rows(scores, there.expand(n_heads, -1), room)
+        was_here = rows
+        rows, sentences, missing = assign_slots(rows, sentences, starts, resident, selected)
         for head in range(n_heads):
             wanted = {row.item() for s in range(n)
-                      for row in starts[head, s] + torch.arange(taken[head, s])}
+                      for row in starts[head, s] + torch.arange(selected[head, s])}
             assert sorted(r for r in rows[head].tolist() if r < NO_ROW) == sorted(wanted)
             new = wanted - set(was_here[head].tolist())
             assert {row.item() for row in rows[head][missing[head]]} == new
             stays = ~missing[head] & (rows[head] < NO_ROW)
             assert torch.equal(rows[head][stays], was_here[head][stays])
             for row, s in zip(rows[head].tolist(), sentences[head].tolist()):
-                assert row == NO_ROW or 0 <= row - starts[head, s] < taken[head, s]
-        before = taken
+                assert row == NO_ROW or 0 <= row - starts[head, s] < selected[head, s]
+        resident = selected
+
+
+class Watched(SentenceKVCache):
+    """Remembers the keys and values that it was given, by position, and checks every mask."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = [[] for _ in range(TINY.num_hidden_layers)]  # of (H_kv, n, 2, D)
+        self.ends, self.before = self.sentence_ends.tolist(), None
+        self.window_read = self.recent_start
+
+    def prefill(self, layer, q, k, v):
+        self.seen[layer].append(torch.stack((k, v), dim=2))
+        super().prefill(layer, q, k, v)
+
+    def decode(self, layer, q, k, v):
+        self.seen[layer].append(torch.stack((k, v), dim=2))
+        keys, values, mask = super().decode(layer, q, k, v)
+        self.window_read = self.start_of_window()
+        window = self.next_slot.item() + 1 - self.slot_of(self.window_read)
+        attended = mask.sum(dim=-1)
+        assert (attended == self.n_sinks + self.n_selected + window).all()
+        assert attended.max() <= self.config.token_budget
+        return keys, values, mask
+
+    def start_of_window(self):
+        room = self.config.token_budget - self.n_sinks
+        return max(self.window_start(), self.num_tokens + 1 - room)
+
+    def seal(self, length):
+        self.ends.append(self.ends[-1] + length)
+        super().seal(length)
+
+    def check(self):
+        """Every invariant that the docstring of `SentenceKVCache` lists."""
+        for layer, seen in enumerate(self.seen):
+            seen = torch.cat(seen, dim=1)  # (H_kv, T, 2, D)
+            for head in range(len(seen)):
+                positions = self.positions_of_rows(layer, head, seen[head])
+                self.check_tiles(layer, head, positions)
+                self.check_slots(layer, head, seen[head], positions)
+        assert self.slots.isfinite().all()
+        self.check_what_moves()
+
+    def positions_of_rows(self, layer, head, seen):
+        rows = self.host.kv[layer, : self.table.n_rows, head].to(seen.device)  # (N, 2, D)
+        same = (rows[:, None] == seen[None]).all(-1).all(-1)  # (N, T)
+        assert (same.sum(dim=1) == 1).all(), "a row is no token's"
+        positions = same.long().argmax(dim=1).tolist()
+        assert positions == sorted(set(positions))
+        return positions
+
+    def check_tiles(self, layer, head, positions):
+        bounds = self.table.bounds[layer, head].tolist()
+        assert bounds[0] == 0 and bounds == sorted(bounds)
+        assert set(bounds[self.table.n_sentences :]) == {self.table.n_rows}
+        sentence = [bisect_right(self.ends, p) for p in positions]
+        for first, end in pairwise(bounds):
+            assert len(set(sentence[first:end])) <= 1, "rows of two sentences"
+        starts = {first for first, end in pairwise(bounds) if end > first}
+        assert len(starts) == len(set(sentence)), "a sentence in two parts"
+
+    def check_slots(self, layer, head, seen, positions):
+        slots, table = self.slots[layer, head], self.table
+        recent = slots[self.recent_slot : self.slot_of(self.num_tokens)]
+        assert torch.equal(recent, seen[self.recent_start :]), "the window's slots"
+        held = {}
+        for slot, row in enumerate(self.rows[layer, head].tolist()):
+            if row < NO_ROW:
+                assert torch.equal(slots[slot], seen[positions[row]]), "a slot with another row"
+                held.setdefault(self.sentences[layer, head, slot].item(), []).append(row)
+                assert self.n_sinks <= positions[row] < self.window_read, "read twice"
+        for s, first in enumerate(table.retrievable[layer, head, :-1].tolist()):
+            n = table.resident[layer, head, s].item()
+            assert sorted(held.get(s, [])) == [*range(first, first + n)], "not a sentence's first"
+
+    def check_what_moves(self):
+        tensors = {id(t): t.data_ptr() for t in tensors_of(self)}
+        lengths = self.table.retrievable.diff(dim=-1)
+        where = self.table.capacity, tensors, self.recent_start, lengths
+        if self.before and self.before[0] == where[0]:
+            assert self.before[1] == tensors, "a tensor has moved"
+            assert (lengths >= self.before[3]).all(), "a row is no longer retrievable"
+        assert not self.before or self.before[2] <= self.recent_start, "the window moved back"
+        self.before = where[:3] + (lengths.clone(),)
+
+
+def check_every_step(model, config, n_prompt):
+    cache = sentencekv_cache(config, n_prompt, model.embed_tokens.weight.device, cls=Watched)
+    for _ in write(model, [cache], n_prompt):
+        cache.check()
+
+
+@pytest.mark.parametrize("keep_factor", [1, 2.5, math.inf])
+@pytest.mark.parametrize("n_prompt, settings", [(3, SMALL), (40, SMALL), (200, SMALL),
+                                                (200, LEAST), (200, dict(token_budget=96))])
+def test_the_invariants_hold_after_every_step(tiny, device, n_prompt, settings, keep_factor,
+                                              monkeypatch):
+    monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)  # so that the table grows
+    check_every_step(tiny, SentenceKVConfig(keep_factor=keep_factor, **settings), n_prompt)
+
+
+def rows_of_sentences_overlap(monkeypatch):
+    put = SentenceTable.put
+    monkeypatch.setattr(SentenceTable, "put", lambda self, layer, keys, bounds: put(
+        self, layer, keys, bounds - bounds.clamp(max=1)))
+
+
+def the_window_stays_in_its_old_slots(monkeypatch):
+    def move_window(self, start):
+        self.recent_start = start
+
+    monkeypatch.setattr(SentenceKVCache, "move_window", move_window)
+
+
+def the_last_rows_of_a_sentence_are_selected(monkeypatch):
+    assign = cache_module.assign_slots
+
+    def assign_last(rows, sentences, starts, resident, selected):
+        longer = torch.nn.functional.pad(starts, (0, 1), value=int(starts.max()) + 1).diff(dim=-1)
+        return assign(rows, sentences, starts + (longer - selected).clamp(0, 2), resident, selected)
+
+    monkeypatch.setattr(cache_module, "assign_slots", assign_last)
+
+
+def the_sinks_are_not_counted(monkeypatch):
+    plan = SentenceKVCache.plan
+
+    def plan_for_more(self):
+        object.__setattr__(self.config, "token_budget", self.config.token_budget + self.n_sinks)
+        plan(self)
+        object.__setattr__(self.config, "token_budget", self.config.token_budget - self.n_sinks)
+
+    monkeypatch.setattr(SentenceKVCache, "plan", plan_for_more)
+
+
+def a_row_of_the_window_is_retrievable(monkeypatch):
+    row_of = SentenceKVCache.row_of
+    monkeypatch.setattr(SentenceKVCache, "row_of", lambda self, p: row_of(self, p) + 1)
+
+
+def empty_slots_are_not_a_number(monkeypatch):
+    init = Watched.__init__
+
+    def init_with_nan(self, *args):
+        init(self, *args)
+        self.slots.fill_(math.nan)
+
+    monkeypatch.setattr(Watched, "__init__", init_with_nan)
+
+
+def the_scores_move_at_every_seal(monkeypatch):
+    use = SentenceTable.use
+
+    def use_and_move(self, n_rows):
+        use(self, n_rows)
+        self.scores = torch.zeros_like(self.scores)
+
+    monkeypatch.setattr(SentenceTable, "use", use_and_move)
+
+
+@pytest.mark.parametrize("mistake", [
+    rows_of_sentences_overlap, the_window_stays_in_its_old_slots,
+    the_last_rows_of_a_sentence_are_selected, the_sinks_are_not_counted,
+    a_row_of_the_window_is_retrievable, empty_slots_are_not_a_number,
+    the_scores_move_at_every_seal])
+def test_the_invariants_find_planted_mistakes(mistake, monkeypatch):
+    mistake(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_every_step(random_llama(), SentenceKVConfig(**SMALL), 200)

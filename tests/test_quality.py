@@ -4,7 +4,7 @@ import pytest
 from conftest import TINY
 
 from benchmarks import compare, quality, tasks
-from generate import read_first, write_on
+from generate import generate, prefill
 
 BOOK = "\n\n".join(f"Paragraph {i} of a short book. It says little! Does it?" for i in range(40))
 
@@ -110,8 +110,8 @@ def test_methods_together_write_what_each_writes_alone(tiny_folder, book):
     greedy = lambda logits: logits.argmax().item()  # noqa: E731
     for writer in bench.answers(ids, 30, methods):
         cache = writer.method.new_cache(bench.model, bench.tokenizer.pieces(ids), 30)
-        first = read_first(bench.model, cache, ids, greedy)
-        alone = write_on(bench.model, cache, first, bench.tokenizer.reader(), greedy, bench.stop,
+        first = prefill(bench.model, cache, ids, greedy)
+        alone = generate(bench.model, cache, first, bench.tokenizer.detokenizer(), greedy, bench.stop,
                          30, quality.LIMIT)
         assert list(alone) == list(zip(writer.tokens, writer.pieces))
 
@@ -200,7 +200,7 @@ def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
     assert run("ruler", "--data", data, "--model", tiny_folder, "--methods", "full",
                "--out", out) == 0
     assert len(results(out)) == 1
-    assert "long, row 1: needs 3064 positions, the model has 2048" in capsys.readouterr().err
+    assert "long, row 1: 3000 prompt tokens + 64 new ones = 3064, and the model has 2048 positions" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [

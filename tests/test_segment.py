@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import segment
 from benchmarks import segmentation
-from generate import Tokenizer
 from segment import ABBREVIATED, INSIDE, SentenceStream, marked, sentence_ends, token_spans
+from weights.tokenizer import Tokenizer
 
 UNLIMITED = 10**9
 
@@ -313,9 +313,9 @@ def test_an_end_is_told_at_most_one_token_late(token_pieces):
     [
         (None, "No such file"),
         ("", "is empty"),
-        ("not json", "line 1 is not JSON"),
-        ("[1]", "line 1 has no `text`"),
-        ('{"text": "Hi.", "sentences": [1]}', "line 1 has no list `sentences`"),
+        ("not json", ":1: is not a JSON object"),
+        ("[1]", ":1: has no text, sentences"),
+        ('{"text": "Hi.", "sentences": [1]}', ":1: sentences is no list of the right kind"),
     ],
 )
 def test_the_benchmark_answers_a_bad_file_with_one_line(lines, message, tmp_path, capsys):

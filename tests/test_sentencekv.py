@@ -7,16 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sentencekv
+from benchmarks.scores import votes
 from sentencekv import (
     SentenceKVConfig,
-    expected_attention,
+    gaussian,
     keep_tokens,
     mean_query,
+    select_rows,
     sentence_bounds,
     sentence_vectors,
-    take_best,
     token_importance,
-    votes,
 )
 
 
@@ -57,14 +57,14 @@ def test_the_most_important_tokens_are_kept_with_sinks_and_window():
 def test_vectors_are_means_and_an_empty_sentence_gets_zeros():
     keys = random(2, 9, 4)
     bounds = torch.tensor([[0, 3, 3, 9], [0, 1, 5, 9]])
-    vectors, spreads = sentence_vectors(keys, bounds)
+    vectors, variances = sentence_vectors(keys, bounds)
     for head in range(2):
         for s in range(3):
             rows = keys[head, bounds[head, s] : bounds[head, s + 1]]
             expected = rows.mean(0) if len(rows) else torch.zeros(4)
             torch.testing.assert_close(vectors[head, s], expected)
-            spread = rows.var(dim=0, correction=0).mean() if len(rows) else torch.tensor(0.0)
-            torch.testing.assert_close(spreads[head, s], spread)
+            variance = rows.var(dim=0, correction=0).mean() if len(rows) else torch.tensor(0.0)
+            torch.testing.assert_close(variances[head, s], variance)
 
 
 def test_bounds_count_the_kept_tokens_of_every_sentence():
@@ -95,23 +95,23 @@ def test_votes_are_the_attention_of_sentences_whose_keys_are_all_alike():
         torch.testing.assert_close(votes(q, vectors, None, lengths)[head], expected)
 
 
-def test_expected_attention_is_the_average_over_normal_keys():
-    q, vectors, spreads = random(2, 3, 8), random(2, 4, 8), random(2, 4).abs()
+def test_the_gaussian_score_is_the_average_over_normal_keys():
+    q, vectors, variances = random(2, 3, 8), random(2, 4, 8), random(2, 4).abs()
     lengths = torch.tensor([[1, 5, 2, 0], [3, 3, 1, 4]])
     noise = random(100_000, 8)
     for head in range(2):
-        keys = [v + s.sqrt() * noise for v, s in zip(vectors[head], spreads[head])]
+        keys = [v + s.sqrt() * noise for v, s in zip(vectors[head], variances[head])]
         weight = torch.stack([(q[head] @ k.T / math.sqrt(8)).exp().mean(-1) for k in keys], dim=1)
         expected = (weight / (weight * lengths[head]).sum(-1, keepdim=True)).sum(0)
-        found = expected_attention(q, vectors, spreads, lengths)[head]
+        found = gaussian(q, vectors, variances, lengths)[head]
         full = lengths[head] > 0  # one without keys is not asked for
         torch.testing.assert_close(found[full], expected[full], rtol=0.03, atol=0)
         assert (found[~full] == 0).all()
 
 
-def test_expected_attention_of_keys_all_alike_is_a_vote_by_token():
+def test_the_gaussian_score_of_keys_all_alike_is_a_vote_by_token():
     q, vectors, lengths = random(2, 3, 8), random(2, 4, 8), torch.tensor([[1, 5, 2, 4]] * 2)
-    found = expected_attention(q, vectors, torch.zeros(2, 4), lengths)
+    found = gaussian(q, vectors, torch.zeros(2, 4), lengths)
     torch.testing.assert_close(found * lengths, votes(q, vectors, None, lengths))
 
 
@@ -123,13 +123,13 @@ def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
     lengths = torch.tensor([data.draw(row) for _ in range(n_heads)])
     scores = torch.tensor([data.draw(st.permutations(range(n_sentences))) for _ in lengths]).float()
     room = data.draw(st.integers(0, 40))
-    taken = take_best(scores, lengths, torch.tensor([room]))
+    selected = select_rows(scores, lengths, torch.tensor([room]))
     for head in range(n_heads):
         left, expected = room, [0] * n_sentences
         for s in sorted(range(n_sentences), key=lambda s: -scores[head, s]):
             expected[s] = min(left, lengths[head, s].item())
             left -= expected[s]
-        assert taken[head].tolist() == expected
+        assert selected[head].tolist() == expected
 
 
 @pytest.mark.parametrize("settings, message", [
@@ -141,7 +141,7 @@ def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
     ({"sink_tokens": -1}, "sink_tokens is -1, the least is 0"),
     ({"recent_window": 0}, "recent_window is 0, the least is 1"),
     ({"sentence_limit": 0}, "sentence_limit is 0, the least is 1"),
-    ({"score": "best"}, "score is 'best', the choices are mean_query, votes, expected_attention"),
+    ({"score": "best"}, "score is 'best', the choices are mean_query, gaussian, votes"),
 ])
 def test_impossible_settings_are_refused_with_value_and_limit(settings, message):
     with pytest.raises(ValueError) as error:

@@ -42,7 +42,7 @@ def test_a_real_shape_with_random_weights(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b", "smollm2-135m"])
 def test_the_shapes_are_those_of_the_models(name):
-    config = speed.LlamaConfig.from_dict(speed.CONFIGS[name])
+    config = speed.parse_config(speed.CONFIGS[name])
     with torch.device("meta"):
         n_weights = sum(p.numel() for p in speed.Llama(config).parameters())
     assert n_weights == {"llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248,
@@ -50,7 +50,7 @@ def test_the_shapes_are_those_of_the_models(name):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--lengths", "90000"], "--lengths 90000 needs 90012 positions, the model has"),
+    (["--lengths", "90000"], "90000 prompt tokens + 12 new ones = 90012, and the model has"),
     (["--lengths", "500", "--data", "requirements.txt"], "--data has"),
     (["--lengths", "100", "--cuda-graph"], "--cuda-graph needs a GPU"),
     (["--lengths", "100", "--token-budget", "8"], "token_budget is 8"),

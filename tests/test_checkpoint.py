@@ -1,0 +1,143 @@
+import doctest
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import REFERENCE, TINY, checkpoint
+from safetensors.torch import load_file, save_file
+
+from weights import checkpoint as module
+from weights.checkpoint import load_config, load_model, parse_config
+
+CPU = torch.device("cpu")
+
+
+def test_docstrings():
+    assert doctest.testmod(module).failed == 0
+
+
+def test_both_spellings_of_the_config_say_the_same():
+    folder = REFERENCE / "tiny_llama3_rope_tied"
+    new, old = (parse_config(json.loads((folder / name).read_text()))
+                for name in ("config.json", "config_v4.json"))
+    for config in (new, old):
+        config.rope_scaling.pop("rope_theta")
+        assert config.rope_scaling == {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128}
+    assert new == old
+
+
+def test_default_weights_are_the_reference_s(default_model, reference):
+    state = checkpoint(default_model)
+    assert torch.equal(state.pop("lm_head.weight"), state["embed_tokens.weight"])
+    assert len(state) == len(reference["weights"])
+    for name, expected in reference["weights"].items():
+        weight = state[name.removeprefix("model.")].double()
+        assert list(weight.shape) == expected["shape"]
+        assert weight.sum().item() == pytest.approx(expected["sum"], abs=1e-3)
+        assert weight.abs().sum().item() == pytest.approx(expected["abs_sum"], abs=1e-3)
+
+
+def copy_tiny(tmp_path, name="tiny_gqa"):
+    return shutil.copytree(REFERENCE / name, tmp_path / name)
+
+
+def change(folder, edit):
+    """Rewrite the folder's weights as `edit(name -> tensor)` leaves them."""
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_all_named(tmp_path):
+    folder = copy_tiny(tmp_path)
+
+    def edit(weights):
+        weights["model.layers.7.extra"] = weights.pop("model.layers.1.self_attn.q_proj.weight")
+        weights["model.norm.weight"] = torch.ones(3)
+
+    change(folder, edit)
+    with pytest.raises(ValueError) as error:
+        load_model(folder, CPU, torch.float32)
+    for part in ("1 missing: layers.1.self_attn.q_proj.weight", "1 unexpected: layers.7.extra",
+                 "1 mis-shaped: norm.weight (3,), config.json implies (64,)"):
+        assert part in str(error.value)
+
+
+def test_a_tensor_stored_twice_or_as_integers_is_refused(tmp_path):
+    folder = copy_tiny(tmp_path)
+    change(folder, lambda w: w.update({"norm.weight": w["model.norm.weight"].clone()}))
+    with pytest.raises(ValueError, match="holds norm.weight a second time"):
+        load_model(folder, CPU, torch.float32)
+    change(folder, lambda w: w.update({"model.norm.weight": w.pop("norm.weight").to(torch.int8)}))
+    with pytest.raises(ValueError, match="model.norm.weight is stored as I8"):
+        load_model(folder, CPU, torch.float32)
+
+
+def test_spare_tensors_of_older_checkpoints_are_passed_over(tmp_path):
+    folder = copy_tiny(tmp_path, "tiny_llama3_rope_tied")
+
+    def edit(weights):
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+
+    change(folder, edit)
+    load_model(folder, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("edit, message", [
+    ({"architectures": ["MistralForCausalLM"]}, "architecture MistralForCausalLM"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE type 'yarn'"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "RoPE type 'linear'"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoints (gptq)"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"vocab_size": None}, "'vocab_size'"),
+    ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "low_freq_factor"),
+    ({"rope_parameters": {"rope_theta": None}}, "no Llama's"),
+    ({"num_key_value_heads": 0}, "no Llama's"),
+    ({"num_key_value_heads": 3}, "num_attention_heads 8 is no multiple of num_key_value_heads 3"),
+])
+def test_unsupported_configs_are_refused_by_name(tmp_path, edit, message):
+    folder = copy_tiny(tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | edit
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        load_config(folder)
+    assert message in str(error.value)
+
+
+def test_absent_and_broken_files_are_named(tmp_path):
+    folder = copy_tiny(tmp_path)
+    weights = (folder / "model.safetensors").read_bytes()
+    for content in (weights[:-1000], weights[:50], b"not safetensors at all", b""):
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+            load_model(folder, CPU, torch.float32)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no model.safetensors"):
+        load_model(folder, CPU, torch.float32)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        load_model(folder, CPU, torch.float32)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="has no config.json"):
+        load_model(folder, CPU, torch.float32)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    folder = copy_tiny(tmp_path, "tiny_head_dim_sharded")
+    (folder / "model-00003-of-00007.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no model-00003-of-00007.safetensors"):
+        load_model(folder, CPU, torch.float32)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="model.safetensors.index.json has no weight_map"):
+        load_model(folder, CPU, torch.float32)
+
+
+def test_a_head_dim_that_is_not_given_is_implied():
+    raw = {name: getattr(TINY, name) for name in TINY.__dataclass_fields__}
+    raw |= {"model_type": "llama", "head_dim": None, "num_key_value_heads": None}
+    config = parse_config(raw)
+    assert (config.head_dim, config.num_key_value_heads) == (48 // 6, 6)

@@ -1,0 +1,218 @@
+"""A checkpoint folder -> `Llama` on a device: reads `config.json` and safetensors, strictly.
+
+Whatever `model.py` does not compute, and whatever does not fit, is refused with a ValueError that
+names it.
+"""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from model import Llama, LlamaConfig, rope_frequencies
+
+# The model's joined projections, and their parts in a checkpoint, in their order.
+JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. ValueError if the file is absent or holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
+def load_config(folder: Path) -> LlamaConfig:
+    """Raises ValueError if `folder` has no `config.json` of a Llama that `model.py` computes."""
+    raw = read_json(folder / "config.json")
+    try:
+        config = parse_config(raw)
+        rope_frequencies(config, "cpu")  # raises KeyError if a number of the scaling is missing
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no Llama's: {error!r}") from None
+    return config
+
+
+def parse_config(raw: dict) -> LlamaConfig:
+    """A parsed `config.json` -> LlamaConfig. ValueError for what `model.py` does not compute."""
+    refuse_unsupported(raw)
+    rope = rope_settings(raw)
+    given = {f.name: raw[f.name] for f in fields(LlamaConfig) if raw.get(f.name) is not None}
+    given |= {"rope_theta": rope["rope_theta"]}
+    given |= {"rope_scaling": rope if rope["rope_type"] == "llama3" else None}
+    if heads := raw.get("num_attention_heads"):
+        given.setdefault("num_key_value_heads", heads)
+        given.setdefault("head_dim", raw.get("hidden_size", 0) // heads)
+    try:
+        config = LlamaConfig(**given)
+    except TypeError as error:  # names the fields that are missing
+        raise ValueError(f"config.json: {str(error).partition(') ')[2]}") from None
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ValueError(f"num_attention_heads {config.num_attention_heads} is no multiple of"
+                         f" num_key_value_heads {config.num_key_value_heads}")
+    return config
+
+
+def refuse_unsupported(raw: dict) -> None:
+    architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
+    if architecture not in ("LlamaForCausalLM", "llama"):
+        raise ValueError(f"architecture {architecture} is not supported, only LlamaForCausalLM")
+    if method := raw.get("quantization_config"):
+        raise ValueError(f"quantised checkpoints ({method.get('quant_method')}) are not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+
+
+def rope_settings(raw: dict) -> dict:
+    """`rope_theta`, `rope_type` and the scaling's numbers, from either spelling of the config.
+
+    Newer files gather them in `rope_parameters`; the Llama 3.x checkpoints have `rope_theta` at
+    the top level and the rest in `rope_scaling`.
+    """
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": "default"}
+    for nested in (raw.get("rope_scaling"), raw.get("rope_parameters")):
+        rope |= nested or {}
+    kind = rope.pop("type", rope["rope_type"])  # the oldest files say `type`
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"RoPE type {kind!r} is not supported, only 'default' and 'llama3'")
+    return rope | {"rope_type": kind}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's one safetensors file, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    files = [folder / "model.safetensors"]
+    if index.exists() and not files[0].exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} has no weight_map")
+        files = [folder / name for name in sorted(set(shards.values()))]
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"{folder} has no {file.name}")
+    return files
+
+
+def checkpoint_names(model: Llama) -> dict:
+    """Parameter -> {name in a checkpoint: shape}, the parts of a joined one in their order.
+
+    >>> config = LlamaConfig(10, 8, 16, 1, 2, 1, 4, 32)
+    >>> checkpoint_names(Llama(config))["layers.0.mlp.gate_up_proj.weight"]
+    {'layers.0.mlp.gate_proj.weight': (16, 8), 'layers.0.mlp.up_proj.weight': (16, 8)}
+    """
+    config = model.config
+    q_size = config.num_attention_heads * config.head_dim
+    kv_size = config.num_key_value_heads * config.head_dim
+    rows = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size,
+            "gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
+    names = {}
+    for name, weight in model.named_parameters():  # a tied head is the embeddings
+        *parent, module, kind = name.split(".")
+        names[name] = {".".join((*parent, part, kind)): (rows.get(part, len(weight)),
+                                                         *weight.shape[1:])
+                       for part in JOINED.get(module, (module,))}
+    return names
+
+
+def check_names_and_shapes(found: dict, expected: dict) -> None:
+    """Compare two dicts of name -> shape; ValueError lists every kind of difference."""
+    problems = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "mis-shaped": [f"{name} {found[name]}, config.json implies {shape}"
+                       for name, shape in expected.items() if found.get(name, shape) != shape],
+    }
+    parts = [f"{len(names)} {kind}: {'; '.join(names[:4])}{'; …' if len(names) > 4 else ''}"
+             for kind, names in problems.items() if names]
+    if parts:
+        raise ValueError(f"the weights do not fit config.json: {', '.join(parts)}")
+
+
+def stored_shape(file, name: str) -> tuple:
+    """ValueError if the tensor does not hold floats of 16 bits or more."""
+    stored = file.get_slice(name)
+    kind = stored.get_dtype()
+    if kind not in ("F64", "F32", "F16", "BF16"):
+        raise ValueError(f"{name} is stored as {kind}: quantised weights are not supported")
+    return tuple(stored.get_shape())
+
+
+def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
+    """`read(open_file, name)` for every weight in `files`, by its name without `model.`"""
+    tensors = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    # Llama 2 checkpoints also store RoPE's frequencies, tied ones a second head.
+                    spare = "rotary_emb.inv_freq" in name
+                    spare |= name == "lm_head.weight" and config.tie_word_embeddings
+                    short = name.removeprefix("model.")
+                    if short in tensors:
+                        raise ValueError(f"{path} holds {short} a second time")
+                    if not spare:
+                        tensors[short] = read(file, name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    return tensors
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name, made the current one. ValueError if there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):
+        raise ValueError(f"--device {name} is not one of auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= (gpus := torch.cuda.device_count()):
+            raise ValueError(f"--device {name}: this machine has {gpus} CUDA GPUs")
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of this name. `auto` is bfloat16 where the hardware computes in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":  # Ampere and later; others emulate bfloat16
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float16
+    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16") else torch.float32
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
+    """Load the Llama in `folder`, its weights as `dtype` on `device`.
+
+    Joined projections are copied one at a time, so the weights are never held twice. Raises
+    ValueError with the missing, unexpected and mis-shaped tensors, up to four names each.
+    """
+    config = load_config(folder)
+    with torch.device("meta"):  # the shapes without the memory
+        model = Llama(config)
+    files, names = weight_files(folder), checkpoint_names(model)
+    expected = {name: shape for parts in names.values() for name, shape in parts.items()}
+    check_names_and_shapes(read_tensors(files, config, stored_shape), expected)
+
+    def read(file, name):
+        return file.get_tensor(name).to(device, dtype)
+
+    tensors = read_tensors(files, config, read)
+    # `cat` copies a single part as well: otherwise the weight would stay a page of the file.
+    weights = {name: torch.cat([tensors.pop(part) for part in parts])
+               for name, parts in names.items()}
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+    model.load_state_dict(weights, assign=True)
+    model.requires_grad_(False).eval()
+    return model

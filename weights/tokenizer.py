@@ -1,0 +1,176 @@
+"""Text to token ids and back: both tokenizer formats, the chat template, the stop tokens."""
+
+import codecs
+import json
+import re
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import sentencepiece
+import tokenizers
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from weights.checkpoint import read_json
+
+
+class HuggingFaceTokens:
+    """The tokens of a `tokenizer.json`."""
+
+    def __init__(self, path: Path):
+        self.model = tokenizers.Tokenizer.from_file(str(path))
+        self.model.no_truncation()  # which a file may have been saved with
+        self.model.no_padding()
+        added = self.model.get_added_tokens_decoder()
+        self.special = {index for index, token in added.items() if token.special}
+        self.plain = {index: token.content for index, token in added.items()}
+        self.name = self.model.id_to_token
+        self.byte_of = byte_alphabet() if "ByteLevel" in repr(self.model.decoder) else None
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        return self.model.encode(text, add_special_tokens=add_bos).ids
+
+
+class SentencePieceTokens:
+    """The tokens of a Llama 2 style `tokenizer.model`."""
+
+    def __init__(self, path: Path):
+        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.pieces = dict(enumerate(map(self.model.id_to_piece, range(len(self.model)))))
+        added = read_optional(path.parent / "added_tokens.json")
+        self.pieces |= {index: token for token, index in added.items()}
+        self.special = {*filter(self.model.is_control, range(len(self.model))), *added.values()}
+        self.plain = {}
+        self.name = self.pieces.get
+        self.byte_of = None
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        # The library does not look for `<s>` and `</s>` in text, where chat templates put them.
+        ids = {self.name(index): index for index in self.special}
+        parts = re.split(f"({'|'.join(map(re.escape, ids))})", text) if ids else [text]
+        encoded = [self.model.bos_id()] if add_bos and self.model.bos_id() >= 0 else []
+        for part in filter(None, parts):
+            encoded += [ids[part]] if part in ids else self.model.encode(part)
+        return encoded
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes every byte as a printable character: which one stands for which.
+
+    >>> byte_alphabet()["A"], byte_alphabet()["Ġ"]  # Ġ is a space, the 33rd unprintable byte
+    (65, 32)
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class Tokenizer:
+    """Text to token ids and back, and the model's chat template."""
+
+    def __init__(self, folder: Path):
+        """Raises ValueError if `folder` holds no tokenizer, or one that cannot be read."""
+        self.folder = folder
+        try:
+            self.load(folder)
+        except Exception as error:  # which is all that the two libraries promise to raise
+            raise ValueError(f"no tokenizer in {folder}: {error}") from None
+
+    def load(self, folder: Path):
+        if (folder / "tokenizer.json").exists():
+            self.tokens = HuggingFaceTokens(folder / "tokenizer.json")
+        elif (folder / "tokenizer.model").exists():
+            self.tokens = SentencePieceTokens(folder / "tokenizer.model")
+        else:
+            raise ValueError("neither tokenizer.json nor tokenizer.model is there")
+        self.encode = self.tokens.encode
+        self.special = self.tokens.special
+        settings = read_optional(folder / "tokenizer_config.json")
+        # A token is a string here or, in older files, a dict with its content.
+        self.names = {key: value["content"] if isinstance(value, dict) else value
+                      for key, value in settings.items() if key.endswith("_token") and value}
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {item["name"]: item["template"] for item in template}.get("default")
+        if (folder / "chat_template.jinja").exists():
+            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self.chat_template = template
+
+    def render_chat(self, message: str) -> str:
+        """`message` as the user's turn, and the beginning of the model's. ValueError if it fails.
+
+        A template comes with the weights, from anywhere: it runs in jinja2's sandbox.
+        """
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = lambda value, **how: json.dumps(value, **how)
+        try:
+            return environment.from_string(self.chat_template).render(
+                messages=[{"role": "user", "content": message}],
+                add_generation_prompt=True, tools=None, documents=None, **self.names,
+            )
+        except Exception as error:  # it is somebody else's program
+            raise ValueError(f"the model's chat template failed: {error}") from None
+
+    def prompt_ids(self, text: str, raw: bool = False, prefix: str = "") -> list[int]:
+        """Token ids of the prompt, and of a `prefix`, the beginning of the model's answer.
+
+        The text goes through the chat template. Without one, and with `raw`, it is encoded as it
+        is, with BOS before it. ValueError if no token comes of it.
+        """
+        if raw or self.chat_template is None:
+            ids = self.encode(f"{text} {prefix}" if prefix else text, add_bos=True)
+        else:
+            ids = self.encode(self.render_chat(text) + prefix, add_bos=False)
+        if not ids:
+            raise ValueError("the tokenizer makes no token of the prompt")
+        return ids
+
+    def stop_tokens(self) -> set[int]:
+        """The ids that end an answer, wherever the folder's files name them."""
+        name = self.names.get("eos_token")
+        stop = {index for index in self.special if self.tokens.name(index) == name}
+        for file in ("config.json", "generation_config.json"):
+            ids = read_optional(self.folder / file).get("eos_token_id")
+            ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+            if not all(isinstance(index, int) for index in ids):
+                raise ValueError(f"{self.folder / file}: eos_token_id {ids} is no token, nor a list"
+                                 " of them")
+            stop |= set(ids)
+        return stop
+
+    def token_bytes(self, index: int) -> bytes:
+        token = self.tokens.plain.get(index) or self.tokens.name(index) or ""
+        if self.tokens.byte_of and index not in self.tokens.plain:
+            return bytes(self.tokens.byte_of[character] for character in token)
+        if byte := re.fullmatch("<0x(..)>", token):  # how sentencepiece spells a lone byte
+            return bytes.fromhex(byte[1])
+        return token.replace("▁", " ").encode()
+
+    def detokenizer(self) -> Callable[[int], str]:
+        """A function from one token id after another to its piece, the text that it adds.
+
+        A token that only begins a character adds nothing; the one that ends it adds it whole. A
+        special token reads as a paragraph break, so that no sentence crosses it.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+        def piece(index: int) -> str:
+            return "\n\n" if index in self.special else decoder.decode(self.token_bytes(index))
+
+        return piece
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        return list(map(self.detokenizer(), ids))
+
+
+def refuse(message: str):
+    raise TemplateError(message)
+
+
+def read_optional(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}
