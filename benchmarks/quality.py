@@ -21,7 +21,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -461,55 +461,6 @@ def table(rows: list[dict], percent: bool) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict], task: str, path: Path):
-    """Needles: a heat map for every method and budget. Else: score against budget."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    methods = list(dict.fromkeys(r["method"] for r in rows))
-    if task == "needle":
-        budgets = sorted({r["budget"] for r in rows})
-        figure, axes = pyplot.subplots(
-            len(methods), len(budgets), squeeze=False, sharex=True, sharey=True,
-            figsize=(1 + 1.8 * len(budgets), 0.6 + 1.1 * len(methods)))
-        for (i, method), (j, budget) in product(enumerate(methods), enumerate(budgets)):
-            points = {tuple(map(float, r["task"].split()[1:])): r["score"] for r in rows
-                      if r["method"] == method and (r["budget"] == budget or method == "full")}
-            lengths, depths = (sorted({p[i] for p in points}) for i in (0, 1))
-            grid = [[points.get((length, depth), math.nan) for length in lengths]
-                    for depth in depths]
-            axis = axes[i][j]
-            axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-            axis.set_xticks(range(len(lengths)), [f"{x:g}" for x in lengths], fontsize=7)
-            axis.set_yticks(range(len(depths)), [f"{x:g}" for x in depths], fontsize=7)
-            if i == 0:
-                axis.set_title(f"budget {budget}", fontsize=9)
-            if j == 0:
-                axis.set_ylabel(method.replace(":", ":\n").replace(",", ",\n"), fontsize=8)
-        figure.supxlabel("tokens in the prompt", fontsize=9)
-        figure.supylabel("depth of the needle", fontsize=9)
-    else:
-        figure, axis = pyplot.subplots(figsize=(7, 4.5))
-        for method in methods:
-            ours = [r for r in rows if r["method"] == method]
-            budgets = sorted({r["budget"] for r in ours})
-            means = [mean(r["score"] for r in ours if r["budget"] == b) for b in budgets]
-            if method == "full":
-                axis.axhline(means[0], color="black", linestyle=":", label="full")
-            else:
-                axis.plot(budgets, means, marker="o", label=method)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(ticks := sorted({r["budget"] for r in rows}), map(str, ticks), minor=False)
-        axis.minorticks_off()
-        axis.set_xlabel("token budget")
-        axis.set_ylabel("mean NLL" if task == "perplexity" else "mean score")
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -565,7 +516,9 @@ def main(arguments=None) -> int:
         if args.out and results.rows:
             args.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
             if args.task in ("ruler", "needle", "perplexity"):
-                plot(results.rows, args.task, args.out.with_suffix(".png"))
+                from benchmarks import plots
+
+                plots.BY_TASK[args.task](results.rows, args.out.with_suffix(".png"))
     except (ValueError, OSError) as error:
         print(f"benchmarks.quality: {error}", file=sys.stderr)
         return 2

@@ -327,29 +327,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[dict], path: Path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        ours = [row for row in rows if row["method"] == method]
-        lengths = [row["length"] for row in ours]
-        axis.plot(lengths, [row["decode_ms_per_token"] for row in ours], marker="o", color=f"C{i}",
-                  label=method)
-        floors = [row["floor_ms"] or float("nan") for row in ours]
-        axis.plot(lengths, floors, linestyle=":", color=f"C{i}")
-    axis.set_xlabel("tokens in the prompt")
-    axis.set_ylabel("ms a token (dotted: the floor)")
-    axis.set_ylim(bottom=0)
-    axis.legend(fontsize=8)
-    axis.set_title(f"{rows[0]['model']}, {rows[0]['dtype']}, {rows[0]['machine']}", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="benchmarks.speed", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -433,7 +410,9 @@ def main(arguments=None) -> int:
     print(report)
     if args.out:
         args.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
-        plot(rows, args.out.with_suffix(".png"))
+        from benchmarks import plots
+
+        plots.ms_by_length(rows, args.out.with_suffix(".png"))
     return 0
 
 
