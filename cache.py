@@ -4,9 +4,7 @@
     SentenceTable    on the device: each sentence's vector, and what else is known of it
     SentenceKVCache  on the device: the slots that attention reads, and what moves between the tiers
 
-The order of the slots does not matter to attention: RoPE has put the positions into the keys. This
-file knows nothing of tokenizers, RoPE or weights, and asks `sentencekv.py` for every choice.
-
+This file knows nothing of tokenizers, RoPE or weights, and asks `sentencekv.py` for every choice.
 A token's *row* is its key and its value in one KV head, side by side (2, D), so that they move
 together; `kv` is always such data. Shapes as in `sentencekv.py`, and L layers, B slots for rows.
 """
@@ -33,7 +31,7 @@ SENTENCE_BLOCK = 64  # the table grows by so many sentences at a time
 class HostTier:
     """All kept rows in CPU memory: kv (L, N, H_kv, 2, D), a sentence is one block.
 
-    For a GPU it is pinned: a copy runs beside the computation, and the GPU can read it by itself.
+    For a GPU it is pinned: a copy runs beside the computation, and kernels can read it.
     """
 
     def __init__(self, kv_shape: tuple, n_rows: int, device: torch.device, dtype):
@@ -67,10 +65,7 @@ class HostTier:
             self.in_flight = None
 
     def load(self, layer: int, slots, rows, missing):
-        """Copy the missing ones of `rows` into the first B of one layer's `slots`, in place.
-
-        slots (H_kv, n_slots, 2, D), rows and missing (H_kv, B)
-        """
+        """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D)."""
         host = self.kv[layer]
         if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
             heads, n_rows = rows.shape
@@ -84,7 +79,6 @@ class HostTier:
 
 
 if triton:
-
     @triton.jit
     def copy_missing(host, slots, rows, missing, n_slots, size, BLOCK: tl.constexpr):
         """One program for each of a head's B slots. The GPU itself reads pinned host memory."""
@@ -160,17 +154,15 @@ class SentenceKVCache:
     Three coordinates: a *position* is a token of the text; a *row* is a kept token on the host, and
     differs from its position by what prefill dropped; a *slot* is a place on the device. `row_of`
     and `slot_of` convert. Invariants, which tests/test_cache.py checks after every step:
-
      1. The sentences of a head tile its rows on the host.
      2. The recent slot i holds the token at position `recent_start` + i.
      3. The rows of a sentence that are in slots are its first retrievable ones, `resident` of them.
-     4. Sinks + selected rows + window are `token_budget` tokens at most.
+     4. Sinks, selected rows and window are different tokens, `token_budget` of them at most.
      5. The window never moves back, so a retrievable row stays retrievable.
      6. Masked slots are finite: attention gives them weight 0, and 0 times NaN is NaN.
      7. Tensors move only when the table's capacity changes, so `decode` can become a CUDA graph.
 
-    `spans` are the prompt's sentences as (start, end) positions. See `model.FullCache` for the
-    protocol.
+    The protocol is that of `model.FullCache`. `spans` are the prompt's sentences as positions.
     """
 
     def __init__(self, config: SentenceKVConfig, model_config, spans: list, max_new_tokens: int,
@@ -183,7 +175,7 @@ class SentenceKVCache:
         self.host = HostTier(kv_shape, max_rows, device, dtype)
         self.table = SentenceTable(kv_shape, len(spans) + SENTENCE_BLOCK, device, dtype)
 
-        self.num_tokens = 0  # this and the next four are positions, or counts of them
+        self.num_tokens = 0  # as in the next four lines, in positions
         self.sentence_ends = torch.tensor([end for _, end in spans], device=device)  # (S,)
         self.n_sinks = min(config.sink_tokens, n_prompt)
         self.recent_start = max(self.n_sinks, n_prompt - config.recent_window)
@@ -195,25 +187,20 @@ class SentenceKVCache:
         n_slots = self.recent_slot + config.recent_window + config.sentence_limit
         self.slots = torch.zeros(layers, heads, n_slots, 2, dim, device=device, dtype=dtype)
         # Of each of the B slots: its row, the sentence of that row, and whether it must be loaded.
-        self.rows = torch.full((layers, heads, self.n_row_slots), NO_ROW, device=device)
-        self.sentences = torch.zeros_like(self.rows)
-        self.missing = torch.zeros_like(self.rows, dtype=torch.bool)
+        self.slot_row = torch.full((layers, heads, self.n_row_slots), NO_ROW, device=device)
+        self.slot_sentence = torch.zeros_like(self.slot_row)
+        self.slot_missing = torch.zeros_like(self.slot_row, dtype=torch.bool)
 
-        # The plan for the next token. `decode` reads it from tensors: a CUDA graph would repeat
-        # plain numbers as they were when it was captured.
-        self.n_selected = 0  # rows per layer and head
-        self.room = torch.zeros(1, device=device, dtype=torch.long)  # the same number
+        # The plan for the next token, in tensors: a CUDA graph would repeat a number for ever.
+        self.room = torch.zeros(1, device=device, dtype=torch.long)  # rows to select
         self.next_slot = torch.zeros_like(self.room)  # of the token itself
         self.mask = torch.zeros(layers, heads, 1, n_slots, device=device, dtype=torch.bool)
-
-        self.total_selected = 0  # rows, over all tokens, layers and heads
+        self.n_selected = self.total_selected = 0  # `room`, and rows over all tokens and heads
         self.total_loaded = torch.zeros((), device=device, dtype=torch.long)
 
     def row_of(self, position: int) -> int:
-        """The row of a position in the recent window: of those, prefill drops none.
-
-        So it is as far from the last row as the position is from the end of the last sentence.
-        """
+        """The row of a position in the recent window, of which prefill drops no token: it is as far
+        from the end of the rows as the position is from the end of the last sentence."""
         assert self.recent_start <= position <= self.open_start
         return self.table.n_rows - (self.open_start - position)
 
@@ -244,8 +231,8 @@ class SentenceKVCache:
             self.host.wait()
             self.table.use(self.n_kept)
         else:
-            self.total_selected += self.n_selected * self.rows[:, :, 0].numel()
-            self.total_loaded += self.missing.sum()
+            self.total_selected += self.n_selected * self.slot_row[:, :, 0].numel()
+            self.total_loaded += self.slot_missing.sum()
         self.num_tokens += n_tokens
         self.plan()
 
@@ -255,10 +242,8 @@ class SentenceKVCache:
         return max(start, self.recent_start)
 
     def plan(self):
-        """Fix what the token at position `num_tokens` attends to, alike in all layers and heads:
-
-        the sinks, `n_selected` rows of sealed sentences, and the positions from `start` to itself.
-        """
+        """Fix what the token at position `num_tokens` attends to: the sinks, `room` rows of sealed
+        sentences, and the positions from `start` to itself, alike in all layers and heads."""
         end = self.num_tokens + 1
         budget = self.config.token_budget - self.n_sinks
         start = max(self.window_start(), end - budget)  # of a long sentence, only what fits
@@ -270,16 +255,15 @@ class SentenceKVCache:
         self.mask[..., self.sink_slot :] = False
         self.mask[..., self.sink_slot : self.sink_slot + self.n_sinks] = True
         self.mask[..., self.slot_of(start) : self.slot_of(end)] = True
+        assert self.slot_of(end) <= self.slots.shape[2], "seal is due"
 
     def decode(self, layer: int, q, k, v) -> tuple:
         """Select rows, load those that are missing (Section 3.3), return all slots and the mask."""
-        n_recent = self.num_tokens - self.recent_start
-        assert n_recent < self.config.recent_window + self.config.sentence_limit, "seal is due"
         self.slots[layer].index_copy_(1, self.next_slot, torch.stack((k, v), dim=2))
         with self.stage("select"):
             self.select(layer, q.view(len(k), -1, q.shape[-1]))  # (H_kv, G, D)
         with self.stage("load"):  # the other selected rows are in slots already
-            self.host.load(layer, self.slots[layer], self.rows[layer], self.missing[layer])
+            self.host.load(layer, self.slots[layer], self.slot_row[layer], self.slot_missing[layer])
         return *self.slots[layer].unbind(dim=2), self.mask[layer]
 
     def select(self, layer: int, q):
@@ -287,11 +271,11 @@ class SentenceKVCache:
         self.add_scores(layer, q)
         table, retrievable = self.table, self.table.retrievable[layer]
         selected = select_rows(table.scores[layer], retrievable.diff(dim=-1), self.room)
-        self.rows[layer], self.sentences[layer], self.missing[layer] = assign_slots(
-            self.rows[layer], self.sentences[layer], retrievable[:, :-1], table.resident[layer],
-            selected)
+        self.slot_row[layer], self.slot_sentence[layer], self.slot_missing[layer] = assign_slots(
+            self.slot_row[layer], self.slot_sentence[layer], retrievable[:, :-1],
+            table.resident[layer], selected)
         table.resident[layer] = selected
-        self.mask[layer, :, 0, : self.n_row_slots] = self.rows[layer] < NO_ROW
+        self.mask[layer, :, 0, : self.n_row_slots] = self.slot_row[layer] < NO_ROW
 
     def add_scores(self, layer: int, q):
         """Scores add up over the sentence being written. `seal` sets them to zero."""
@@ -300,10 +284,8 @@ class SentenceKVCache:
         table.scores[layer] += score(q, table.vectors[layer], table.variances[layer], lengths)
 
     def seal(self, length: int):
-        """Make the first `length` tokens of the sentence being written a sentence of the table.
-
-        It is offloaded and gets a vector. It can be selected once it has left the recent window.
-        """
+        """Offload the first `length` tokens of the sentence being written, and make them a sentence
+        of the table. It can be selected as soon as it has left the recent window."""
         with self.stage("seal"):
             first, end = self.open_start, self.open_start + length
             kv = self.slots[:, :, self.slot_of(first) : self.slot_of(end)]  # (L, H_kv, n, 2, D)
@@ -329,8 +311,8 @@ class SentenceKVCache:
         table, host = self.table, self.host.kv
         held = {"slots": [self.slots], "sentence vectors": [table.vectors], "bookkeeping": [
             table.variances, table.scores, table.bounds, table.retrievable, table.resident,
-            self.sentence_ends, self.rows, self.sentences, self.missing, self.room, self.next_slot,
-            self.mask, self.total_loaded]}
+            self.sentence_ends, self.slot_row, self.slot_sentence, self.slot_missing, self.room,
+            self.next_slot, self.mask, self.total_loaded]}
         parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in tensors)
                  for name, tensors in held.items()}
         selected, loaded, row = self.total_selected, self.total_loaded.item(), host[0, 0, 0]
@@ -346,20 +328,17 @@ class SentenceKVCache:
 
 
 def assign_slots(rows, sentences, starts, resident, selected) -> tuple:
-    """Which row each slot holds next, that row's sentence, and whether the row must be loaded.
+    """The row that each slot holds next, that row's sentence, and whether the row must be loaded.
 
     The slot of a row that is still selected keeps it. The other slots are free, and the i-th of
-    them takes the i-th selected row that has no slot. No shape depends on a value.
+    them takes the i-th selected row that has no slot. rows, sentences (H_kv, B) of the slots. Of
+    the sentences (H_kv, S): `starts` the first row, `resident` how many rows are in slots,
+    `selected` how many are selected -> rows, sentences, missing (H_kv, B)
 
-    rows, sentences (H_kv, B) of the slots; of the sentences (H_kv, S): the first row, how many rows
-    are in slots, how many are selected -> rows, sentences, missing (H_kv, B)
-
-    >>> rows, sentences, missing = assign_slots(
-    ...     rows=torch.tensor([[5, 8, 4]]), sentences=torch.tensor([[0, 1, 0]]),
+    >>> assign_slots(rows=torch.tensor([[5, 8, 4]]), sentences=torch.tensor([[0, 1, 0]]),
     ...     starts=torch.tensor([[4, 8, 12]]), resident=torch.tensor([[2, 1, 0]]),
     ...     selected=torch.tensor([[0, 2, 1]]))  # rows 8, 9 and 12
-    >>> rows.tolist(), sentences.tolist(), missing.tolist()
-    ([[9, 8, 12]], [[1, 1, 2]], [[True, False, True]])
+    (tensor([[ 9,  8, 12]]), tensor([[1, 1, 2]]), tensor([[ True, False,  True]]))
     """
     ends = starts + selected
     free = rows >= ends.gather(-1, sentences)

@@ -14,8 +14,8 @@ import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-# Read when torch is loaded. CPU threads that wait for each other soon sleep instead of spinning:
-# beside other programs, a spinning thread holds up the very thread that it waits for.
+# Read when torch is loaded: CPU threads that wait for each other soon sleep. Beside other programs, a
+# thread that spins holds up the very thread that it waits for.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -95,12 +95,9 @@ def sampler(temperature: float, top_p: float, seed: int, device):
 
 
 class GraphedDecode:
-    """`Llama.decode` as one CUDA graph, replayed for every token.
-
-    A token is a thousand small kernels, and the host needs longer to launch them one by one than
-    most of them run. The graph repeats them on the same addresses, so it is captured again when the
-    table of sentences grows. Stages inside a graph cannot be timed.
-    """
+    """`Llama.decode` as one CUDA graph, replayed for every token: a token is a thousand kernels, and
+    to launch most of them takes longer than to run them. The graph repeats them on the same
+    addresses, so it is captured again when the table of sentences grows."""
 
     def __init__(self, model, cache: SentenceKVCache):
         self.model, self.cache = model, cache
@@ -125,11 +122,14 @@ class GraphedDecode:
         return self.states
 
 
+OTHER = "projections, MLP, norms"  # of a stage, what is in none of its parts
+
+
 class StageTimer:
     """Milliseconds by stage: CUDA events on a GPU, read once at the end; a clock on a CPU.
 
-    `with timer("prefill"):` opens a stage. One opened inside it is a part of it, and has no parts
-    itself. On a GPU this is the time of the computing stream: a copy beside it costs nothing here.
+    `with timer("prefill"):` opens a stage. One opened inside it is a part of it. On a GPU this is
+    the time of the computing stream: a copy beside it costs nothing here.
     """
 
     def __init__(self, device: torch.device):
@@ -158,7 +158,7 @@ class StageTimer:
         return sum(path == (name,) for path, _, _ in self.spans)
 
     def totals(self) -> dict:
-        """Stage -> {part: ms}, with its `total`, and as `OTHER` what is in no part."""
+        """Stage -> {part: ms}, with OTHER and `total`."""
         if self.cuda:
             torch.cuda.synchronize()
         totals = {}
@@ -169,9 +169,6 @@ class StageTimer:
             for key, share in shares.items():
                 stage[key] = stage.get(key, 0.0) + share
         return totals
-
-
-OTHER = "projections, MLP, norms"  # what is timed in no stage of its own
 
 
 class Parser(argparse.ArgumentParser):
@@ -284,21 +281,16 @@ def run(args) -> int:
         ids = tokenizer.prompt_ids(text, args.raw)
     with timer("segment"):
         spans = token_spans(tokenizer.pieces(ids), config.sentence_limit)
-    model_config = load_config(folder)
+    model_config, stop = load_config(folder), tokenizer.stop_tokens()
     check_positions(len(ids), args.max_new_tokens, model_config)
-    if max(ids) >= model_config.vocab_size:
-        raise ValueError(f"the tokenizer makes token {max(ids)}, the model has"
-                         f" {model_config.vocab_size}")
-    stop, model = tokenizer.stop_tokens(), load_model(folder, device, dtype)
-    cache = make_cache(args.cache, config, model.config, spans, args.max_new_tokens, device, dtype,
+    if max(ids) >= (size := model_config.vocab_size):
+        raise ValueError(f"the tokenizer makes token {max(ids)}, the model has {size}")
+    model = load_model(folder, device, dtype)
+    cache = make_cache(args.cache, config, model_config, spans, args.max_new_tokens, device, dtype,
                        timer)
-
-    def progress(layers):  # of the prefill, on a terminal
-        return tqdm(layers, "prefill", unit="layer", leave=False, disable=None, file=sys.stderr)
-
-    sample = sampler(args.temperature, args.top_p, args.seed, device)
-    first, decode = prefill(model, cache, ids, sample, timer, progress), None
-    if args.cuda_graph:
+    sample, decode = sampler(args.temperature, args.top_p, args.seed, device), None
+    first = prefill(model, cache, ids, sample, timer, progress)
+    if args.cuda_graph:  # stages inside a graph cannot be timed
         cache.stage, decode = nullcontext, GraphedDecode(model, cache)
     text, new_tokens, interrupted = stream(
         generate(model, cache, first, tokenizer.detokenizer(), sample, stop, args.max_new_tokens,
@@ -313,43 +305,42 @@ def run(args) -> int:
     return 130 if interrupted else 0
 
 
+def progress(layers):
+    """Show how far prefill is, on a terminal."""
+    return tqdm(layers, "prefill", unit="layer", leave=False, disable=None, file=sys.stderr)
+
+
 def times(timer: StageTimer) -> dict:
-    """Time to first token, which begins with the prompt's text, and time per token after it."""
+    """Time to first token, from the prompt's text on, and time per token after it."""
     stages, steps = timer.totals(), timer.count("decode")
-    decode = stages.get("decode", {"total": 0.0})["total"]
-    ttft = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
-    return {"ttft_ms": ttft, "decode_ms_per_token": decode / max(steps, 1),
-            "decode_steps": steps, "stages_ms": stages}
+    decode = stages["decode"]["total"] if steps else 0.0
+    return {"ttft_ms": sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill")),
+            "decode_ms_per_token": decode / max(steps, 1), "decode_steps": steps,
+            "stages_ms": stages}
 
 
 def print_report(report: dict):
     """The tables for people, on standard error: standard output holds the answer alone."""
-    def line(*cells):
-        print("{:<26}{:>14}{:>20}".format(*cells), file=sys.stderr)
-
     stages, steps = report["stages_ms"], max(report["decode_steps"], 1)
-    before, after = stages.get("prefill", {}), stages.get("decode", {})
-    print("\n{prompt_tokens} prompt tokens in {sentences} sentences, {new_tokens} new tokens\n"
-          "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}\n".format(**report),
-          file=sys.stderr)
-    line("stage", "ttft ms", "decode ms/token")
-    for name in ("tokenize", "segment"):
-        line(name, f"{stages[name]['total']:.1f}", "")
+    before, after = stages["prefill"], stages.get("decode", {})
+    rows = [("stage", "ttft ms", "decode ms/token")]
+    rows += [(name, f"{stages[name]['total']:.1f}", "") for name in ("tokenize", "segment")]
     for name in [n for n in {**before, **after} if n not in (OTHER, "total")] + [OTHER]:
-        line(name, f"{before[name]:.1f}" if name in before else "",
-             f"{after[name] / steps:.2f}" if name in after else "")
-    line("total", f"{report['ttft_ms']:.1f}", f"{report['decode_ms_per_token']:.2f}")
-    line("\nmemory", "MiB", "of the full cache")
-    full = report["full_kv_bytes"]
+        rows.append((name, f"{before[name]:.1f}" if name in before else "",
+                     f"{after[name] / steps:.2f}" if name in after else ""))
+    rows.append(("total", f"{report['ttft_ms']:.1f}", f"{report['decode_ms_per_token']:.2f}"))
     sizes = {f"device: {name}": size for name, size in report["device_kv_parts"].items()}
     sizes |= {"device: everything": report["device_kv_bytes"], "host": report["host_kv_bytes"],
-              "full cache": full, "selected, over all tokens": report["selected_bytes"],
-              "loaded, over all tokens": report["loaded_bytes"]}
-    for name, size in sizes.items():
-        line(name, f"{size / 2**20:.2f}", f"{size / max(full, 1):.1%}")
+              "full cache": report["full_kv_bytes"], "selected, over all tokens":
+              report["selected_bytes"], "loaded, over all tokens": report["loaded_bytes"]}
+    rows.append(("\nmemory", "MiB", "of the full cache"))
+    rows += [(name, f"{size / 2**20:.2f}", f"{size / report['full_kv_bytes']:.1%}")
+             for name, size in sizes.items()]
+    print("\n{prompt_tokens} prompt tokens in {sentences} sentences, {new_tokens} new tokens\n"
+          "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}\n".format(**report),
+          *("{:<26}{:>14}{:>20}".format(*row) for row in rows), sep="\n", file=sys.stderr)
     if report["hit_rate"] is not None:
-        print(f"{report['hit_rate']:.1%} of the selected rows were in slots already",
-              file=sys.stderr)
+        print(f"{report['hit_rate']:.1%} of the selected rows were in slots", file=sys.stderr)
 
 
 def main(arguments=None) -> int:

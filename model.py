@@ -1,8 +1,8 @@
 """A Llama: RMSNorm, RoPE, grouped-query attention, SwiGLU, and the cache of a plain Llama.
 
-Attention asks a cache for the keys and values to attend to. It does not know whether the cache
-returns all of them (`FullCache`, below) or those of a few sentences (`cache.SentenceKVCache`). This
-file knows nothing of text, files, sentences or the command line.
+Attention asks a cache for the keys and values to attend to: all of them (`FullCache`, below) or
+those of a few sentences (`cache.SentenceKVCache`). It does not know which of the two. This file
+knows nothing of text, files, sentences or the command line.
 
 Shapes, here and in all files (one prompt at a time, so there is no batch dimension):
     T tokens, H query heads, H_kv key/value heads, G = H // H_kv query heads that share one,
@@ -96,8 +96,7 @@ class Attention(nn.Module):
             # Each block of queries reads all keys again: that is faster from contiguous memory.
             k, v = k.contiguous(), v.contiguous()
             out = F.scaled_dot_product_attention(
-                q[None], k[None], v[None], is_causal=True, enable_gqa=True
-            )[0]  # (H, T, D)
+                q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]  # (H, T, D)
         cache.prefill(self.layer, q, k, v)
         return linear(out.transpose(0, 1).flatten(1), self.o_proj)
 
@@ -109,13 +108,12 @@ class Attention(nn.Module):
         """q (H, 1, D), k and v (H_kv, 1, D) of one token -> (1, H * D)."""
         keys, values, mask = cache.decode(self.layer, q, k, v)
         with cache.stage("attention"):
-            # The G query heads of a group take the place of G query positions. So each key and
-            # value is read once, and is never repeated for the query heads.
+            # The G query heads of a group take the place of G query positions: so each key is
+            # read once, and never repeated for the query heads.
             grouped = q.view(len(k), -1, self.head_dim)  # (H_kv, G, D)
             mask = None if mask is None else mask[None]  # the fused kernels want four dimensions
             out = F.scaled_dot_product_attention(
-                grouped[None], keys[None], values[None], attn_mask=mask
-            )
+                grouped[None], keys[None], values[None], attn_mask=mask)
         return out.reshape(1, -1)  # not `view`: some kernels return it transposed
 
 
@@ -154,8 +152,6 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. Its parameters are those of a checkpoint, but for the joined projections."""
-
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
@@ -168,10 +164,7 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, cache, progress=iter) -> torch.Tensor:
-        """Read the prompt, ids (T,), layer by layer. Returns the final states (T, hidden).
-
-        `progress` wraps the iteration over the layers, to show it.
-        """
+        """Read the prompt, ids (T,), layer by layer. Returns the final states (T, hidden)."""
         x = self.embed_tokens(ids)  # (T, hidden)
         rope = rope_table(self.config, torch.arange(len(ids), device=ids.device), x.dtype)
         for block in progress(self.layers):
@@ -253,11 +246,10 @@ class FullCache:
 def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
     """`layer(x)`, x (n, in) -> (n, out), with a faster way for one token on a CPU.
 
-    One token takes as long as it takes to read the weights, and PyTorch does not read them at the
-    memory's speed there. In float32 one thread reads the whole matrix. A batch of products is
-    shared among the threads, so each thread gets a block of rows here. In 16 bits, oneDNN (the
-    library behind PyTorch's products on CPUs) rearranges the weights before it multiplies, for
-    each token again. PyTorch's own kernel, which runs where oneDNN is switched off, does not.
+    One token takes as long as reading the weights takes. In float32 PyTorch leaves a matrix times a
+    vector to one thread, which cannot read at the memory's speed; a batch of such products it
+    shares out, so here each thread gets a block of rows. In 16 bits, the library behind PyTorch's
+    products (oneDNN) rearranges the weights for every token; PyTorch's own kernel does not.
     """
     if x.is_cuda or x.shape[0] > 1:
         return layer(x)

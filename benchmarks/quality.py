@@ -255,10 +255,10 @@ class Bench:
 
 def chosen_by(cache) -> list:
     """For every layer the positions (H_kv, n) that were chosen of the prompt."""
-    if hasattr(cache, "rows"):
+    if hasattr(cache, "slot_row"):
         if cache.config.keep_factor != math.inf:
             raise ValueError("jaccard needs keep_factor=inf: else rows are no positions")
-        return list(cache.rows)
+        return list(cache.slot_row)
     if getattr(cache, "kept_at", [None])[0] is None:
         raise ValueError(f"{type(cache).__name__} chooses no tokens of the prompt once and for all")
     return cache.kept_at

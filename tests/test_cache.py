@@ -479,10 +479,10 @@ class Watched(SentenceKVCache):
         recent = slots[self.recent_slot : self.slot_of(self.num_tokens)]
         assert torch.equal(recent, seen[self.recent_start :]), "the window's slots"
         held = {}
-        for slot, row in enumerate(self.rows[layer, head].tolist()):
+        for slot, row in enumerate(self.slot_row[layer, head].tolist()):
             if row < NO_ROW:
                 assert torch.equal(slots[slot], seen[positions[row]]), "a slot with another row"
-                held.setdefault(self.sentences[layer, head, slot].item(), []).append(row)
+                held.setdefault(self.slot_sentence[layer, head, slot].item(), []).append(row)
                 assert self.n_sinks <= positions[row] < self.window_read, "read twice"
         for s, first in enumerate(table.retrievable[layer, head, :-1].tolist()):
             n = table.resident[layer, head, s].item()
