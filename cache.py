@@ -92,7 +92,8 @@ if triton:
 
 
 class SentenceTable:
-    """What the device knows of each sentence, per layer and KV head.
+    """What the device knows of each sentence, per layer and KV head. S is the capacity: the first
+    `n_sentences` are in use, with `n_rows` rows a head, and the others are empty.
 
     vectors      (L, H_kv, S, D)   the sentence vector
     variances    (L, H_kv, S)      of the sentence's keys
@@ -100,8 +101,6 @@ class SentenceTable:
     bounds       (L, H_kv, S + 1)  its first row, and after it the next sentence's
     retrievable  (L, H_kv, S + 1)  the same, limited to the rows that can be selected
     resident     (L, H_kv, S)      how many of its retrievable rows are in slots
-
-    S is the capacity. The first `n_sentences` are in use, with `n_rows` rows; the others are empty.
     """
 
     def __init__(self, kv_shape: tuple, capacity: int, device, dtype):
@@ -129,10 +128,8 @@ class SentenceTable:
 
     @torch.inference_mode(False)  # a tensor made in inference mode cannot be changed outside it
     def use(self, n_rows: int):
-        """All layers have put sentences with `n_rows` rows a head: count them, keep room for more.
-
-        A sentence counts if any head has kept a token of it. Only here do tensors move.
-        """
+        """All layers have put sentences with `n_rows` rows a head: count them, if any head has kept
+        a token of them, and make room for more. Only here do tensors move."""
         self.n_rows += n_rows
         self.n_sentences = int((self.bounds.diff(dim=-1) > 0).sum(dim=-1).max())
         more = self.n_sentences + SENTENCE_BLOCK - self.capacity
@@ -316,15 +313,11 @@ class SentenceKVCache:
         parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in tensors)
                  for name, tensors in held.items()}
         selected, loaded, row = self.total_selected, self.total_loaded.item(), host[0, 0, 0]
-        return {
-            "device_kv_parts": parts,
-            "device_kv_bytes": sum(parts.values()),
-            "host_kv_bytes": host.untyped_storage().nbytes(),
-            "full_kv_bytes": self.num_tokens * host[:, 0].nbytes,
-            "selected_bytes": selected * row.nbytes,
-            "loaded_bytes": loaded * row.nbytes,
-            "hit_rate": 1 - loaded / selected if selected else None,
-        }
+        return {"device_kv_parts": parts, "device_kv_bytes": sum(parts.values()),
+                "host_kv_bytes": host.untyped_storage().nbytes(),
+                "full_kv_bytes": self.num_tokens * host[:, 0].nbytes,
+                "selected_bytes": selected * row.nbytes, "loaded_bytes": loaded * row.nbytes,
+                "hit_rate": 1 - loaded / selected if selected else None}
 
 
 def assign_slots(rows, sentences, starts, resident, selected) -> tuple:

@@ -1,8 +1,7 @@
 """Answer a prompt of several thousand tokens: `python generate.py --prompt file.txt`.
 
-The loop comes first: prefill, then decode one token after another. Below it are the sampler, the
-stage timer, and the command line. This file joins the others and knows nothing of the insides of
-tensors, caches or files.
+The loop comes first: prefill, then decode token by token. Then the sampler, the stage timer and the
+command line. This file joins the others, and knows nothing of the insides of caches or files.
 """
 
 import argparse
@@ -12,10 +11,10 @@ import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
-# Read when torch is loaded: CPU threads that wait for each other soon sleep. Beside other programs, a
-# thread that spins holds up the very thread that it waits for.
+# For torch: CPU threads soon sleep while they wait. One that spins can hold up what it waits for.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -28,6 +27,8 @@ from sentencekv import SCORES, SentenceKVConfig
 from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
 from weights.download import download
 from weights.tokenizer import Tokenizer
+
+OTHER = "projections, MLP, norms"  # in the report: what is in no stage of its own
 
 
 def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=iter) -> int:
@@ -42,8 +43,7 @@ def generate(model, cache, token: int, detokenize, sample, stop: set, max_new_to
              sentence_limit: int, timer=nullcontext, decode=None):
     """Yield (token id, piece of text) from the first token on, including the one that ends it.
 
-    `detokenize` and `sample` are a `Tokenizer.detokenizer()` and a `sampler(...)`. `decode` can
-    replace `model.decode`.
+    `detokenize` is a `Tokenizer.detokenizer()`, `sample` a `sampler(...)`.
     """
     sentences = SentenceStream(sentence_limit)
     for count in range(1, max_new_tokens + 1):
@@ -57,10 +57,7 @@ def generate(model, cache, token: int, detokenize, sample, stop: set, max_new_to
 
 
 def seal_finished(cache, sentences: SentenceStream, piece: str):
-    """Seal the sentences that have ended before `piece`, which is decoded next.
-
-    So the token that begins a sentence can select rows of the one before.
-    """
+    """Seal the sentences that have ended before `piece`, whose token is decoded next."""
     for length in sentences.push(piece):
         cache.seal(length)
 
@@ -95,26 +92,25 @@ def sampler(temperature: float, top_p: float, seed: int, device):
 
 
 class GraphedDecode:
-    """`Llama.decode` as one CUDA graph, replayed for every token: a token is a thousand kernels, and
-    to launch most of them takes longer than to run them. The graph repeats them on the same
-    addresses, so it is captured again when the table of sentences grows."""
+    """`Llama.decode` as one CUDA graph, replayed for every token: a token is a thousand kernels,
+    and to launch most of them takes longer than to run them. The graph repeats them on the same
+    addresses, so it is captured again for another cache, and when the table of sentences grows."""
 
-    def __init__(self, model, cache: SentenceKVCache):
-        self.model, self.cache = model, cache
+    def __init__(self, model):
+        self.model = model
         self.ids = torch.zeros(1, dtype=torch.long, device=model.embed_tokens.weight.device)
         self.position = torch.zeros_like(self.ids)
-        self.graph = self.capacity = self.states = None
+        self.graph = self.captured = self.states = None
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
-        assert cache is self.cache
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        if self.capacity is None:  # the first token is decoded plainly: kernels are compiled in it
-            self.capacity = 0
+        if self.captured is None:  # decode the first token plainly: kernels are compiled in it
+            self.captured = ()
             return self.model.decode(self.ids, cache)
-        if self.capacity != cache.table.capacity:
-            self.capacity, self.graph = cache.table.capacity, torch.cuda.CUDAGraph()
+        if self.captured != (cache, cache.table.capacity):
+            self.captured, self.graph = (cache, cache.table.capacity), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.states = self.model.step(self.ids, self.position, cache)
         self.graph.replay()
@@ -122,14 +118,11 @@ class GraphedDecode:
         return self.states
 
 
-OTHER = "projections, MLP, norms"  # of a stage, what is in none of its parts
-
-
 class StageTimer:
     """Milliseconds by stage: CUDA events on a GPU, read once at the end; a clock on a CPU.
 
-    `with timer("prefill"):` opens a stage. One opened inside it is a part of it. On a GPU this is
-    the time of the computing stream: a copy beside it costs nothing here.
+    A stage opened inside another is a part of it. On a GPU this is the time of the computing
+    stream: a copy beside it costs nothing here.
     """
 
     def __init__(self, device: torch.device):
@@ -153,9 +146,6 @@ class StageTimer:
         finally:
             self.open.pop()
             self.spans.append((path, start, self.mark()))
-
-    def count(self, name: str) -> int:
-        return sum(path == (name,) for path, _, _ in self.spans)
 
     def totals(self) -> dict:
         """Stage -> {part: ms}, with OTHER and `total`."""
@@ -183,12 +173,10 @@ def options() -> Parser:
         parser.add_argument(name, default=default, help=f"{help} (%(default)s)", **how)
 
     parser.add_argument("--prompt", required=True, help="text file; - is standard input")
-    parser.add_argument("--model", type=Path,
-                        help="Llama folder (SmolLM2-135M-Instruct, downloaded the first time)")
+    parser.add_argument("--model", type=Path, help="Llama folder (SmolLM2-135M-Instruct)")
     add("--cache", "sentencekv", "where keys and values are kept", choices=("sentencekv", "full"))
     add("--token-budget", defaults.token_budget, "tokens attended to while decoding", type=int)
-    add("--keep-factor", defaults.keep_factor,
-        "keep this many budgets of tokens on the host; the paper: 1 to 5", type=float)
+    add("--keep-factor", defaults.keep_factor, "budgets to keep; the paper: 1 to 5", type=float)
     add("--sink-tokens", defaults.sink_tokens, "first tokens, always attended to", type=int)
     add("--recent-window", defaults.recent_window, "last tokens, always attended to", type=int)
     add("--score", defaults.score, "ranks the sentences; the paper: mean_query", choices=SCORES)
@@ -220,10 +208,7 @@ def parse(arguments=None) -> argparse.Namespace:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file, or of standard input for "-". ValueError if it is not UTF-8 or blank.
-
-    Without the line end that editors put at the end of a file: it would change the model's answer.
-    """
+    """The text of a file, or of standard input for "-". ValueError if it is not UTF-8 or blank."""
     name = "standard input" if path == "-" else path
     if path == "-" and sys.stdin is None:
         raise ValueError("standard input is closed")
@@ -236,7 +221,7 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"cannot read {name}: {error.strerror}") from None
     if not text.strip():
         raise ValueError(f"{name} is empty")
-    return text.removesuffix("\n").removesuffix("\r")
+    return text.removesuffix("\n").removesuffix("\r")  # an editor's: it would change the answer
 
 
 def check_cuda_graph(device: torch.device):
@@ -250,8 +235,8 @@ def check_positions(n_prompt: int, n_new: int, config: LlamaConfig):
     """ValueError if the model has fewer positions."""
     needed, positions = n_prompt + n_new, config.max_position_embeddings
     if needed > positions:
-        raise ValueError(f"{n_prompt} prompt tokens + {n_new} new ones = {needed}, and the model has"
-                         f" {positions} positions: shorten one or the other")
+        raise ValueError(f"{n_prompt} prompt tokens + {n_new} new ones = {needed}, and the model"
+                         f" has {positions} positions: shorten one or the other")
 
 
 def stream(tokens, special: set) -> tuple[str, int, bool]:
@@ -281,22 +266,23 @@ def run(args) -> int:
         ids = tokenizer.prompt_ids(text, args.raw)
     with timer("segment"):
         spans = token_spans(tokenizer.pieces(ids), config.sentence_limit)
-    model_config, stop = load_config(folder), tokenizer.stop_tokens()
+    model_config = load_config(folder)
     check_positions(len(ids), args.max_new_tokens, model_config)
     if max(ids) >= (size := model_config.vocab_size):
         raise ValueError(f"the tokenizer makes token {max(ids)}, the model has {size}")
-    model = load_model(folder, device, dtype)
+    stop, model = tokenizer.stop_tokens(), load_model(folder, device, dtype)
     cache = make_cache(args.cache, config, model_config, spans, args.max_new_tokens, device, dtype,
                        timer)
     sample, decode = sampler(args.temperature, args.top_p, args.seed, device), None
+    progress = partial(tqdm, desc="prefill", unit="layer", leave=False, disable=None)
     first = prefill(model, cache, ids, sample, timer, progress)
     if args.cuda_graph:  # stages inside a graph cannot be timed
-        cache.stage, decode = nullcontext, GraphedDecode(model, cache)
+        cache.stage, decode = nullcontext, GraphedDecode(model)
     text, new_tokens, interrupted = stream(
         generate(model, cache, first, tokenizer.detokenizer(), sample, stop, args.max_new_tokens,
                  config.sentence_limit, timer, decode), tokenizer.special)
     report = {"text": text, "prompt_tokens": len(ids), "new_tokens": new_tokens,
-              "sentences": len(spans), **times(timer), **cache.report(),
+              "sentences": len(spans), **times(timer, new_tokens - 1), **cache.report(),
               "cache": args.cache, "clock": timer.clock, "device": str(device),
               "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
     print_report(report)
@@ -305,24 +291,18 @@ def run(args) -> int:
     return 130 if interrupted else 0
 
 
-def progress(layers):
-    """Show how far prefill is, on a terminal."""
-    return tqdm(layers, "prefill", unit="layer", leave=False, disable=None, file=sys.stderr)
-
-
-def times(timer: StageTimer) -> dict:
+def times(timer: StageTimer, steps: int) -> dict:
     """Time to first token, from the prompt's text on, and time per token after it."""
-    stages, steps = timer.totals(), timer.count("decode")
-    decode = stages["decode"]["total"] if steps else 0.0
-    return {"ttft_ms": sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill")),
-            "decode_ms_per_token": decode / max(steps, 1), "decode_steps": steps,
-            "stages_ms": stages}
+    stages = {"decode": {"total": 0.0}} | timer.totals()
+    ttft = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
+    return {"ttft_ms": ttft, "decode_ms_per_token": stages["decode"]["total"] / max(steps, 1),
+            "decode_steps": steps, "stages_ms": stages}
 
 
 def print_report(report: dict):
     """The tables for people, on standard error: standard output holds the answer alone."""
     stages, steps = report["stages_ms"], max(report["decode_steps"], 1)
-    before, after = stages["prefill"], stages.get("decode", {})
+    before, after = stages["prefill"], stages["decode"]
     rows = [("stage", "ttft ms", "decode ms/token")]
     rows += [(name, f"{stages[name]['total']:.1f}", "") for name in ("tokenize", "segment")]
     for name in [n for n in {**before, **after} if n not in (OTHER, "total")] + [OTHER]:
@@ -331,8 +311,8 @@ def print_report(report: dict):
     rows.append(("total", f"{report['ttft_ms']:.1f}", f"{report['decode_ms_per_token']:.2f}"))
     sizes = {f"device: {name}": size for name, size in report["device_kv_parts"].items()}
     sizes |= {"device: everything": report["device_kv_bytes"], "host": report["host_kv_bytes"],
-              "full cache": report["full_kv_bytes"], "selected, over all tokens":
-              report["selected_bytes"], "loaded, over all tokens": report["loaded_bytes"]}
+              "full cache": report["full_kv_bytes"], "selected in all": report["selected_bytes"],
+              "loaded in all": report["loaded_bytes"]}
     rows.append(("\nmemory", "MiB", "of the full cache"))
     rows += [(name, f"{size / 2**20:.2f}", f"{size / report['full_kv_bytes']:.1%}")
              for name, size in sizes.items()]

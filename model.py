@@ -38,8 +38,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
     @property
-    def kv_shape(self) -> tuple:
-        """Layers, KV heads, channels of a head."""
+    def kv_shape(self) -> tuple:  # L, H_kv, D
         return self.num_hidden_layers, self.num_key_value_heads, self.head_dim
 
 
@@ -49,8 +48,8 @@ def rope_frequencies(config: LlamaConfig, device) -> torch.Tensor:
     frequency = config.rope_theta ** (-exponent / config.head_dim)
     if config.rope_scaling is None:
         return frequency
-    # Llama 3.1: a frequency that turns `low` times or less within the original context is divided
-    # by `factor`; one that turns `high` times or more is left alone; those between are blended.
+    # Llama 3.1: what turns `low` times or less within the original context is slowed by `factor`,
+    # what turns `high` times or more is left alone, and between the two it blends.
     scaling = config.rope_scaling
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -117,9 +116,7 @@ class Attention(nn.Module):
         return out.reshape(1, -1)  # not `view`: some kernels return it transposed
 
 
-class MLP(nn.Module):
-    """SwiGLU, arXiv 2002.05202."""
-
+class MLP(nn.Module):  # SwiGLU, arXiv 2002.05202
     def __init__(self, config: LlamaConfig):
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
@@ -194,9 +191,8 @@ class Llama(nn.Module):
 
 
 class FullCache:
-    """The cache of a plain Llama: every key and value stays on the device.
-
-    And the protocol: what attention and the decoding loop expect of any cache.
+    """The cache of a plain Llama: every key and value stays on the device. And the protocol, which
+    is what attention and the loop in `generate.py` expect of any cache:
 
     num_tokens                    tokens that all layers have seen: the position of the next one
     prefill(layer, q, k, v)       takes q (H, T, D), k and v (H_kv, T, D) of a layer's whole prompt
@@ -204,15 +200,14 @@ class FullCache:
                                   keys and values (H_kv, n, D) to attend to, the token's own among
                                   them, and a mask (H_kv, 1, n), True where to attend, or None
     advance(n_tokens)             all layers have seen `n_tokens` more: the prompt, or one token
-    seal(length)                  the first `length` tokens after the last sealed sentence are a
-                                  sentence; called between two tokens
+    seal(length)                  between two tokens: the first `length` after the last sealed
+                                  sentence are a sentence
     report()                      bytes held and moved
     stage(name)                   a context manager around a stage to be timed
     """
 
     def __init__(self, model_config, max_tokens: int, device, dtype, stage=nullcontext):
-        self.stage = stage
-        self.num_tokens = 0
+        self.stage, self.num_tokens = stage, 0
         layers, heads, dim = model_config.kv_shape
         self.kv = torch.zeros(layers, heads, max_tokens, 2, dim, device=device, dtype=dtype)
 
@@ -232,15 +227,9 @@ class FullCache:
 
     def report(self) -> dict:
         n_bytes = self.kv.untyped_storage().nbytes()
-        return {
-            "device_kv_parts": {"keys and values": n_bytes},
-            "device_kv_bytes": n_bytes,
-            "host_kv_bytes": 0,
-            "full_kv_bytes": self.num_tokens * self.kv[:, :, 0].nbytes,
-            "selected_bytes": 0,
-            "loaded_bytes": 0,
-            "hit_rate": None,
-        }
+        return {"device_kv_parts": {"keys and values": n_bytes}, "device_kv_bytes": n_bytes,
+                "host_kv_bytes": 0, "full_kv_bytes": self.num_tokens * self.kv[:, :, 0].nbytes,
+                "selected_bytes": 0, "loaded_bytes": 0, "hit_rate": None}
 
 
 def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:

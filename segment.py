@@ -1,8 +1,8 @@
 r"""Text to sentences to token spans.
 
-It knows text and the pieces of text that tokens add; no tokenizer, no tensor and no model.
-The other files call `token_spans` for the prompt and `SentenceStream.push` for the text that the
-model writes. These two are part 1. You may skip parts 2 and 3: they say where a sentence ends.
+It knows text and the pieces of text that tokens add; no tokenizer, no tensor and no model. Other
+files call `token_spans` for the prompt and `SentenceStream` for the text that the model writes.
+These are part 1. You may skip parts 2 and 3, which say where a sentence ends.
 
 >>> marked("Dr. Smith paid $3.50 to www.x.com. He left!\n\nSigned\n\n你好。再见。")
 'Dr. Smith paid $3.50 to www.x.com. |He left!\n\n|Signed\n\n|你好。|再见。'
@@ -14,9 +14,8 @@ from itertools import accumulate, pairwise
 
 import regex
 
-# Part 1: sentences of tokens
 
-
+# Part 1: sentences of tokens.
 def token_spans(pieces: Iterable[str], limit: int = 128) -> list[tuple[int, int]]:
     """The sentences as (start, end) spans of tokens: they tile the tokens, none exceeds `limit`.
 
@@ -33,10 +32,9 @@ class SentenceStream:
 
     A piece is the text that one token adds. It belongs to the sentence of its first character that
     is not white space; white space belongs to the sentence before it, and "", which a token adds
-    that only begins a character, to the sentence of that character.
-
-    An end is told when the first token after it is pushed. Only after an abbreviation, before a
-    small letter and before a list marker must the next word be complete: that is a token later.
+    that only begins a character, to the sentence of that character. An end is told when
+    the first token after it is pushed; after an abbreviation, before a small letter and before a
+    list marker a token later, when the next word is complete.
 
     >>> stream = SentenceStream()
     >>> [stream.push(piece) for piece in ["Hi", "!", " It", " is", " me", "."]], stream.finish()
@@ -52,8 +50,8 @@ class SentenceStream:
 
     def push(self, piece: str) -> list[int]:
         """Add a token; return the lengths of the sentences found to have ended before it."""
-        # Look again at the last token, for an end inside it is told only when another follows,
-        # and at the AFTER characters before it, for a rule may have needed more text.
+        # Look again at the last token, as an end inside it is told only when another follows, and
+        # at the AFTER characters before it, as a rule may have needed more text.
         last = self.firsts[-1] if self.firsts else 0
         start = len(self.text[: max(0, last - AFTER)].rstrip())
         space = 0 if piece.isspace() else len(piece) - len(piece.lstrip())
@@ -87,21 +85,15 @@ class SentenceStream:
         return self.limit
 
 
-# After a comma is the best place, then after a line end, then after a space, then anywhere.
-# With (?r), `match` looks at the end of a text, not at its beginning.
+# Best after a comma, then after a line end, then after a space. With (?r), `match` looks at the end.
 CUTS = [regex.compile(f"(?r){cut}") for cut in (r"[,;:—]\s+|[，、；：]\s*", r"\n\s*", r"\s+", "")]
-
 
 # Part 2: sentences of a text. A gap is the white space, or "", that may be between two.
 BEFORE, AFTER = 200, 12  # the rules see so many characters before a gap and after it
 
 
 def sentence_ends(text: str) -> list[int]:
-    """Offsets at which the sentences of `text` end; each owns the white space after it.
-
-    >>> sentence_ends("Why? No.")
-    [5, 8]
-    """
+    """Offsets at which the sentences of `text` end; each owns the white space after it."""
     return [*find_ends(text), len(text)] if text else []
 
 
@@ -138,30 +130,21 @@ def starts_item(before: str, after: str) -> bool:
 
 def ends_line(before: str, gap: str, after: str) -> bool:
     """An empty line, or a line end unless the line may be wrapped: it is about as long as a line
-    of a book, no heading and no code, and no list item, quotation, code or log line follows.
-    """
+    of a book, no heading and no code, and no list item, quotation, code or log line follows."""
     line = before.rpartition("\n")[2]
-    return "\n" in gap and not (
-        gap.count("\n") == 1
-        and 40 <= len(line) <= 100
-        and not line.startswith("#")
-        and not line.endswith(("{", "}", ":", "\\", ");", "];"))
-        and not ITEM.match(after)
-        and not (line[0].isdigit() and after[0].isdigit())
-    )
+    wrapped = (gap.count("\n") == 1 and 40 <= len(line) <= 100 and not line.startswith("#")
+               and not line.endswith(("{", "}", ":", "\\", ");", "];")) and not ITEM.match(after)
+               and not (line[0].isdigit() and after[0].isdigit()))
+    return "\n" in gap and not wrapped
 
 
 def one_holds(rules: dict, before: str, after: str) -> bool:
-    for name in rules:
-        ends, begins = PATTERNS[name]
-        if ends.match(before) and begins.match(after):
-            return True
-    return False
+    patterns = (PATTERNS[name] for name in rules)
+    return any(ends.match(before) and begins.match(after) for ends, begins in patterns)
 
 
 # Part 3: words, marks and rules. In a pattern, \p{..} is a kind of character: L letter, Ll small
 # letter, Lu capital, N number, Pe and Pf closing bracket and quotation mark.
-
 WORDS = {
     "titles": "Mr|Mrs|Ms|Mx|Drs?|Prof|St|Mt|Ft|Gen|Col|Maj|Capt|Cmdr|Lt|Sgt|Cpl|Adm|Sen|Rep|Gov|"
     r"Pres|Rev|Hon|Messrs|Mme|Mlle|Fr|Hrn?|Sra|Srta|Dña|Sig|Dott|Ing|dhr|mevr|vs|cf|viz|e\.g|i\.e|"
@@ -206,8 +189,9 @@ INSIDE = {  # no sentence ends
     "before a number": (
         rf"\b(?:\p{{Ll}}|(?i:{WORDS['numbered']})|{VOWELLESS}|(?<=\p{{N}}\s?)\p{{L}}{{1,3}})\.",
         r"\p{N}", "See p. 5 of Vol. 2. |He is 5 ft. 3 in. tall."),
-    "after dots": (r"(?:[^.]\s|\[)(?:\.\s\.\s\.|\.\.\.|…)(?:\][^\s\w]{0,8})?",
-        "", 'Well ... I think so... |"He [...] agreed [...]" (Smith 55).'),
+    "after dots": (
+        r"(?:[^.]\s|\[)(?:\.\s\.\s\.|\.\.\.|…)(?:\][^\s\w]{0,8})?", "",
+        'Well ... I think so... |"He [...] agreed [...]" (Smith 55).'),
     "before another mark": ("[.!?…]", "[.!?…,:;]", "Wait . . . . |Go on."),
     "before what closes": ("", r"\p{Pe}|[»›”](?!\w)", "« Oui ! » |Il part."),
     "between ! or dots and a small letter": (
@@ -220,10 +204,12 @@ INSIDE = {  # no sentence ends
     "after the next marker": (rf"(?:{MARKERS})\)?", "", "1. The tea |2. The milk"),
 }
 ABBREVIATED = {  # a sentence ends after these only before a quotation or a word of WORDS["first"]
-    "initials": (r"(?<![^\s(\"'“‘])(?:\p{L}{1,2}\.)*\p{L}\.",
-        "", "J. K. Li left the U.S. |He has a Ph.D. in law."),
-    "an abbreviation": (rf"\b(?:(?i:{WORDS['shortened']})|{VOWELLESS})\.",
-        "", "Ax Inc. Bonn owns Li Ltd. Rome. |It pays."),
+    "initials": (
+        r"(?<![^\s(\"'“‘])(?:\p{L}{1,2}\.)*\p{L}\.", "",
+        "J. K. Li left the U.S. |He has a Ph.D. in law."),
+    "an abbreviation": (
+        rf"\b(?:(?i:{WORDS['shortened']})|{VOWELLESS})\.", "",
+        "Ax Inc. Bonn owns Li Ltd. Rome. |It pays."),
     "an ordinal": (r"\b\p{N}{1,2}\.", r"\p{Lu}", "Es war der 3. Mai. |Sie war 20. |Er kam."),
 }
 PATTERNS = {name: (regex.compile(f"(?r){ends}"), regex.compile(begins))

@@ -1,7 +1,7 @@
 """SentenceKV (arXiv 2504.00970) as pure functions on tensors.
 
 A plain Llama reads the keys and values of all earlier tokens for every token it writes. SentenceKV
-reads those of a few sentences. This file says which, in the order in which it happens:
+reads those of a few sentences. This file decides which, in this order:
 
     prefill (Section 3.2)   token_importance -> keep_tokens -> sentence_bounds -> sentence_vectors
     decode  (Section 3.3)   mean_query or gaussian -> select_rows
@@ -54,8 +54,7 @@ class SentenceKVConfig:
     @property
     def protected_tokens(self) -> int:
         """Last tokens of the prompt that prefill never drops."""
-        judges = self.observation_window if self.keep_factor < math.inf else 0
-        return max(self.recent_window, judges)
+        return max(self.recent_window, self.observation_window * (self.keep_factor < math.inf))
 
     @property
     def selected_rows(self) -> int:
@@ -70,8 +69,8 @@ class SentenceKVConfig:
 def token_importance(q: torch.Tensor, k: torch.Tensor, pool: int = 7) -> torch.Tensor:
     """The attention that the prompt's last W queries pay to each earlier token.
 
-    This is SnapKV's score (arXiv 2404.14469): summed over the observation window, averaged over
-    the group, and max-pooled, so that the neighbours of an important token are kept as well.
+    SnapKV's score (arXiv 2404.14469): summed over the observation window, averaged over the group,
+    and max-pooled, so that the neighbours of an important token are kept as well.
 
     q (H, W, D) of the last W tokens, k (H_kv, T, D) -> (H_kv, T - W)
     """
@@ -87,9 +86,8 @@ def token_importance(q: torch.Tensor, k: torch.Tensor, pool: int = 7) -> torch.T
 def keep_tokens(importance: torch.Tensor, n_tokens: int, config: SentenceKVConfig) -> torch.Tensor:
     """Positions of the tokens that each head keeps, in reading order.
 
-    The tokens of the observation window are always kept, as in the paper. The sinks and the recent
-    window are too, which the paper does not say: they are attended to in any case, and so the
-    first and the last rows of all heads are the same tokens.
+    The observation window is always kept, as in the paper. So are the sinks and the recent window,
+    which the paper does not say: the first and last rows of all heads are then the same tokens.
 
     importance (H_kv, T - W) -> (H_kv, N)
     """
@@ -104,11 +102,9 @@ def keep_tokens(importance: torch.Tensor, n_tokens: int, config: SentenceKVConfi
 def sentence_bounds(kept: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins; it ends where the next one begins.
 
-    A sentence of which nothing is kept is left out, and an empty one is added at the end instead:
-    the heads keep different tokens, and a tensor needs as many sentences for each of them.
+    A sentence of which a head keeps nothing is left out, and an empty one is added at the end.
 
-    kept (H_kv, N) positions, ends (S,) positions after the last token of each sentence
-    -> (H_kv, S + 1)
+    kept (H_kv, N) positions, ends (S,) positions after each sentence -> (H_kv, S + 1)
 
     >>> sentence_bounds(torch.tensor([[0, 1, 8, 9]]), torch.tensor([4, 7, 10])).tolist()
     [[0, 2, 4, 4]]
@@ -121,7 +117,7 @@ def sentence_bounds(kept: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
 def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     """The semantic vector of each sentence: the mean of its kept keys, after RoPE (Section 3.2).
 
-    And its variance, which the paper does not have: the squared distance of a key from that mean,
+    And its variance, which is not in the paper: the squared distance of a key from that mean,
     averaged over keys and channels. An empty sentence gets zeros.
 
     keys (H_kv, N, D), bounds (H_kv, S + 1) -> (H_kv, S, D) in the keys' dtype, (H_kv, S) in float32
@@ -141,10 +137,9 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
 
 
 def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
-    """The paper's score (Section 3.3): the mean query times the sentence vector.
-
-    The paper averages the queries of the sentence being written, then multiplies. The product is
-    linear, so the sum of these scores over the tokens written ranks the sentences in the same way.
+    """The paper's score (Section 3.3): the mean query of the sentence being written, times the
+    sentence vector. The product is linear, so the sum of these scores over the tokens written
+    ranks the sentences in the same way.
 
     q (H_kv, G, D) of one token, vectors (H_kv, S, D), variances and lengths unused -> (H_kv, S)
     """
@@ -172,16 +167,13 @@ def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
     return attention.sum(dim=1) / lengths.clamp(min=1)
 
 
-# A score of your own is a function of the same four tensors: `SCORES["mine"] = mine` registers it.
-# benchmarks/scores.py does so.
+# `SCORES["mine"] = mine` registers a score of your own, as benchmarks/scores.py does.
 SCORES = {"mean_query": mean_query, "gaussian": gaussian}
 
 
 def select_rows(scores, lengths, room) -> torch.Tensor:
-    """How many rows to select of each sentence: the best sentences whole, while there is room.
-
-    The last one is cut to fit, and its first rows are taken (Section 3.3). This sorts S scores,
-    and never N tokens.
+    """How many rows to select of each sentence: the best sentences whole, while there is room, and
+    of the last one the first rows (Section 3.3). This sorts S scores, and never N tokens.
 
     scores (H_kv, S), lengths (H_kv, S) in rows, room (1,) in rows -> (H_kv, S)
 

@@ -159,7 +159,7 @@ class Ours:
         self.at, self.sentences = self.length, SentenceStream(self.settings.sentence_limit)
         self.decode = self.model.decode
         if self.method == GRAPHED:
-            self.decode = GraphedDecode(self.model, self.cache)
+            self.decode = GraphedDecode(self.model)
 
     def step(self):
         seal_finished(self.cache, self.sentences, self.text.pieces[self.at])

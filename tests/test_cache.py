@@ -169,8 +169,8 @@ class Traced(GraphedDecode):
     def __call__(self, ids, cache):
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        if self.capacity != cache.table.capacity:
-            self.capacity = cache.table.capacity
+        if self.captured != cache.table.capacity:
+            self.captured = cache.table.capacity
             tensors = tensors_of(cache)
             before = [t.clone() for t in tensors]
             self.graph = make_fx(lambda a, b: self.model.step(a, b, cache))(self.ids, self.position)
@@ -197,7 +197,7 @@ def test_a_step_captured_once_serves_every_later_token(
         monkeypatch.setattr(HostTier, "load", load_in_static_shapes)
     config = SentenceKVConfig(keep_factor=keep_factor, score=score, **SMALL)
     plain, captured = (sentencekv_cache(config, 300, device) for _ in range(2))
-    decode = (Traced if device.type == "cpu" else GraphedDecode)(tiny, captured)
+    decode = (Traced if device.type == "cpu" else GraphedDecode)(tiny)
 
     class Model:
         embed_tokens, prefill = tiny.embed_tokens, tiny.prefill
