@@ -5,8 +5,8 @@
     SentenceKVCache  on the device: the slots that attention reads, and what moves between the tiers
 
 This file knows nothing of tokenizers, RoPE or weights, and asks `sentencekv.py` for every choice.
-A token's *row* is its key and its value in one KV head, side by side (2, D), so that they move
-together; `kv` is always such data. Shapes as in `sentencekv.py`, and L layers, B slots for rows.
+`kv` is always the data of rows: key and value side by side (2, D), so that they move together.
+Shapes as in `sentencekv.py`, and L layers, B slots for rows.
 """
 
 import os
@@ -25,11 +25,11 @@ from sentencekv import (SCORES, SentenceKVConfig, keep_tokens, select_rows, sent
                         sentence_vectors, token_importance)
 
 NO_ROW = 2**62  # the row of an empty slot; greater than any row
-SENTENCE_BLOCK = 64  # the table grows by so many sentences at a time
+SENTENCE_BLOCK = 64  # the table grows by this many sentences at a time
 
 
 class HostTier:
-    """All kept rows in CPU memory: kv (L, N, H_kv, 2, D), a sentence is one block.
+    """All kept rows in CPU memory: kv (L, N, H_kv, 2, D), and room for those to come.
 
     For a GPU it is pinned: a copy runs beside the computation, and kernels can read it.
     """
@@ -38,40 +38,36 @@ class HostTier:
         layers, heads, dim = kv_shape
         on_gpu = device.type == "cuda"
         self.kv = torch.empty(layers, n_rows, heads, 2, dim, dtype=dtype, pin_memory=on_gpu)
-        self.device = device
         self.copy_stream = torch.cuda.Stream(device) if on_gpu else None
         self.in_flight = None  # the source of a copy: it must live until the copy is done
 
     def write(self, layer: int, first_row: int, kv):
-        """Start to copy one layer's kv (H_kv, n, 2, D) to the rows from `first_row` on.
-
-        At most one copy is in flight: a slow bus holds back one layer on the device, not many.
-        """
+        """Start to copy one layer's kv (H_kv, n, 2, D) to the rows from `first_row` on. At most one
+        copy is in flight: so at most one layer waits on the device for a slow bus."""
         kv = kv.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
         target = self.kv[layer, first_row : first_row + len(kv)]
         if self.copy_stream is None:
             target.copy_(kv)
             return
         self.wait()
-        self.copy_stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.copy_stream.wait_stream(torch.cuda.current_stream(self.copy_stream.device))
         with torch.cuda.stream(self.copy_stream):
             target.copy_(kv, non_blocking=True)
         self.in_flight = kv
 
     def wait(self):
-        """What is computed from here on waits for the copy in flight."""
+        """Later work on the current stream waits for the copy in flight."""
         if self.copy_stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.copy_stream)
+            torch.cuda.current_stream(self.copy_stream.device).wait_stream(self.copy_stream)
             self.in_flight = None
 
     def load(self, layer: int, slots, rows, missing):
         """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D)."""
         host = self.kv[layer]
-        if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-            heads, n_rows = rows.shape
-            size = slots[0, 0].numel()
-            copy_missing[n_rows, heads](host, slots, rows, missing, slots.shape[1], size,
-                                        triton.next_power_of_2(size), num_warps=1)
+        if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):  # 1: in tests
+            (heads, n_row_slots), size = rows.shape, slots[0, 0].numel()
+            copy_missing[n_row_slots, heads](host, slots, rows, missing, slots.shape[1], size,
+                                             triton.next_power_of_2(size), num_warps=1)
             return
         head, slot = missing.nonzero(as_tuple=True)  # a GPU without Triton waits here for the CPU
         found = host[rows[head, slot].to(host.device), head.to(host.device)]
@@ -81,7 +77,7 @@ class HostTier:
 if triton:
     @triton.jit
     def copy_missing(host, slots, rows, missing, n_slots, size, BLOCK: tl.constexpr):
-        """One program for each of a head's B slots. The GPU itself reads pinned host memory."""
+        """One program for each of a head's B slots. It reads pinned host memory directly."""
         slot, head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
         here = head * tl.num_programs(0) + slot
         if tl.load(missing + here):
@@ -95,12 +91,14 @@ class SentenceTable:
     """What the device knows of each sentence, per layer and KV head. S is the capacity: the first
     `n_sentences` are in use, with `n_rows` rows a head, and the others are empty.
 
-    vectors      (L, H_kv, S, D)   the sentence vector
-    variances    (L, H_kv, S)      of the sentence's keys
-    scores       (L, H_kv, S)      how well it matches the sentence being written
-    bounds       (L, H_kv, S + 1)  its first row, and after it the next sentence's
-    retrievable  (L, H_kv, S + 1)  the same, limited to the rows that can be selected
-    resident     (L, H_kv, S)      how many of its retrievable rows are in slots
+    vectors        (L, H_kv, S, D)   the sentence vector
+    variances      (L, H_kv, S)      of the sentence's keys
+    bounds         (L, H_kv, S + 1)  its first row, and after it the next sentence's
+    scores         (L, H_kv, S)      how well it matches the sentence being written
+    n_resident     (L, H_kv, S)      how many of its retrievable rows are in slots
+    lengths        (L, H_kv, S)      how many rows it has
+    starts         (L, H_kv, S)      its first retrievable row
+    n_retrievable  (L, H_kv, S)      how many rows are retrievable: `limit` sets these three
     """
 
     def __init__(self, kv_shape: tuple, capacity: int, device, dtype):
@@ -109,9 +107,9 @@ class SentenceTable:
         self.vectors = torch.zeros(layers, heads, capacity, dim, device=device, dtype=dtype)
         self.variances = torch.zeros(layers, heads, capacity, device=device)
         self.scores = torch.zeros_like(self.variances)
-        self.resident = torch.zeros_like(self.variances, dtype=torch.long)
-        self.bounds = F.pad(self.resident, (0, 1))
-        self.retrievable = torch.zeros_like(self.bounds)
+        self.n_resident = torch.zeros_like(self.variances, dtype=torch.long)
+        self.lengths, self.starts, self.n_retrievable = (self.n_resident.clone() for _ in range(3))
+        self.bounds = F.pad(self.n_resident, (0, 1))
 
     @property
     def capacity(self) -> int:
@@ -127,18 +125,26 @@ class SentenceTable:
         self.bounds[layer, :, last + 1 :] = self.n_rows + keys.shape[1]
 
     @torch.inference_mode(False)  # a tensor made in inference mode cannot be changed outside it
-    def use(self, n_rows: int):
-        """All layers have put sentences with `n_rows` rows a head: count them, if any head has kept
-        a token of them, and make room for more. Only here do tensors move."""
+    def commit(self, n_rows: int):
+        """All layers have put sentences, with `n_rows` rows a head. Count those of which any head
+        has kept a token, and adjust the capacity. Only here do tensors move."""
         self.n_rows += n_rows
         self.n_sentences = int((self.bounds.diff(dim=-1) > 0).sum(dim=-1).max())
-        more = self.n_sentences + SENTENCE_BLOCK - self.capacity
-        if 0 <= more < SENTENCE_BLOCK:
+        free = self.capacity - self.n_sentences
+        if 0 < free <= SENTENCE_BLOCK:
             return
-        self.vectors = F.pad(self.vectors, (0, 0, 0, more))  # a negative number cuts
+        more = SENTENCE_BLOCK - free  # negative padding removes entries
+        self.vectors = F.pad(self.vectors, (0, 0, 0, more))
         self.bounds = F.pad(self.bounds, (0, more), value=self.n_rows)
-        for name in ("variances", "scores", "resident", "retrievable"):
+        for name in ("variances", "scores", "n_resident", "lengths", "starts", "n_retrievable"):
             setattr(self, name, F.pad(getattr(self, name), (0, more)))
+
+    def limit(self, first_row: int, end_row: int):
+        """The rows from `first_row` to `end_row` are retrievable for the next token."""
+        self.lengths.copy_(self.bounds.diff(dim=-1))
+        retrievable = self.bounds.clamp(first_row, end_row)
+        self.starts.copy_(retrievable[..., :-1])
+        self.n_retrievable.copy_(retrievable.diff(dim=-1))
 
 
 class SentenceKVCache:
@@ -152,34 +158,33 @@ class SentenceKVCache:
     differs from its position by what prefill dropped; a *slot* is a place on the device. `row_of`
     and `slot_of` convert. Invariants, which tests/test_cache.py checks after every step:
      1. The sentences of a head tile its rows on the host.
-     2. The recent slot i holds the token at position `recent_start` + i.
-     3. The rows of a sentence that are in slots are its first retrievable ones, `resident` of them.
-     4. Sinks, selected rows and window are different tokens, `token_budget` of them at most.
+     2. The token at position `recent_start` + i is in slot `recent_slot` + i.
+     3. The rows of a sentence in slots are its first retrievable ones, `n_resident` of them.
+     4. Sinks, selected rows and window do not overlap: at most `token_budget` tokens together.
      5. The window never moves back, so a retrievable row stays retrievable.
      6. Masked slots are finite: attention gives them weight 0, and 0 times NaN is NaN.
      7. Tensors move only when the table's capacity changes, so `decode` can become a CUDA graph.
-
-    The protocol is that of `model.FullCache`. `spans` are the prompt's sentences as positions.
-    """
+    The protocol is that of `model.FullCache`. `spans` are the prompt's sentences as positions."""
 
     def __init__(self, config: SentenceKVConfig, model_config, spans: list, max_new_tokens: int,
                  device, dtype, stage=nullcontext):
         self.config, self.stage, device = config, stage, torch.device(device)
         layers, heads, dim = kv_shape = model_config.kv_shape
         n_prompt = spans[-1][1]
-        self.n_kept = config.kept_tokens(n_prompt)
+        self.n_kept = config.n_kept(n_prompt)
         max_rows = self.n_kept + max_new_tokens
         self.host = HostTier(kv_shape, max_rows, device, dtype)
         self.table = SentenceTable(kv_shape, len(spans) + SENTENCE_BLOCK, device, dtype)
 
-        self.num_tokens = 0  # as in the next four lines, in positions
+        self.num_tokens = 0
         self.sentence_ends = torch.tensor([end for _, end in spans], device=device)  # (S,)
         self.n_sinks = min(config.sink_tokens, n_prompt)
-        self.recent_start = max(self.n_sinks, n_prompt - config.recent_window)
+        self.recent_start = max(self.n_sinks, n_prompt - config.recent_window)  # in the first slot
         self.open_start = n_prompt  # where the sentence being written begins
 
-        self.n_row_slots = min(config.selected_rows, max_rows)  # B
-        self.sink_slot = self.n_row_slots
+        # The window's slots end with a sentence of up to `sentence_limit` tokens.
+        most = config.token_budget - config.sink_tokens - config.recent_window
+        self.sink_slot = self.n_row_slots = min(most, max_rows)  # B
         self.recent_slot = self.sink_slot + config.sink_tokens
         n_slots = self.recent_slot + config.recent_window + config.sentence_limit
         self.slots = torch.zeros(layers, heads, n_slots, 2, dim, device=device, dtype=dtype)
@@ -188,16 +193,16 @@ class SentenceKVCache:
         self.slot_sentence = torch.zeros_like(self.slot_row)
         self.slot_missing = torch.zeros_like(self.slot_row, dtype=torch.bool)
 
-        # The plan for the next token, in tensors: a CUDA graph would repeat a number for ever.
-        self.room = torch.zeros(1, device=device, dtype=torch.long)  # rows to select
-        self.next_slot = torch.zeros_like(self.room)  # of the token itself
+        # The plan for the next token, in tensors: a CUDA graph records a number as a constant.
+        self.row_budget = torch.zeros(1, device=device, dtype=torch.long)  # rows to select
+        self.next_slot = torch.zeros_like(self.row_budget)  # of the token itself
         self.mask = torch.zeros(layers, heads, 1, n_slots, device=device, dtype=torch.bool)
-        self.n_selected = self.total_selected = 0  # `room`, and rows over all tokens and heads
+        self.n_selected = self.total_selected = 0  # `row_budget`; rows of all tokens and heads
         self.total_loaded = torch.zeros((), device=device, dtype=torch.long)
 
     def row_of(self, position: int) -> int:
-        """The row of a position in the recent window, of which prefill drops no token: it is as far
-        from the end of the rows as the position is from the end of the last sentence."""
+        """The row of a position from `recent_start` to `open_start`, where prefill drops nothing:
+        as far from the end of the rows as the position is from the end of the last sentence."""
         assert self.recent_start <= position <= self.open_start
         return self.table.n_rows - (self.open_start - position)
 
@@ -208,9 +213,8 @@ class SentenceKVCache:
     def prefill(self, layer: int, q, k, v):
         """Keep tokens, make sentence vectors, offload (Section 3.2)."""
         kv, n_tokens = torch.stack((k, v), dim=2), k.shape[1]  # (H_kv, T, 2, D)
-        slots = self.slots[layer]
-        slots[:, self.sink_slot : self.sink_slot + self.n_sinks] = kv[:, : self.n_sinks]
-        slots[:, self.recent_slot : self.slot_of(n_tokens)] = kv[:, self.recent_start :]
+        self.slots[layer, :, self.sink_slot : self.sink_slot + self.n_sinks] = kv[:, : self.n_sinks]
+        self.slots[layer, :, self.recent_slot : self.slot_of(n_tokens)] = kv[:, self.recent_start :]
         kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1).contiguous()
         if self.n_kept < n_tokens:
             with self.stage("importance"):
@@ -224,35 +228,36 @@ class SentenceKVCache:
 
     def advance(self, n_tokens: int):
         """All layers have seen `n_tokens` more: the prompt, or one token."""
-        if self.num_tokens == 0:
+        if self.num_tokens == 0:  # the prompt
             self.host.wait()
-            self.table.use(self.n_kept)
+            self.table.commit(self.n_kept)
         else:
-            self.total_selected += self.n_selected * self.slot_row[:, :, 0].numel()
+            self.total_selected += self.n_selected * self.mask[:, :, 0, 0].numel()
             self.total_loaded += self.slot_missing.sum()
         self.num_tokens += n_tokens
         self.plan()
 
     def window_start(self) -> int:
-        """First position of the recent window, or of the sentence being written if it is longer."""
+        """First position of the recent window, or of the sentence being written if earlier."""
         start = min(self.num_tokens + 1 - self.config.recent_window, self.open_start)
-        return max(start, self.recent_start)
+        return max(start, self.n_sinks)
 
     def plan(self):
-        """Fix what the token at position `num_tokens` attends to: the sinks, `room` rows of sealed
-        sentences, and the positions from `start` to itself, alike in all layers and heads."""
+        """Decide what the token at position `num_tokens` attends to, the same in all layers: the
+        sinks, rows of sealed sentences, and the positions from `start` to the token itself."""
         end = self.num_tokens + 1
-        budget = self.config.token_budget - self.n_sinks
-        start = max(self.window_start(), end - budget)  # of a long sentence, only what fits
-        first_row, end_row = self.n_sinks, self.row_of(min(start, self.open_start))
-        self.n_selected = min(budget - (end - start), end_row - first_row, self.n_row_slots)
-        self.room.fill_(self.n_selected)
+        left = self.config.token_budget - self.n_sinks
+        start = max(self.window_start(), end - left)  # of a very long sentence, only the end fits
+        first_row = self.n_sinks  # every head keeps all sinks, so they are its first rows
+        end_row = self.row_of(min(start, self.open_start))
+        self.n_selected = min(left - (end - start), end_row - first_row, self.n_row_slots)
+        self.row_budget.fill_(self.n_selected)
         self.next_slot.fill_(self.slot_of(end - 1))
-        self.table.retrievable.copy_(self.table.bounds.clamp(first_row, end_row))
+        self.table.limit(first_row, end_row)
         self.mask[..., self.sink_slot :] = False
         self.mask[..., self.sink_slot : self.sink_slot + self.n_sinks] = True
         self.mask[..., self.slot_of(start) : self.slot_of(end)] = True
-        assert self.slot_of(end) <= self.slots.shape[2], "seal is due"
+        assert self.slot_of(end) <= self.slots.shape[2], "a sentence is too long: call `seal`"
 
     def decode(self, layer: int, q, k, v) -> tuple:
         """Select rows, load those that are missing (Section 3.3), return all slots and the mask."""
@@ -266,23 +271,23 @@ class SentenceKVCache:
     def select(self, layer: int, q):
         """Select the rows of the best sentences, and find slots for them. q (H_kv, G, D)"""
         self.add_scores(layer, q)
-        table, retrievable = self.table, self.table.retrievable[layer]
-        selected = select_rows(table.scores[layer], retrievable.diff(dim=-1), self.room)
+        table = self.table
+        selected = select_rows(table.scores[layer], table.n_retrievable[layer], self.row_budget)
         self.slot_row[layer], self.slot_sentence[layer], self.slot_missing[layer] = assign_slots(
-            self.slot_row[layer], self.slot_sentence[layer], retrievable[:, :-1],
-            table.resident[layer], selected)
-        table.resident[layer] = selected
-        self.mask[layer, :, 0, : self.n_row_slots] = self.slot_row[layer] < NO_ROW
+            self.slot_row[layer], self.slot_sentence[layer], table.starts[layer],
+            table.n_resident[layer], selected)
+        table.n_resident[layer] = selected
+        torch.lt(self.slot_row[layer], NO_ROW, out=self.mask[layer, :, 0, : self.n_row_slots])
 
     def add_scores(self, layer: int, q):
         """Scores add up over the sentence being written. `seal` sets them to zero."""
         table, score = self.table, SCORES[self.config.score]
-        lengths = table.bounds[layer].diff(dim=-1)
-        table.scores[layer] += score(q, table.vectors[layer], table.variances[layer], lengths)
+        known = table.vectors[layer], table.variances[layer], table.lengths[layer]
+        table.scores[layer] += score(q, *known)
 
     def seal(self, length: int):
         """Offload the first `length` tokens of the sentence being written, and make them a sentence
-        of the table. It can be selected as soon as it has left the recent window."""
+        of the table. Its rows can be selected once they have left the recent window."""
         with self.stage("seal"):
             first, end = self.open_start, self.open_start + length
             kv = self.slots[:, :, self.slot_of(first) : self.slot_of(end)]  # (L, H_kv, n, 2, D)
@@ -291,7 +296,7 @@ class SentenceKVCache:
                 self.table.put(layer, kv[layer, :, :, 0], bounds)
                 self.host.write(layer, self.table.n_rows, kv[layer])
             self.host.wait()
-            self.table.use(length)
+            self.table.commit(length)
             self.table.scores.zero_()
             self.open_start = end
             self.move_window(self.window_start())
@@ -300,16 +305,17 @@ class SentenceKVCache:
     def move_window(self, start: int):
         """Move the tokens from position `start` on to the first recent slots."""
         kept = self.slots[:, :, self.slot_of(start) : self.slot_of(self.num_tokens)].clone()
-        self.recent_start = start
+        self.recent_start = start  # `slot_of` counts from it
         self.slots[:, :, self.slot_of(start) : self.slot_of(self.num_tokens)] = kept
 
     def report(self) -> dict:
         """Bytes held, measured on the tensors themselves, and bytes selected and loaded so far."""
         table, host = self.table, self.host.kv
         held = {"slots": [self.slots], "sentence vectors": [table.vectors], "bookkeeping": [
-            table.variances, table.scores, table.bounds, table.retrievable, table.resident,
-            self.sentence_ends, self.slot_row, self.slot_sentence, self.slot_missing, self.room,
-            self.next_slot, self.mask, self.total_loaded]}
+            table.variances, table.bounds, table.scores, table.n_resident, table.lengths,
+            table.starts, table.n_retrievable, self.sentence_ends, self.slot_row, self.mask,
+            self.slot_sentence, self.slot_missing, self.row_budget, self.next_slot,
+            self.total_loaded]}
         parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in tensors)
                  for name, tensors in held.items()}
         selected, loaded, row = self.total_selected, self.total_loaded.item(), host[0, 0, 0]
@@ -320,26 +326,25 @@ class SentenceKVCache:
                 "hit_rate": 1 - loaded / selected if selected else None}
 
 
-def assign_slots(rows, sentences, starts, resident, selected) -> tuple:
+def assign_slots(rows, sentences, starts, n_resident, selected) -> tuple:
     """The row that each slot holds next, that row's sentence, and whether the row must be loaded.
 
-    The slot of a row that is still selected keeps it. The other slots are free, and the i-th of
-    them takes the i-th selected row that has no slot. rows, sentences (H_kv, B) of the slots. Of
-    the sentences (H_kv, S): `starts` the first row, `resident` how many rows are in slots,
-    `selected` how many are selected -> rows, sentences, missing (H_kv, B)
+    The slot of a row that is still selected keeps it. The other slots are free, and the i-th free
+    slot takes the i-th row to load. rows, sentences (H_kv, B) of the slots. starts, n_resident and
+    selected (H_kv, S) of the sentences, counted in rows -> rows, sentences, missing (H_kv, B)
 
     >>> assign_slots(rows=torch.tensor([[5, 8, 4]]), sentences=torch.tensor([[0, 1, 0]]),
-    ...     starts=torch.tensor([[4, 8, 12]]), resident=torch.tensor([[2, 1, 0]]),
+    ...     starts=torch.tensor([[4, 8, 12]]), n_resident=torch.tensor([[2, 1, 0]]),
     ...     selected=torch.tensor([[0, 2, 1]]))  # rows 8, 9 and 12
     (tensor([[ 9,  8, 12]]), tensor([[1, 1, 2]]), tensor([[ True, False,  True]]))
     """
     ends = starts + selected
     free = rows >= ends.gather(-1, sentences)
-    turn = free.cumsum(dim=-1)  # the free slots are numbered from 1
-    lacking = (selected - resident).clamp(min=0).cumsum(dim=-1)  # so are the rows without a slot
-    # The turn-th such row is in the first sentence up to whose end there are `turn` of them.
-    sentence = torch.searchsorted(lacking, turn).clamp(max=selected.shape[-1] - 1)
-    row = (ends - lacking).gather(-1, sentence) + turn - 1
-    missing = free & (turn <= lacking[:, -1:])
+    number = free.cumsum(dim=-1)  # of a free slot, from 1, and of the row that it takes
+    up_to = (selected - n_resident).clamp(min=0).cumsum(dim=-1)  # rows to load, to a sentence's end
+    sentence = torch.searchsorted(up_to, number).clamp(max=selected.shape[-1] - 1)
+    # The rows to load are the last selected ones of their sentence: count back from its end.
+    row = (ends - up_to).gather(-1, sentence) + number - 1
+    missing = free & (number <= up_to[:, -1:])
     rows = torch.where(missing, row, rows.masked_fill(free, NO_ROW))
     return rows, torch.where(free, sentence, sentences), missing

@@ -1,7 +1,7 @@
 """Answer a prompt of several thousand tokens: `python generate.py --prompt file.txt`.
 
 The loop comes first: prefill, then decode token by token. Then the sampler, the stage timer and the
-command line. This file joins the others, and knows nothing of the insides of caches or files.
+command line. This file joins the others. It does not know how they work.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-# For torch: CPU threads soon sleep while they wait. One that spins can hold up what it waits for.
+# For torch: waiting CPU threads sleep early. Busy waiting can delay the thread they wait for.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
@@ -28,7 +28,7 @@ from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
 from weights.download import download
 from weights.tokenizer import Tokenizer
 
-OTHER = "projections, MLP, norms"  # in the report: what is in no stage of its own
+OTHER = "projections, MLP, norms"  # in the report: the time in no named stage
 
 
 def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=iter) -> int:
@@ -52,25 +52,25 @@ def generate(model, cache, token: int, detokenize, sample, stop: set, max_new_to
         if token in stop or count == max_new_tokens:
             return
         with timer("decode"):
-            seal_finished(cache, sentences, piece)
-            token = sample(next_logits(model, cache, token, decode))
+            token = sample(next_logits(model, cache, sentences, token, piece, decode))
 
 
 def seal_finished(cache, sentences: SentenceStream, piece: str):
-    """Seal the sentences that have ended before `piece`, whose token is decoded next."""
+    """Seal the sentences that ended before `piece`, whose token is decoded next."""
     for length in sentences.push(piece):
         cache.seal(length)
 
 
-def next_logits(model, cache, token: int, decode=None) -> torch.Tensor:
-    """Decode one token. Returns the logits (V,) of the next."""
+def next_logits(model, cache, sentences, token: int, piece: str, decode=None) -> torch.Tensor:
+    """Seal what ended before the token, then decode it. Returns the logits (V,) of the next one."""
+    seal_finished(cache, sentences, piece)
     ids = torch.tensor([token], device=model.embed_tokens.weight.device)
     return model.logits((decode or model.decode)(ids, cache))[0]
 
 
 def make_cache(name: str, config: SentenceKVConfig, model_config: LlamaConfig, spans: list,
                max_new_tokens: int, device, dtype, stage=nullcontext):
-    """An empty cache, "full" or "sentencekv", for a prompt whose sentences are `spans`."""
+    """An empty cache for a prompt with these sentences: a FullCache if `name` is "full"."""
     if name == "full":
         return FullCache(model_config, spans[-1][1] + max_new_tokens, device, dtype, stage)
     return SentenceKVCache(config, model_config, spans, max_new_tokens, device, dtype, stage)
@@ -92,22 +92,22 @@ def sampler(temperature: float, top_p: float, seed: int, device):
 
 
 class GraphedDecode:
-    """`Llama.decode` as one CUDA graph, replayed for every token: a token is a thousand kernels,
-    and to launch most of them takes longer than to run them. The graph repeats them on the same
+    """`Llama.decode` as one CUDA graph, replayed for every token: a token launches about a thousand
+    kernels, and launching takes longer than running them. The graph repeats them on the same
     addresses, so it is captured again for another cache, and when the table of sentences grows."""
 
     def __init__(self, model):
         self.model = model
         self.ids = torch.zeros(1, dtype=torch.long, device=model.embed_tokens.weight.device)
         self.position = torch.zeros_like(self.ids)
-        self.graph = self.captured = self.states = None
+        self.warm, self.graph, self.captured, self.states = False, None, None, None
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        if self.captured is None:  # decode the first token plainly: kernels are compiled in it
-            self.captured = ()
+        if not self.warm:  # kernels are compiled while the first token is decoded
+            self.warm = True
             return self.model.decode(self.ids, cache)
         if self.captured != (cache, cache.table.capacity):
             self.captured, self.graph = (cache, cache.table.capacity), torch.cuda.CUDAGraph()
@@ -121,14 +121,13 @@ class GraphedDecode:
 class StageTimer:
     """Milliseconds by stage: CUDA events on a GPU, read once at the end; a clock on a CPU.
 
-    A stage opened inside another is a part of it. On a GPU this is the time of the computing
-    stream: a copy beside it costs nothing here.
+    A stage opened inside another is a part of it. Copies on another GPU stream are not counted.
     """
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
         self.clock = "CUDA events" if self.cuda else "perf_counter"
-        self.open, self.spans = [], []
+        self.open, self.intervals = [], []
 
     def mark(self):
         if not self.cuda:
@@ -145,24 +144,24 @@ class StageTimer:
             yield
         finally:
             self.open.pop()
-            self.spans.append((path, start, self.mark()))
+            self.intervals.append((path, start, self.mark()))
 
     def totals(self) -> dict:
         """Stage -> {part: ms}, with OTHER and `total`."""
         if self.cuda:
             torch.cuda.synchronize()
         totals = {}
-        for (name, *part), start, end in self.spans:
+        for (name, *part), start, end in self.intervals:
             ms = start.elapsed_time(end) if self.cuda else (end - start) * 1e3
-            stage = totals.setdefault(name, {OTHER: 0.0, "total": 0.0})
-            shares = {part[0]: ms, OTHER: -ms} if part else {OTHER: ms, "total": ms}
-            for key, share in shares.items():
-                stage[key] = stage.get(key, 0.0) + share
+            stage, part = totals.setdefault(name, {}), part[0] if part else "total"
+            stage[part] = stage.get(part, 0.0) + ms
+        for stage in totals.values():
+            stage[OTHER] = 2 * stage["total"] - sum(stage.values())  # the total minus its parts
         return totals
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message):  # which would exit
         raise ValueError(message)
 
 
@@ -176,14 +175,14 @@ def options() -> Parser:
     parser.add_argument("--model", type=Path, help="Llama folder (SmolLM2-135M-Instruct)")
     add("--cache", "sentencekv", "where keys and values are kept", choices=("sentencekv", "full"))
     add("--token-budget", defaults.token_budget, "tokens attended to while decoding", type=int)
-    add("--keep-factor", defaults.keep_factor, "budgets to keep; the paper: 1 to 5", type=float)
+    add("--keep-factor", defaults.keep_factor, "budgets of tokens kept, paper: 1 to 5", type=float)
     add("--sink-tokens", defaults.sink_tokens, "first tokens, always attended to", type=int)
     add("--recent-window", defaults.recent_window, "last tokens, always attended to", type=int)
-    add("--score", defaults.score, "ranks the sentences; the paper: mean_query", choices=SCORES)
+    add("--score", defaults.score, "score of a sentence; the paper: mean_query", choices=SCORES)
     add("--max-new-tokens", 256, "write no more than this", type=int)
     add("--temperature", 0.0, "0 takes the most likely token", type=float)
-    add("--top-p", 1.0, "sample among the most likely tokens up to this share", type=float)
-    add("--seed", 0, "of the samples", type=int)
+    add("--top-p", 1.0, "nucleus sampling: up to this cumulative probability", type=float)
+    add("--seed", 0, "random seed for sampling", type=int)
     add("--device", "auto", "auto, cpu, cuda, cuda:1, …")
     add("--dtype", "auto", "auto: bfloat16 where the hardware computes in it",
         choices=("auto", "float32", "bfloat16", "float16"))
@@ -195,7 +194,7 @@ def options() -> Parser:
 
 
 def parse(arguments=None) -> argparse.Namespace:
-    """ValueError for a value that is out of range."""
+    """Raises ValueError for a value that is out of range."""
     args = options().parse_args(arguments)
     for name, good in (("max_new_tokens", args.max_new_tokens >= 1),
                        ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1e3),
@@ -221,7 +220,7 @@ def read_text(path: str | Path) -> str:
         raise ValueError(f"cannot read {name}: {error.strerror}") from None
     if not text.strip():
         raise ValueError(f"{name} is empty")
-    return text.removesuffix("\n").removesuffix("\r")  # an editor's: it would change the answer
+    return text.removesuffix("\n").removesuffix("\r")  # an editor's last newline
 
 
 def check_cuda_graph(device: torch.device):
@@ -232,7 +231,7 @@ def check_cuda_graph(device: torch.device):
 
 
 def check_positions(n_prompt: int, n_new: int, config: LlamaConfig):
-    """ValueError if the model has fewer positions."""
+    """Raises ValueError if prompt and new tokens exceed the model's positions."""
     needed, positions = n_prompt + n_new, config.max_position_embeddings
     if needed > positions:
         raise ValueError(f"{n_prompt} prompt tokens + {n_new} new ones = {needed}, and the model"

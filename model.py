@@ -2,7 +2,7 @@
 
 Attention asks a cache for the keys and values to attend to: all of them (`FullCache`, below) or
 those of a few sentences (`cache.SentenceKVCache`). It does not know which of the two. This file
-knows nothing of text, files, sentences or the command line.
+knows nothing of text, files or the command line.
 
 Shapes, here and in all files (one prompt at a time, so there is no batch dimension):
     T tokens, H query heads, H_kv key/value heads, G = H // H_kv query heads that share one,
@@ -20,7 +20,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The fields of `config.json` that decide the computation, under their Hugging Face names."""
+    """The fields of `config.json` that matter here, under their Hugging Face names."""
 
     vocab_size: int
     hidden_size: int
@@ -43,13 +43,13 @@ class LlamaConfig:
 
 
 def rope_frequencies(config: LlamaConfig, device) -> torch.Tensor:
-    """The angle in radians by which a position turns each pair of channels, float32 (D/2,)."""
+    """The angle in radians per position of each pair of channels, float32 (D/2,)."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     frequency = config.rope_theta ** (-exponent / config.head_dim)
     if config.rope_scaling is None:
         return frequency
-    # Llama 3.1: what turns `low` times or less within the original context is slowed by `factor`,
-    # what turns `high` times or more is left alone, and between the two it blends.
+    # Llama 3.1: frequencies of at most `low` turns in the original context are divided by `factor`,
+    # those of at least `high` turns are unchanged, and between the two it interpolates.
     scaling = config.rope_scaling
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -61,13 +61,13 @@ def rope_table(config: LlamaConfig, positions: torch.Tensor, dtype) -> tuple:
     """cos and sin (T, D) of every position's angles, for `apply_rope`. RoFormer, 2104.09864."""
     angles = positions[:, None].float() * rope_frequencies(config, positions.device)  # (T, D/2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    # (a, b) becomes (a cos - b sin, b cos + a sin). The minus is stored with the sine.
+    # (a, b) becomes (a cos - b sin, b cos + a sin). The sine table holds the minus sign.
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the channel pairs (i, i + D/2) of x (heads, T, D) by the angles of their positions."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin  # `roll` swaps a and b
 
 
 class Attention(nn.Module):
@@ -77,14 +77,14 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
         q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         bias = config.attention_bias
-        # q_proj, k_proj and v_proj in one matrix: it is read faster.
+        # q_proj, k_proj and v_proj in one matrix: one larger product is faster.
         self.qkv_proj = nn.Linear(config.hidden_size, q_size + 2 * kv_size, bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias)
 
     def qkv(self, x, rope):
         """x (T, hidden) -> q (H, T, D), k and v (H_kv, T, D), with RoPE in q and k."""
-        qkv = linear(x, self.qkv_proj).view(x.shape[0], -1, self.head_dim).transpose(0, 1)
-        qk, v = qkv[: -self.n_kv_heads], qkv[-self.n_kv_heads :]
+        qkv = project(x, self.qkv_proj).view(x.shape[0], -1, self.head_dim).transpose(0, 1)
+        qk, v = qkv[: -self.n_kv_heads], qkv[-self.n_kv_heads :]  # qk (H + H_kv, T, D)
         qk = apply_rope(qk, *rope)
         return qk[: self.n_heads], qk[self.n_heads :], v
 
@@ -97,18 +97,17 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]  # (H, T, D)
         cache.prefill(self.layer, q, k, v)
-        return linear(out.transpose(0, 1).flatten(1), self.o_proj)
+        return project(out.transpose(0, 1).flatten(1), self.o_proj)
 
     def decode(self, x, rope, cache):
         """One token attends to what the cache returns, x (1, hidden) -> (1, hidden)."""
-        return linear(self.attend(*self.qkv(x, rope), cache), self.o_proj)
+        return project(self.attend(*self.qkv(x, rope), cache), self.o_proj)
 
     def attend(self, q, k, v, cache):
         """q (H, 1, D), k and v (H_kv, 1, D) of one token -> (1, H * D)."""
         keys, values, mask = cache.decode(self.layer, q, k, v)
         with cache.stage("attention"):
-            # The G query heads of a group take the place of G query positions: so each key is
-            # read once, and never repeated for the query heads.
+            # The G query heads that share a key become G query positions: it is read once.
             grouped = q.view(len(k), -1, self.head_dim)  # (H_kv, G, D)
             mask = None if mask is None else mask[None]  # the fused kernels want four dimensions
             out = F.scaled_dot_product_attention(
@@ -124,8 +123,8 @@ class MLP(nn.Module):  # SwiGLU, arXiv 2002.05202
         self.down_proj = nn.Linear(inner, hidden, bias)
 
     def forward(self, x):
-        gate, up = linear(x, self.gate_up_proj).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self.down_proj)
+        gate, up = project(x, self.gate_up_proj).chunk(2, dim=-1)
+        return project(F.silu(gate) * up, self.down_proj)
 
 
 class Block(nn.Module):
@@ -141,10 +140,10 @@ class Block(nn.Module):
     def forward(self, x, attend):
         """`attend` is the attention's `prefill` or `decode` with its other arguments bound."""
         x = x + attend(self.input_layernorm(x))
-        # A long prompt's activations are widest in the MLP. Slices bound the memory they need.
+        # A long prompt's activations take the most memory in the MLP. Slices bound it.
         for start in range(0, x.shape[0], self.mlp_slice):
             part = x[start : start + self.mlp_slice]
-            part += self.mlp(self.post_attention_layernorm(part))
+            part += self.mlp(self.post_attention_layernorm(part))  # in place: `part` is a view
         return x
 
 
@@ -161,7 +160,7 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, cache, progress=iter) -> torch.Tensor:
-        """Read the prompt, ids (T,), layer by layer. Returns the final states (T, hidden)."""
+        """Read the prompt, ids (T,) -> (T, hidden). `progress` wraps the layers, as tqdm does."""
         x = self.embed_tokens(ids)  # (T, hidden)
         rope = rope_table(self.config, torch.arange(len(ids), device=ids.device), x.dtype)
         for block in progress(self.layers):
@@ -187,12 +186,12 @@ class Llama(nn.Module):
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(n, hidden) -> (n, vocab). Prefill needs those of its last state alone."""
-        return linear(states, self.lm_head)
+        return project(states, self.lm_head)
 
 
 class FullCache:
-    """The cache of a plain Llama: every key and value stays on the device. And the protocol, which
-    is what attention and the loop in `generate.py` expect of any cache:
+    """The cache of a plain Llama: every key and value stays on the device. It also documents the
+    protocol, what attention and `generate.py` expect of a cache:
 
     num_tokens                    tokens that all layers have seen: the position of the next one
     prefill(layer, q, k, v)       takes q (H, T, D), k and v (H_kv, T, D) of a layer's whole prompt
@@ -200,15 +199,15 @@ class FullCache:
                                   keys and values (H_kv, n, D) to attend to, the token's own among
                                   them, and a mask (H_kv, 1, n), True where to attend, or None
     advance(n_tokens)             all layers have seen `n_tokens` more: the prompt, or one token
-    seal(length)                  between two tokens: the first `length` after the last sealed
-                                  sentence are a sentence
+    seal(length)                  called between two tokens: the next `length` tokens that are in
+                                  no sentence yet form one
     report()                      bytes held and moved
     stage(name)                   a context manager around a stage to be timed
     """
 
     def __init__(self, model_config, max_tokens: int, device, dtype, stage=nullcontext):
         self.stage, self.num_tokens = stage, 0
-        layers, heads, dim = model_config.kv_shape
+        layers, heads, dim = model_config.kv_shape  # kv (L, H_kv, max_tokens, 2, D)
         self.kv = torch.zeros(layers, heads, max_tokens, 2, dim, device=device, dtype=dtype)
 
     def prefill(self, layer: int, q, k, v):
@@ -232,24 +231,24 @@ class FullCache:
                 "selected_bytes": 0, "loaded_bytes": 0, "hit_rate": None}
 
 
-def linear(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    """`layer(x)`, x (n, in) -> (n, out), with a faster way for one token on a CPU.
+def project(x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
+    """`projection(x)`, x (n, in) -> (n, out), with a faster way for one token on a CPU.
 
-    One token takes as long as reading the weights takes. In float32 PyTorch leaves a matrix times a
-    vector to one thread, which cannot read at the memory's speed; a batch of such products it
-    shares out, so here each thread gets a block of rows. In 16 bits, the library behind PyTorch's
-    products (oneDNN) rearranges the weights for every token; PyTorch's own kernel does not.
+    One token is bandwidth bound. In float32, a matrix times a vector runs on one thread, which does
+    not reach the memory's bandwidth; a batched product runs on all threads, so each gets a block of
+    rows. In 16 bits, oneDNN (the library behind PyTorch's products) rearranges the weights for
+    every token; PyTorch's own kernel does not.
     """
     if x.is_cuda or x.shape[0] > 1:
-        return layer(x)
+        return projection(x)
     if x.dtype == torch.float32:
-        n_blocks = math.gcd(layer.out_features, torch.get_num_threads())
-        blocks = layer.weight.unflatten(0, (n_blocks, -1))  # (blocks, rows, in)
+        n_blocks = math.gcd(projection.out_features, torch.get_num_threads())
+        blocks = projection.weight.view(n_blocks, -1, x.shape[1])  # (blocks, rows, in)
         out = (blocks @ x.mT.expand(n_blocks, -1, -1)).view(1, -1)
-        return out if layer.bias is None else out + layer.bias
+        return out if projection.bias is None else out + projection.bias
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False
     try:
-        return layer(x)
+        return projection(x)
     finally:
         torch.backends.mkldnn.enabled = before

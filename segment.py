@@ -1,8 +1,7 @@
 r"""Text to sentences to token spans.
 
-It knows text and the pieces of text that tokens add; no tokenizer, no tensor and no model. Other
-files call `token_spans` for the prompt and `SentenceStream` for the text that the model writes.
-These are part 1. You may skip parts 2 and 3, which say where a sentence ends.
+It knows text and the pieces of text that tokens add; no tokenizer, tensor or model. Other files use
+part 1. You may skip parts 2 and 3, which say where a sentence ends.
 
 >>> marked("Dr. Smith paid $3.50 to www.x.com. He left!\n\nSigned\n\n你好。再见。")
 'Dr. Smith paid $3.50 to www.x.com. |He left!\n\n|Signed\n\n|你好。|再见。'
@@ -13,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from itertools import accumulate, pairwise
 
 import regex
+
+BEFORE, AFTER = 200, 12  # the rules see this many characters before a gap and after it
 
 
 # Part 1: sentences of tokens.
@@ -30,11 +31,10 @@ def token_spans(pieces: Iterable[str], limit: int = 128) -> list[tuple[int, int]
 class SentenceStream:
     """The same sentences, one token at a time.
 
-    A piece is the text that one token adds. It belongs to the sentence of its first character that
-    is not white space; white space belongs to the sentence before it, and "", which a token adds
-    that only begins a character, to the sentence of that character. An end is told when
-    the first token after it is pushed; after an abbreviation, before a small letter and before a
-    list marker a token later, when the next word is complete.
+    A piece is the text that one token adds. A token belongs to the sentence of its first character
+    that is not white space. A token of white space belongs to the sentence before it, and a token
+    of an incomplete character (its piece is "") to the sentence of that character. `push` reports
+    an end with the next token, or with the one after it if a rule needs the whole next word.
 
     >>> stream = SentenceStream()
     >>> [stream.push(piece) for piece in ["Hi", "!", " It", " is", " me", "."]], stream.finish()
@@ -43,23 +43,23 @@ class SentenceStream:
 
     def __init__(self, limit: int = 128):
         if limit < 1:
-            raise ValueError(f"limit is {limit}, the least is 1")
+            raise ValueError(f"limit is {limit}, must be at least 1")
         self.limit = limit
         self.text = ""  # the open sentence, and the BEFORE characters before it
         self.firsts: list[int] = []  # where in the text each token of the open sentence begins
 
     def push(self, piece: str) -> list[int]:
         """Add a token; return the lengths of the sentences found to have ended before it."""
-        # Look again at the last token, as an end inside it is told only when another follows, and
-        # at the AFTER characters before it, as a rule may have needed more text.
+        # Look again at the last token, as an end inside it is reported only when another follows,
+        # and at the AFTER characters before it, as a rule may have needed more text.
         last = self.firsts[-1] if self.firsts else 0
         start = len(self.text[: max(0, last - AFTER)].rstrip())
-        space = 0 if piece.isspace() else len(piece) - len(piece.lstrip())
-        self.firsts.append(len(self.text) + space)
+        n_spaces = 0 if piece.isspace() else len(piece) - len(piece.lstrip())
+        self.firsts.append(len(self.text) + n_spaces)
         self.text += piece
         counts = {bisect_left(self.firsts, end) for end in find_ends(self.text, start)}
-        counts -= {0, len(self.firsts)}  # 0: told before; all: told with the next token
-        lengths = [self._take(end - start) for start, end in pairwise([0, *sorted(counts)])]
+        counts -= {0, len(self.firsts)}  # 0: reported before; all: reported with the next token
+        lengths = [self._take(b - a) for a, b in pairwise([0, *sorted(counts)])]
         if len(self.firsts) > self.limit:
             lengths.append(self._take(self._cut()))
         return lengths
@@ -69,7 +69,7 @@ class SentenceStream:
         return [self._take(len(self.firsts))] if self.firsts else []
 
     def _take(self, tokens: int) -> int:
-        """Forget so many tokens, and the text that no rule looks at any more."""
+        """Remove the first `tokens` tokens, and the text that no rule looks at any more."""
         drop = max(0, [*self.firsts, len(self.text)][tokens] - BEFORE)
         self.text = self.text[drop:]
         self.firsts = [first - drop for first in self.firsts[tokens:]]
@@ -85,13 +85,11 @@ class SentenceStream:
         return self.limit
 
 
-# Best after a comma, then after a line end, then after a space. With (?r), `match` looks at the end.
+# Best after [,;:—], then after a line end, then after a space. With (?r), `match` looks backwards.
 CUTS = [regex.compile(f"(?r){cut}") for cut in (r"[,;:—]\s+|[，、；：]\s*", r"\n\s*", r"\s+", "")]
 
+
 # Part 2: sentences of a text. A gap is the white space, or "", that may be between two.
-BEFORE, AFTER = 200, 12  # the rules see so many characters before a gap and after it
-
-
 def sentence_ends(text: str) -> list[int]:
     """Offsets at which the sentences of `text` end; each owns the white space after it."""
     return [*find_ends(text), len(text)] if text else []
@@ -103,14 +101,13 @@ def marked(text: str) -> str:
 
 
 def find_ends(text: str, start: int = 0) -> Iterator[int]:
-    for gap in GAP.finditer(text, start):
-        a, b = gap.span()
-        if is_end(text[max(0, a - BEFORE) : a], gap[0], text[b : b + AFTER]):
+    for a, b in (gap.span() for gap in GAP.finditer(text, start)):
+        if is_end(text[max(0, a - BEFORE) : a], text[a:b], text[b : b + AFTER]):
             yield b
 
 
 def is_end(before: str, gap: str, after: str) -> bool:
-    """Whether a sentence ends at a gap. Longer `after` may turn no into yes, never yes into no."""
+    """Whether a sentence ends at a gap. A longer `after` can change no to yes, but never back."""
     if starts_item(before, after) or ends_line(before, gap, after):
         return True
     if WIDE_END.match(before) and not GOES_ON.match(after):
@@ -129,8 +126,8 @@ def starts_item(before: str, after: str) -> bool:
 
 
 def ends_line(before: str, gap: str, after: str) -> bool:
-    """An empty line, or a line end unless the line may be wrapped: it is about as long as a line
-    of a book, no heading and no code, and no list item, quotation, code or log line follows."""
+    """An empty line ends a sentence. A line end does too, unless the line seems wrapped: as long as
+    a line of a book, no heading, no code, and no list item, quotation, code or log line follows."""
     line = before.rpartition("\n")[2]
     wrapped = (gap.count("\n") == 1 and 40 <= len(line) <= 100 and not line.startswith("#")
                and not line.endswith(("{", "}", ":", "\\", ");", "];")) and not ITEM.match(after)
@@ -143,8 +140,8 @@ def one_holds(rules: dict, before: str, after: str) -> bool:
     return any(ends.match(before) and begins.match(after) for ends, begins in patterns)
 
 
-# Part 3: words, marks and rules. In a pattern, \p{..} is a kind of character: L letter, Ll small
-# letter, Lu capital, N number, Pe and Pf closing bracket and quotation mark.
+# Part 3: words, marks and rules. In a pattern, \p{..} is a kind of character: L letter, Lu capital,
+# Ll lowercase, N number, Pe and Pf closing bracket and quotation mark.
 WORDS = {
     "titles": "Mr|Mrs|Ms|Mx|Drs?|Prof|St|Mt|Ft|Gen|Col|Maj|Capt|Cmdr|Lt|Sgt|Cpl|Adm|Sen|Rep|Gov|"
     r"Pres|Rev|Hon|Messrs|Mme|Mlle|Fr|Hrn?|Sra|Srta|Dña|Sig|Dott|Ing|dhr|mevr|vs|cf|viz|e\.g|i\.e|"
@@ -194,9 +191,9 @@ INSIDE = {  # no sentence ends
         'Well ... I think so... |"He [...] agreed [...]" (Smith 55).'),
     "before another mark": ("[.!?…]", "[.!?…,:;]", "Wait . . . . |Go on."),
     "before what closes": ("", r"\p{Pe}|[»›”](?!\w)", "« Oui ! » |Il part."),
-    "between ! or dots and a small letter": (
+    "between ! or dots and a lowercase letter": (
         r"[!…]|\.\.", r"\p{Ll}", "She works at Yahoo! in London... |Oh! |She does."),
-    "between a quotation and a small letter": (
+    "between a quotation and a lowercase letter": (
         r"[.!?…;][^\s\w.!?]{1,8}", r"[\p{Ll}—–]", '"Why?" he said. |"Why?" |He knew.'),
     "after the marker of a list item": (
         rf"(?:^|[\n{BULLETS}])[^\S\n]{{0,20}}(?:\d{{1,3}}|\p{{L}}|[IVXivx]{{1,5}})[.)]{{1,2}}",

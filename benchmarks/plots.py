@@ -37,7 +37,7 @@ STYLES = {  # method: name in pictures, colour, marker, line
     "sentencekv:sink_tokens=32": ("SentenceKV, 32 sinks", BLUE, "p", "--"),
     "sentencekv, graph": ("SentenceKV, CUDA graph", BLUE, "d", "--"),
     "last_query": ("newest query alone", BLUE, "<", "--"),
-    "best_sentences": ("best sentences (ceiling)", "black", "*", "--"),
+    "best_sentences": ("best by true attention", "black", "*", "--"),
     "transformers": ("transformers", VERMILION, "X", "-"),
 }
 

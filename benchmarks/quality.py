@@ -229,8 +229,7 @@ class Bench:
         recording.replay(witness)
         sentences = SentenceStream(LIMIT)
         for i in range(n_prompt, len(ids)):
-            seal_finished(witness, sentences, pieces[i])
-            next_logits(self.model, witness, ids[i])
+            next_logits(self.model, witness, sentences, ids[i], pieces[i])
         for method, seen in zip(methods, witness.seen):
             for layer, pairs in enumerate(seen):
                 yield method, layer, mean(m for m, _ in pairs), mean(e for _, e in pairs)
@@ -382,14 +381,14 @@ def run_answers(args, bench, methods, results):
 def book_tokens(args, bench) -> list[tuple[str, list[int]]]:
     """(name, ids) of each book: `--length` tokens from its middle, and the new ones after them."""
     if args.new_tokens < 2:
-        raise ValueError(f"--new-tokens is {args.new_tokens}, the least is 2")
+        raise ValueError(f"--new-tokens is {args.new_tokens}, must be at least 2")
     books = []
     for path in args.data[: args.limit]:
         text = read_text(path)
         middle = text[len(text) // 3 : len(text) // 3 + 8 * (args.length + args.new_tokens)]
         ids = bench.tokenizer.encode(middle, add_bos=True)[: args.length + args.new_tokens]
         if len(ids) < args.length + 2:
-            raise ValueError(f"{path} has {len(ids)} tokens after its first third, the least is"
+            raise ValueError(f"{path} has {len(ids)} tokens after its first third, and needs at least"
                              f" {args.length + 2}: --length and two to read on")
         check_positions(args.length, len(ids) - args.length, bench.model.config)
         books.append((path.stem, ids))

@@ -41,7 +41,6 @@ from generate import (
     next_logits,
     prefill,
     read_text,
-    seal_finished,
 )
 from model import Llama
 from segment import SentenceStream, token_spans
@@ -152,8 +151,8 @@ class Ours:
     def prefill(self):
         dtype = self.model.embed_tokens.weight.dtype
         room = len(self.text.ids) - self.length
-        self.cache = make_cache(self.method, self.settings, self.model.config, self.spans, room,
-                                self.device, dtype)
+        self.cache = make_cache("full" if self.method == "full" else "sentencekv", self.settings,
+                                self.model.config, self.spans, room, self.device, dtype)
         prefill(self.model, self.cache, self.text.ids[: self.length],
                 lambda logits: logits.argmax().item())
         self.at, self.sentences = self.length, SentenceStream(self.settings.sentence_limit)
@@ -162,8 +161,8 @@ class Ours:
             self.decode = GraphedDecode(self.model)
 
     def step(self):
-        seal_finished(self.cache, self.sentences, self.text.pieces[self.at])
-        next_logits(self.model, self.cache, self.text.ids[self.at], self.decode).argmax().item()
+        next_logits(self.model, self.cache, self.sentences, self.text.ids[self.at],
+                    self.text.pieces[self.at], self.decode).argmax().item()
         self.at += 1
 
     def warm(self):

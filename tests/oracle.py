@@ -1,7 +1,10 @@
-"""SentenceKV the slow, obvious way: lists and loops, one place for everything, no tiers, no slots.
+"""SentenceKV as a slow reference: lists and loops, all keys and values in one place. Read it first.
 
-It follows the protocol of `model.FullCache` and returns exactly the tokens that the method selects.
-So a model that runs with it shows what `SentenceKVCache` must compute. Read it first.
+A *sentence* is a span (start, end) of token positions. A Llama computes, in each layer, queries q
+(H, T, D), keys k and values v (H_kv, T, D) of T tokens; H // H_kv query heads share a KV head. The
+methods that the model calls are the protocol of `model.FullCache`: `prefill` gets the whole prompt,
+`decode` one token, `advance` counts tokens, and `seal` ends the sentence being written. A test that
+runs a model with this class shows what `cache.SentenceKVCache` must compute.
 """
 
 import math
@@ -15,11 +18,12 @@ class SlowSentenceKV:
 
     def __init__(self, config, model_config, spans):
         self.config, self.spans = config, list(spans)
-        self.kv = [[] for _ in range(model_config.num_hidden_layers)]  # [layer][token] -> (k, v)
-        self.kept = {}  # (layer, head) -> positions kept of the prompt
-        self.queries = [[] for _ in self.kv]  # of the sentence being written
+        self.n_prompt = spans[-1][1]
+        self.kv = [[] for _ in range(model_config.num_hidden_layers)]  # [layer][position] -> (k, v)
+        self.kept = {}  # (layer, KV head) -> positions kept of the prompt
+        self.queries = [[] for _ in self.kv]  # [layer], of the sentence being written
         self.num_tokens = 0
-        self.selected = []  # positions fetched, step by step
+        self.selected = []  # positions selected, for every token, layer and head
 
     def prefill(self, layer, q, k, v):
         n_tokens = k.shape[1]
@@ -28,6 +32,7 @@ class SlowSentenceKV:
             self.kept[layer, head] = self.keep(q, k, head, n_tokens)
 
     def keep(self, q, k, head, n_tokens):
+        """The ⌊r · τ⌋ positions that the last queries of the prompt attend to most."""
         config = self.config
         n_kept = min(n_tokens, config.keep_factor * config.token_budget)
         if n_kept == n_tokens:
@@ -49,8 +54,6 @@ class SlowSentenceKV:
         return kept
 
     def advance(self, n_tokens):
-        if self.num_tokens == 0:
-            self.n_prompt = n_tokens
         self.num_tokens += n_tokens
 
     def seal(self, length):
@@ -59,39 +62,43 @@ class SlowSentenceKV:
         self.queries = [[] for _ in self.kv]
 
     def tokens_of(self, span, layer, head):
-        """Kept positions of a sentence. What the model wrote itself is kept whole."""
+        """Kept positions of a sentence. What the model writes itself is kept whole."""
         return [i for i in range(*span) if i >= self.n_prompt or i in self.kept[layer, head]]
 
     def decode(self, layer, q, k, v):
+        """Keys and values of the positions that each head attends to, and a mask over the longest."""
         self.kv[layer].append((k[:, 0], v[:, 0]))
         self.queries[layer].append(q[:, 0])
-        chosen = [self.attended(layer, head, len(q) // len(k)) for head in range(len(k))]
-        longest = max(map(len, chosen))
+        attended = [self.attended(layer, head, len(q) // len(k)) for head in range(len(k))]
+        longest = max(map(len, attended))
         keys, values = k.new_zeros(2, len(k), longest, k.shape[-1])
         mask = torch.zeros(len(k), 1, longest, dtype=torch.bool, device=k.device)
-        for head, positions in enumerate(chosen):
-            for slot, i in enumerate(positions):
-                keys[head, slot], values[head, slot] = (x[head] for x in self.kv[layer][i])
-                mask[head, 0, slot] = True
+        for head, positions in enumerate(attended):
+            for j, i in enumerate(positions):
+                keys[head, j], values[head, j] = (x[head] for x in self.kv[layer][i])
+                mask[head, 0, j] = True
         return keys, values, mask
 
     def attended(self, layer, head, group):
+        """Positions: the sinks, the best sentences within the budget, the recent window."""
         config, n = self.config, self.num_tokens + 1
         sinks = list(range(min(config.sink_tokens, self.n_prompt)))
-        room = config.token_budget - len(sinks)
-        start = min(n - config.recent_window, self.spans[-1][1])
-        start = max(start, n - room, len(sinks))
+        left = config.token_budget - len(sinks)
+        start = min(n - config.recent_window, self.spans[-1][1])  # a longer open sentence stays
+        start = max(start, n - left, len(sinks))
         recent = list(range(start, n))
-        fetched = []
+        selected = []
         for span in self.ranking(layer, head, group):
             positions = self.tokens_of(span, layer, head)
-            fetched += [i for i in positions if len(sinks) <= i < start]
-        fetched = fetched[: min(room - len(recent), config.selected_rows)]
-        self.selected.append(fetched)
-        assert len(sinks + fetched + recent) <= config.token_budget
-        return sinks + fetched + recent
+            selected += [i for i in positions if len(sinks) <= i < start]
+        most = config.token_budget - config.sink_tokens - config.recent_window
+        selected = selected[: min(left - len(recent), most)]
+        self.selected.append(selected)
+        assert len(sinks + selected + recent) <= config.token_budget
+        return sinks + selected + recent
 
     def ranking(self, layer, head, group):
+        """The sentences of which this head keeps a token, the best first."""
         ours = slice(head * group, (head + 1) * group)
         queries = torch.stack(self.queries[layer])[:, ours]  # (n, G, D)
         spans = [s for s in self.spans if self.tokens_of(s, layer, head)]
@@ -101,13 +108,17 @@ class SlowSentenceKV:
         if self.config.score == "mean_query":
             scores = vectors @ queries.mean(dim=(0, 1))
         else:
-            lengths = torch.tensor([float(len(k)) for k in keys], device=vectors.device)
-            logits = queries @ vectors.T / math.sqrt(vectors.shape[-1])
-            if self.config.score == "gaussian":
-                variances = torch.stack([k.var(0, correction=0).mean() for k in keys])
-                logits += queries.square().sum(-1, keepdim=True) * variances / (2 * vectors.shape[-1])
-            attention = (logits + lengths.log()).softmax(-1)
-            if self.config.score == "gaussian":
-                attention /= lengths
-            scores = attention.sum(dim=(0, 1))
+            scores = self.attention_of(queries, vectors, keys)
         return [spans[i] for i in scores.argsort(descending=True).tolist()]
+
+    def attention_of(self, queries, vectors, keys):
+        """The scores `gaussian` (see `sentencekv.gaussian`) and `votes` (see `benchmarks.scores`)."""
+        lengths = torch.tensor([float(len(k)) for k in keys], device=vectors.device)
+        logits = queries @ vectors.T / math.sqrt(vectors.shape[-1])  # (n, G, S)
+        if self.config.score == "gaussian":
+            variances = torch.stack([k.var(0, correction=0).mean() for k in keys])
+            logits += queries.square().sum(-1, keepdim=True) * variances / (2 * vectors.shape[-1])
+        attention = (logits + lengths.log()).softmax(-1)
+        if self.config.score == "gaussian":
+            attention /= lengths
+        return attention.sum(dim=(0, 1))

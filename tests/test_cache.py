@@ -393,14 +393,14 @@ def test_slots_hold_what_is_wanted_and_only_what_is_not_there_moves(data):
     starts = (ends - torch.tensor(lengths)).expand(n_heads, -1).contiguous()
     rows = torch.full((n_heads, n_slots), NO_ROW)
     sentences = torch.zeros_like(rows)
-    resident = torch.zeros(n_heads, n, dtype=torch.long)
+    n_resident = torch.zeros(n_heads, n, dtype=torch.long)
     for _ in range(data.draw(st.integers(1, 5))):
         scores = torch.tensor([data.draw(st.permutations(range(n))) for _ in range(n_heads)])
         there = torch.tensor([data.draw(st.integers(0, length)) for length in lengths])
         room = torch.tensor([data.draw(st.integers(0, n_slots))])
         selected = select_rows(scores, there.expand(n_heads, -1), room)
         was_here = rows
-        rows, sentences, missing = assign_slots(rows, sentences, starts, resident, selected)
+        rows, sentences, missing = assign_slots(rows, sentences, starts, n_resident, selected)
         for head in range(n_heads):
             wanted = {row.item() for s in range(n)
                       for row in starts[head, s] + torch.arange(selected[head, s])}
@@ -411,7 +411,7 @@ def test_slots_hold_what_is_wanted_and_only_what_is_not_there_moves(data):
             assert torch.equal(rows[head][stays], was_here[head][stays])
             for row, s in zip(rows[head].tolist(), sentences[head].tolist()):
                 assert row == NO_ROW or 0 <= row - starts[head, s] < selected[head, s]
-        resident = selected
+        n_resident = selected
 
 
 class Watched(SentenceKVCache):
@@ -484,13 +484,13 @@ class Watched(SentenceKVCache):
                 assert torch.equal(slots[slot], seen[positions[row]]), "a slot with another row"
                 held.setdefault(self.slot_sentence[layer, head, slot].item(), []).append(row)
                 assert self.n_sinks <= positions[row] < self.window_read, "read twice"
-        for s, first in enumerate(table.retrievable[layer, head, :-1].tolist()):
-            n = table.resident[layer, head, s].item()
+        for s, first in enumerate(table.starts[layer, head].tolist()):
+            n = table.n_resident[layer, head, s].item()
             assert sorted(held.get(s, [])) == [*range(first, first + n)], "not a sentence's first"
 
     def check_what_moves(self):
         tensors = {id(t): t.data_ptr() for t in tensors_of(self)}
-        lengths = self.table.retrievable.diff(dim=-1)
+        lengths = self.table.n_retrievable
         where = self.table.capacity, tensors, self.recent_start, lengths
         if self.before and self.before[0] == where[0]:
             assert self.before[1] == tensors, "a tensor has moved"
@@ -530,9 +530,10 @@ def the_window_stays_in_its_old_slots(monkeypatch):
 def the_last_rows_of_a_sentence_are_selected(monkeypatch):
     assign = cache_module.assign_slots
 
-    def assign_last(rows, sentences, starts, resident, selected):
+    def assign_last(rows, sentences, starts, n_resident, selected):
         longer = torch.nn.functional.pad(starts, (0, 1), value=int(starts.max()) + 1).diff(dim=-1)
-        return assign(rows, sentences, starts + (longer - selected).clamp(0, 2), resident, selected)
+        starts = starts + (longer - selected).clamp(0, 2)
+        return assign(rows, sentences, starts, n_resident, selected)
 
     monkeypatch.setattr(cache_module, "assign_slots", assign_last)
 
@@ -564,13 +565,13 @@ def empty_slots_are_not_a_number(monkeypatch):
 
 
 def the_scores_move_at_every_seal(monkeypatch):
-    use = SentenceTable.use
+    commit = SentenceTable.commit
 
-    def use_and_move(self, n_rows):
-        use(self, n_rows)
+    def commit_and_move(self, n_rows):
+        commit(self, n_rows)
         self.scores = torch.zeros_like(self.scores)
 
-    monkeypatch.setattr(SentenceTable, "use", use_and_move)
+    monkeypatch.setattr(SentenceTable, "commit", commit_and_move)
 
 
 @pytest.mark.parametrize("mistake", [

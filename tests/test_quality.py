@@ -133,8 +133,8 @@ def test_perplexity_of_everything_is_the_full_cache_s(tiny_folder, book, tmp_pat
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (("--length", 20, "--new-tokens", 1), "--new-tokens is 1, the least is 2"),
-    (("--length", 100000), "the least is 100002"),
+    (("--length", 20, "--new-tokens", 1), "--new-tokens is 1, must be at least 2"),
+    (("--length", 100000), "needs at least 100002"),
 ])
 def test_a_book_that_is_too_short_is_named(tiny_folder, book, capsys, arguments, message):
     assert run("perplexity", "--data", book, "--model", tiny_folder, *arguments) == 2
@@ -209,7 +209,7 @@ def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
     (["--methods", "quest:unit=old"], "method 'quest' remembers by no unit"),
     (["--methods", "sentencekv:score"], "settings are name=value"),
     (["--methods", "sentencekv:colour=red"], "there is no setting 'colour'"),
-    (["--methods", "sentencekv", "--budgets", "36"], "token_budget is 36, the least is 37"),
+    (["--methods", "sentencekv", "--budgets", "36"], "token_budget is 36, must be at least 37"),
     (["--methods", "full", "--generate", "riddles"], "--generate riddles: families are single"),
     (["--methods", "full", "--data", "nowhere"], "cannot read nowhere"),
 ])

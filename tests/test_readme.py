@@ -12,9 +12,25 @@ from test_generate import run_json
 import generate
 
 
-def commands(file):
-    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line.startswith("python generate.py ")]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_picture_comes_first_and_every_link_leads_somewhere():
+    lines = README.splitlines()
+    assert len(lines) <= 180
+    assert any("<picture>" in line for line in lines[:25])
+    for file in ("README.md", "benchmarks/README.md", "weights/README.md", "examples/README.md"):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        links = re.findall(r"\]\(([^)#]+)\)|src(?:set)?=\"([^\"]+)\"", text)
+        for link in filter(None, (a or b for a, b in links)):
+            assert link.startswith("https://") or (ROOT / file).parent.joinpath(link).exists(), link
+
+
+def test_the_reading_table_counts_the_lines():
+    counted = re.findall(r"^\| \d \| \[`(.+?)`\].*?\| (\d+) \|", README, re.MULTILINE)
+    assert len(counted) == 6
+    for file, lines in counted:
+        assert int(lines) == len((ROOT / file).read_text(encoding="utf-8").splitlines()), file
 
 
 def test_every_flag_that_is_mentioned_exists(capsys):
@@ -22,19 +38,18 @@ def test_every_flag_that_is_mentioned_exists(capsys):
         generate.parse(["--help"])
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     for file in ("README.md", "examples/README.md", "weights/README.md"):
-        for line in (ROOT / file).read_text(encoding="utf-8").splitlines():
-            if "generate.py" in line or line.startswith("| `--"):
-                assert set(re.findall(r"--[a-z-]+", line)) <= known, line
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert set(re.findall(r"(?<![\w-])--[a-z-]+", text)) <= known, file
 
 
 def test_the_first_command_answers_as_the_readme_shows(default_folder):
-    (command,) = commands("README.md")
-    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT,
+    (command,) = re.findall(r"generate\.py --prompt .*", README)
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT,
                           capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     answer = done.stdout.strip()
     assert "8.03" in answer
-    assert answer in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert answer in README
 
 
 @pytest.mark.parametrize("cache", ["full", "sentencekv"])

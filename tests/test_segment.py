@@ -167,7 +167,7 @@ def test_spans_tile_the_tokens_within_the_limit(pieces, limit):
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_limit_below_one_is_refused(limit):
-    with pytest.raises(ValueError, match=f"^limit is {limit}, the least is 1$"):
+    with pytest.raises(ValueError, match=f"^limit is {limit}, must be at least 1$"):
         SentenceStream(limit)
 
 

@@ -133,14 +133,14 @@ def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"token_budget": 36}, "token_budget is 36, the least is 37: 4 sinks + 32 recent + 1"),
+    ({"token_budget": 36}, "token_budget is 36, must be at least 37: 4 sinks + 32 last tokens + 1"),
     ({"token_budget": 74, "keep_factor": 1, "observation_window": 70},
-     "token_budget is 74, the least is 75: 4 sinks + 70 recent + 1"),
-    ({"keep_factor": 0.5}, "keep_factor is 0.5, the least is 1"),
-    ({"keep_factor": math.nan}, "keep_factor is nan, the least is 1"),
-    ({"sink_tokens": -1}, "sink_tokens is -1, the least is 0"),
-    ({"recent_window": 0}, "recent_window is 0, the least is 1"),
-    ({"sentence_limit": 0}, "sentence_limit is 0, the least is 1"),
+     "token_budget is 74, must be at least 75: 4 sinks + 70 last tokens + 1"),
+    ({"keep_factor": 0.5}, "keep_factor is 0.5, must be at least 1"),
+    ({"keep_factor": math.nan}, "keep_factor is nan, must be at least 1"),
+    ({"sink_tokens": -1}, "sink_tokens is -1, must be at least 0"),
+    ({"recent_window": 0}, "recent_window is 0, must be at least 1"),
+    ({"sentence_limit": 0}, "sentence_limit is 0, must be at least 1"),
     ({"score": "best"}, "score is 'best', the choices are mean_query, gaussian, votes"),
 ])
 def test_impossible_settings_are_refused_with_value_and_limit(settings, message):
