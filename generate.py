@@ -268,7 +268,7 @@ def run(args) -> int:
     model_config = load_config(folder)
     check_positions(len(ids), args.max_new_tokens, model_config)
     if max(ids) >= (size := model_config.vocab_size):
-        raise ValueError(f"the tokenizer makes token {max(ids)}, the model has {size}")
+        raise ValueError(f"the prompt has token {max(ids)}, the vocabulary of the model {size}")
     stop, model = tokenizer.stop_tokens(), load_model(folder, device, dtype)
     cache = make_cache(args.cache, config, model_config, spans, args.max_new_tokens, device, dtype,
                        timer)

@@ -210,12 +210,12 @@ def test_a_bad_option_is_one_line(capfd, tiny_folder, prompt, arguments, message
     ("config.json", None, "has no config.json"),
     ("config.json", "[]", "config.json"),
     ("model.safetensors", None, "has no model.safetensors"),
-    ("model.safetensors", "broken", "is not a whole safetensors file"),
+    ("model.safetensors", "broken", "is not a complete safetensors file"),
     ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
     ("tokenizer_config.json", '{"bos_token": {"id": 1}}', "no tokenizer in"),
-    ("generation_config.json", '{"eos_token_id": [[1]]}', "eos_token_id [[1]] is no token"),
+    ("generation_config.json", '{"eos_token_id": [[1]]}', "eos_token_id [[1]] is not an integer"),
     ("chat_template.jinja", "{{ messages.content + 1 }}", "the model's chat template failed"),
-    ("chat_template.jinja", "{# nothing #}", "the tokenizer makes no token of the prompt"),
+    ("chat_template.jinja", "{# nothing #}", "the prompt has no tokens"),
     ("config.json", '{"model_type": "llama", "vocab_size": "many"}', "config.json"),
     ("config.json", '{"model_type": "llama", "quantization_config": "fp8"}', "config.json"),
 ])
@@ -254,4 +254,4 @@ def test_tokens_beyond_the_vocabulary_are_refused(capfd, tiny_folder, prompt):
     config = json.loads((tiny_folder / "config.json").read_text()) | {"vocab_size": 100}
     (tiny_folder / "config.json").write_text(json.dumps(config))
     status, _, err = run(capfd, "--prompt", prompt, "--model", tiny_folder)
-    assert status == 2 and "the model has 100" in err
+    assert status == 2 and "the vocabulary of the model 100" in err

@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} is not a JSON object")
     return value
 
 
@@ -38,7 +38,8 @@ def load_config(folder: Path) -> LlamaConfig:
         config = parse_config(raw)
         rope_frequencies(config, "cpu")  # raises KeyError if a number of the scaling is missing
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no Llama's: {error!r}") from None
+        raise ValueError(f"{folder / 'config.json'} is not a Llama configuration:"
+                         f" {error!r}") from None
     return config
 
 
@@ -57,7 +58,7 @@ def parse_config(raw: dict) -> LlamaConfig:
     except TypeError as error:  # names the fields that are missing
         raise ValueError(f"config.json: {str(error).partition(') ')[2]}") from None
     if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"num_attention_heads {config.num_attention_heads} is no multiple of"
+        raise ValueError(f"num_attention_heads {config.num_attention_heads} is not a multiple of"
                          f" num_key_value_heads {config.num_key_value_heads}")
     return config
 
@@ -128,7 +129,7 @@ def check_names_and_shapes(found: dict, expected: dict) -> None:
     problems = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
-        "mis-shaped": [f"{name} {found[name]}, config.json implies {shape}"
+        "of the wrong shape": [f"{name} {found[name]}, config.json implies {shape}"
                        for name, shape in expected.items() if found.get(name, shape) != shape],
     }
     parts = [f"{len(names)} {kind}: {'; '.join(names[:4])}{'; …' if len(names) > 4 else ''}"
@@ -162,7 +163,7 @@ def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
                     if not spare:
                         tensors[short] = read(file, name)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+            raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
     return tensors
 
 
@@ -195,7 +196,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     """Load the Llama in `folder`, its weights as `dtype` on `device`.
 
     Joined projections are copied one at a time, so the weights are never held twice. Raises
-    ValueError with the missing, unexpected and mis-shaped tensors, up to four names each.
+    ValueError with the missing, unexpected and wrongly shaped tensors, up to four names each.
     """
     config = load_config(folder)
     with torch.device("meta"):  # the shapes without the memory

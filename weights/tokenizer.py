@@ -24,8 +24,8 @@ class HuggingFaceTokens:
         self.model.no_padding()
         added = self.model.get_added_tokens_decoder()
         self.special = {index for index, token in added.items() if token.special}
-        self.plain = {index: token.content for index, token in added.items()}
-        self.name = self.model.id_to_token
+        self.added = {index: token.content for index, token in added.items()}
+        self.token_of = self.model.id_to_token
         self.byte_of = byte_alphabet() if "ByteLevel" in repr(self.model.decoder) else None
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
@@ -41,13 +41,13 @@ class SentencePieceTokens:
         added = read_optional(path.parent / "added_tokens.json")
         self.pieces |= {index: token for token, index in added.items()}
         self.special = {*filter(self.model.is_control, range(len(self.model))), *added.values()}
-        self.plain = {}
-        self.name = self.pieces.get
+        self.added = {}
+        self.token_of = self.pieces.get
         self.byte_of = None
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
         # The library does not look for `<s>` and `</s>` in text, where chat templates put them.
-        ids = {self.name(index): index for index in self.special}
+        ids = {self.token_of(index): index for index in self.special}
         parts = re.split(f"({'|'.join(map(re.escape, ids))})", text) if ids else [text]
         encoded = [self.model.bos_id()] if add_bos and self.model.bos_id() >= 0 else []
         for part in filter(None, parts):
@@ -88,7 +88,7 @@ class Tokenizer:
         self.special = self.tokens.special
         settings = read_optional(folder / "tokenizer_config.json")
         # A token is a string here or, in older files, a dict with its content.
-        self.names = {key: value["content"] if isinstance(value, dict) else value
+        self.special_strings = {key: value["content"] if isinstance(value, dict) else value
                       for key, value in settings.items() if key.endswith("_token") and value}
         template = settings.get("chat_template")
         if isinstance(template, list):  # several, by name
@@ -111,7 +111,7 @@ class Tokenizer:
         try:
             return environment.from_string(self.chat_template).render(
                 messages=[{"role": "user", "content": message}],
-                add_generation_prompt=True, tools=None, documents=None, **self.names,
+                add_generation_prompt=True, tools=None, documents=None, **self.special_strings,
             )
         except Exception as error:  # it is somebody else's program
             raise ValueError(f"the model's chat template failed: {error}") from None
@@ -127,25 +127,25 @@ class Tokenizer:
         else:
             ids = self.encode(self.render_chat(text) + prefix, add_bos=False)
         if not ids:
-            raise ValueError("the tokenizer makes no token of the prompt")
+            raise ValueError("the prompt has no tokens")
         return ids
 
     def stop_tokens(self) -> set[int]:
         """The ids that end an answer, wherever the folder's files name them."""
-        name = self.names.get("eos_token")
-        stop = {index for index in self.special if self.tokens.name(index) == name}
+        name = self.special_strings.get("eos_token")
+        stop = {index for index in self.special if self.tokens.token_of(index) == name}
         for file in ("config.json", "generation_config.json"):
             ids = read_optional(self.folder / file).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
             if not all(isinstance(index, int) for index in ids):
-                raise ValueError(f"{self.folder / file}: eos_token_id {ids} is no token, nor a list"
-                                 " of them")
+                raise ValueError(f"{self.folder / file}: eos_token_id {ids} is not an integer"
+                                 " or a list of integers")
             stop |= set(ids)
         return stop
 
     def token_bytes(self, index: int) -> bytes:
-        token = self.tokens.plain.get(index) or self.tokens.name(index) or ""
-        if self.tokens.byte_of and index not in self.tokens.plain:
+        token = self.tokens.added.get(index) or self.tokens.token_of(index) or ""
+        if self.tokens.byte_of and index not in self.tokens.added:
             return bytes(self.tokens.byte_of[character] for character in token)
         if byte := re.fullmatch("<0x(..)>", token):  # how sentencepiece spells a lone byte
             return bytes.fromhex(byte[1])
