@@ -1,7 +1,7 @@
 """Where keys and values live while a Llama reads and writes: on the host and on the device.
 
     HostTier         CPU memory: the keys and values of all kept tokens
-    SentenceTable    on the device: each sentence's vector, and what else is known of it
+    SentenceTable    on the device: each sentence's vector, its rows, its score
     SentenceKVCache  on the device: the slots that attention reads, and what moves between the tiers
 
 This file knows nothing of tokenizers, RoPE or weights, and asks `sentencekv.py` for every choice.
@@ -39,11 +39,11 @@ class HostTier:
         on_gpu = device.type == "cuda"
         self.kv = torch.empty(layers, n_rows, heads, 2, dim, dtype=dtype, pin_memory=on_gpu)
         self.copy_stream = torch.cuda.Stream(device) if on_gpu else None
-        self.in_flight = None  # the source of a copy: it must live until the copy is done
+        self.in_flight = None  # keeps the source of a copy alive until the copy is done
 
     def write(self, layer: int, first_row: int, kv):
         """Start to copy one layer's kv (H_kv, n, 2, D) to the rows from `first_row` on. At most one
-        copy is in flight: so at most one layer waits on the device for a slow bus."""
+        copy is in flight, so at most one layer is held back on the device by a slow bus."""
         kv = kv.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
         target = self.kv[layer, first_row : first_row + len(kv)]
         if self.copy_stream is None:
@@ -69,7 +69,7 @@ class HostTier:
             copy_missing[n_row_slots, heads](host, slots, rows, missing, slots.shape[1], size,
                                              triton.next_power_of_2(size), num_warps=1)
             return
-        head, slot = missing.nonzero(as_tuple=True)  # a GPU without Triton waits here for the CPU
+        head, slot = missing.nonzero(as_tuple=True)  # the CPU waits for a GPU, then gathers rows
         found = host[rows[head, slot].to(host.device), head.to(host.device)]
         slots[head, slot] = found.to(slots.device)
 
@@ -89,16 +89,16 @@ if triton:
 
 class SentenceTable:
     """What the device knows of each sentence, per layer and KV head. S is the capacity: the first
-    `n_sentences` are in use, with `n_rows` rows a head, and the others are empty.
+    `n_sentences` are in use by at least one head, with `n_rows` rows a head. Others are empty.
 
     vectors        (L, H_kv, S, D)   the sentence vector
     variances      (L, H_kv, S)      of the sentence's keys
     bounds         (L, H_kv, S + 1)  its first row, and after it the next sentence's
     scores         (L, H_kv, S)      how well it matches the sentence being written
     n_resident     (L, H_kv, S)      how many of its retrievable rows are in slots
-    lengths        (L, H_kv, S)      how many rows it has
-    starts         (L, H_kv, S)      its first retrievable row
-    n_retrievable  (L, H_kv, S)      how many rows are retrievable: `limit` sets these three
+    lengths        (L, H_kv, S)      how many rows it has, retrievable or not
+    starts         (L, H_kv, S)      its first retrievable row: no sink, not in the window
+    n_retrievable  (L, H_kv, S)      how many are retrievable. `limit` sets the last three.
     """
 
     def __init__(self, kv_shape: tuple, capacity: int, device, dtype):
@@ -126,8 +126,8 @@ class SentenceTable:
 
     @torch.inference_mode(False)  # a tensor made in inference mode cannot be changed outside it
     def commit(self, n_rows: int):
-        """All layers have put sentences, with `n_rows` rows a head. Count those of which any head
-        has kept a token, and adjust the capacity. Only here do tensors move."""
+        """All layers have put sentences, with `n_rows` rows a head. Count those with a kept token
+        in at least one head, and adjust the capacity. Only here are tensors reallocated."""
         self.n_rows += n_rows
         self.n_sentences = int((self.bounds.diff(dim=-1) > 0).sum(dim=-1).max())
         free = self.capacity - self.n_sentences
@@ -150,7 +150,7 @@ class SentenceTable:
 class SentenceKVCache:
     """Every kept row on the host; sinks, recent tokens and selected rows in slots on the device.
 
-    The slots of a layer and KV head, of which a mask says which ones attention reads:
+    The slots of one layer and KV head. A mask says which of them attention reads:
 
         [ B slots for selected rows | sinks | recent window and the sentence being written ]
 
@@ -163,7 +163,7 @@ class SentenceKVCache:
      4. Sinks, selected rows and window do not overlap: at most `token_budget` tokens together.
      5. The window never moves back, so a retrievable row stays retrievable.
      6. Masked slots are finite: attention gives them weight 0, and 0 times NaN is NaN.
-     7. Tensors move only when the table's capacity changes, so `decode` can become a CUDA graph.
+     7. Tensors are reallocated only with the table's capacity: `decode` can be a CUDA graph.
     The protocol is that of `model.FullCache`. `spans` are the prompt's sentences as positions."""
 
     def __init__(self, config: SentenceKVConfig, model_config, spans: list, max_new_tokens: int,
@@ -179,16 +179,16 @@ class SentenceKVCache:
         self.num_tokens = 0
         self.sentence_ends = torch.tensor([end for _, end in spans], device=device)  # (S,)
         self.n_sinks = min(config.sink_tokens, n_prompt)
-        self.recent_start = max(self.n_sinks, n_prompt - config.recent_window)  # in the first slot
+        self.recent_start = max(self.n_sinks, n_prompt + 1 - config.recent_window)  # invariant 2
         self.open_start = n_prompt  # where the sentence being written begins
 
-        # The window's slots end with a sentence of up to `sentence_limit` tokens.
+        # Recent slots hold the window, and then an open sentence of up to `sentence_limit` tokens.
         most = config.token_budget - config.sink_tokens - config.recent_window
-        self.sink_slot = self.n_row_slots = min(most, max_rows)  # B
+        self.sink_slot = self.n_row_slots = min(most, max_rows)  # B; sinks come next
         self.recent_slot = self.sink_slot + config.sink_tokens
         n_slots = self.recent_slot + config.recent_window + config.sentence_limit
         self.slots = torch.zeros(layers, heads, n_slots, 2, dim, device=device, dtype=dtype)
-        # Of each of the B slots: its row, the sentence of that row, and whether it must be loaded.
+        # Of each of the B slots: its row, that row's sentence, and whether the row must be loaded.
         self.slot_row = torch.full((layers, heads, self.n_row_slots), NO_ROW, device=device)
         self.slot_sentence = torch.zeros_like(self.slot_row)
         self.slot_missing = torch.zeros_like(self.slot_row, dtype=torch.bool)
@@ -201,8 +201,8 @@ class SentenceKVCache:
         self.total_loaded = torch.zeros((), device=device, dtype=torch.long)
 
     def row_of(self, position: int) -> int:
-        """The row of a position from `recent_start` to `open_start`, where prefill drops nothing:
-        as far from the end of the rows as the position is from the end of the last sentence."""
+        """The row of a position from `recent_start` to `open_start`. Prefill drops nothing there,
+        so rows and positions run in parallel: the last row is position `open_start` - 1."""
         assert self.recent_start <= position <= self.open_start
         return self.table.n_rows - (self.open_start - position)
 
@@ -243,14 +243,14 @@ class SentenceKVCache:
         return max(start, self.n_sinks)
 
     def plan(self):
-        """Decide what the token at position `num_tokens` attends to, the same in all layers: the
-        sinks, rows of sealed sentences, and the positions from `start` to the token itself."""
+        """Decide what the token at position `num_tokens` attends to, the same for all heads: the
+        sinks, `n_selected` sealed rows, and the positions from `start` to the token itself."""
         end = self.num_tokens + 1
-        left = self.config.token_budget - self.n_sinks
-        start = max(self.window_start(), end - left)  # of a very long sentence, only the end fits
+        room = self.config.token_budget - self.n_sinks
+        start = max(self.window_start(), end - room)  # of a very long sentence, only the end fits
         first_row = self.n_sinks  # every head keeps all sinks, so they are its first rows
         end_row = self.row_of(min(start, self.open_start))
-        self.n_selected = min(left - (end - start), end_row - first_row, self.n_row_slots)
+        self.n_selected = min(room - (end - start), end_row - first_row, self.n_row_slots)
         self.row_budget.fill_(self.n_selected)
         self.next_slot.fill_(self.slot_of(end - 1))
         self.table.limit(first_row, end_row)
@@ -305,7 +305,7 @@ class SentenceKVCache:
     def move_window(self, start: int):
         """Move the tokens from position `start` on to the first recent slots."""
         kept = self.slots[:, :, self.slot_of(start) : self.slot_of(self.num_tokens)].clone()
-        self.recent_start = start  # `slot_of` counts from it
+        self.recent_start = start  # `slot_of` changes here
         self.slots[:, :, self.slot_of(start) : self.slot_of(self.num_tokens)] = kept
 
     def report(self) -> dict:
@@ -339,12 +339,12 @@ def assign_slots(rows, sentences, starts, n_resident, selected) -> tuple:
     (tensor([[ 9,  8, 12]]), tensor([[1, 1, 2]]), tensor([[ True, False,  True]]))
     """
     ends = starts + selected
-    free = rows >= ends.gather(-1, sentences)
-    number = free.cumsum(dim=-1)  # of a free slot, from 1, and of the row that it takes
-    up_to = (selected - n_resident).clamp(min=0).cumsum(dim=-1)  # rows to load, to a sentence's end
-    sentence = torch.searchsorted(up_to, number).clamp(max=selected.shape[-1] - 1)
-    # The rows to load are the last selected ones of their sentence: count back from its end.
-    row = (ends - up_to).gather(-1, sentence) + number - 1
-    missing = free & (number <= up_to[:, -1:])
+    free = rows >= ends.gather(-1, sentences)  # empty, or no longer selected
+    number = free.cumsum(dim=-1)  # the i of the i-th free slot, from 1; unused at other slots
+    loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)  # in sentences 0 to s
+    sentence = torch.searchsorted(loads, number).clamp(max=selected.shape[-1] - 1)
+    # The last row to load of a sentence, with number == loads, is its end - 1: count back from it.
+    row = (ends - loads).gather(-1, sentence) + number - 1
+    missing = free & (number <= loads[:, -1:])
     rows = torch.where(missing, row, rows.masked_fill(free, NO_ROW))
     return rows, torch.where(free, sentence, sentences), missing

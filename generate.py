@@ -1,7 +1,7 @@
 """Answer a prompt of several thousand tokens: `python generate.py --prompt file.txt`.
 
 The loop comes first: prefill, then decode token by token. Then the sampler, the stage timer and the
-command line. This file joins the others. It does not know how they work.
+command line. This file joins the others.
 """
 
 import argparse
@@ -156,7 +156,7 @@ class StageTimer:
             stage, part = totals.setdefault(name, {}), part[0] if part else "total"
             stage[part] = stage.get(part, 0.0) + ms
         for stage in totals.values():
-            stage[OTHER] = 2 * stage["total"] - sum(stage.values())  # the total minus its parts
+            stage[OTHER] = 2 * stage["total"] - sum(stage.values())  # the sum has the total once
         return totals
 
 
@@ -281,7 +281,7 @@ def run(args) -> int:
         generate(model, cache, first, tokenizer.detokenizer(), sample, stop, args.max_new_tokens,
                  config.sentence_limit, timer, decode), tokenizer.special)
     report = {"text": text, "prompt_tokens": len(ids), "new_tokens": new_tokens,
-              "sentences": len(spans), **times(timer, new_tokens - 1), **cache.report(),
+              "sentences": len(spans), **times(timer, max(new_tokens - 1, 0)), **cache.report(),
               "cache": args.cache, "clock": timer.clock, "device": str(device),
               "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
     print_report(report)
@@ -319,7 +319,7 @@ def print_report(report: dict):
           "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}\n".format(**report),
           *("{:<26}{:>14}{:>20}".format(*row) for row in rows), sep="\n", file=sys.stderr)
     if report["hit_rate"] is not None:
-        print(f"{report['hit_rate']:.1%} of the selected rows were in slots", file=sys.stderr)
+        print(f"{report['hit_rate']:.1%} of the selected rows were on the device", file=sys.stderr)
 
 
 def main(arguments=None) -> int:

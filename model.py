@@ -92,7 +92,7 @@ class Attention(nn.Module):
         """Causal attention over the whole prompt, x (T, hidden) -> (T, hidden)."""
         q, k, v = self.qkv(x, rope)
         with cache.stage("attention"):
-            # Each block of queries reads all keys again: that is faster from contiguous memory.
+            # Every block of queries reads all keys: that is faster if they are contiguous.
             k, v = k.contiguous(), v.contiguous()
             out = F.scaled_dot_product_attention(
                 q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]  # (H, T, D)
@@ -137,9 +137,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, attend):
-        """`attend` is the attention's `prefill` or `decode` with its other arguments bound."""
-        x = x + attend(self.input_layernorm(x))
+    def forward(self, x, attention):
+        """`attention` is `self_attn.prefill` or `.decode` with its other arguments bound."""
+        x = x + attention(self.input_layernorm(x))
         # A long prompt's activations take the most memory in the MLP. Slices bound it.
         for start in range(0, x.shape[0], self.mlp_slice):
             part = x[start : start + self.mlp_slice]
@@ -176,7 +176,7 @@ class Llama(nn.Module):
         return states
 
     def step(self, ids: torch.Tensor, position: torch.Tensor, cache) -> torch.Tensor:
-        """The part of `decode` that runs on the device alone. ids and position (1,)"""
+        """`decode` without the host's counts: what a CUDA graph can hold. ids, position (1,)"""
         x = self.embed_tokens(ids)
         rope = rope_table(self.config, position, x.dtype)
         for block in self.layers:
@@ -185,7 +185,7 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """(n, hidden) -> (n, vocab). Prefill needs those of its last state alone."""
+        """(n, hidden) -> (n, vocab). After prefill, only the last state's are needed."""
         return project(states, self.lm_head)
 
 

@@ -1,7 +1,7 @@
 r"""Text to sentences to token spans.
 
 It knows text and the pieces of text that tokens add; no tokenizer, tensor or model. Other files use
-part 1. You may skip parts 2 and 3, which say where a sentence ends.
+part 1. You may take `find_ends` as given, and skip parts 2 and 3, which say where a sentence ends.
 
 >>> marked("Dr. Smith paid $3.50 to www.x.com. He left!\n\nSigned\n\n你好。再见。")
 'Dr. Smith paid $3.50 to www.x.com. |He left!\n\n|Signed\n\n|你好。|再见。'
@@ -34,7 +34,7 @@ class SentenceStream:
     A piece is the text that one token adds. A token belongs to the sentence of its first character
     that is not white space. A token of white space belongs to the sentence before it, and a token
     of an incomplete character (its piece is "") to the sentence of that character. `push` reports
-    an end with the next token, or with the one after it if a rule needs the whole next word.
+    an end with the next token, or once the next word is complete if a rule needs all of it.
 
     >>> stream = SentenceStream()
     >>> [stream.push(piece) for piece in ["Hi", "!", " It", " is", " me", "."]], stream.finish()
@@ -58,7 +58,7 @@ class SentenceStream:
         self.firsts.append(len(self.text) + n_spaces)
         self.text += piece
         counts = {bisect_left(self.firsts, end) for end in find_ends(self.text, start)}
-        counts -= {0, len(self.firsts)}  # 0: reported before; all: reported with the next token
+        counts -= {0, len(self.firsts)}  # 0: reported before; all: with the next token
         lengths = [self._take(b - a) for a, b in pairwise([0, *sorted(counts)])]
         if len(self.firsts) > self.limit:
             lengths.append(self._take(self._cut()))

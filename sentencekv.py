@@ -7,8 +7,8 @@ reads those of a few sentences. This file decides which, in this order:
     decode  (Section 3.3)   mean_query or gaussian -> select_rows
 
 It knows nothing of text, devices, layers or memory. Everything is per KV head: the query heads of
-a group share one selection, so no key is stored or read twice. Row i of a KV head is the key and
-the value of its i-th kept token.
+a group share one selection, so each key is read once for all of them. Row i of a KV head is the
+key and the value of its i-th kept token.
 
 Shapes: T prompt tokens, N kept tokens or rows, S sentences, W tokens of the observation window,
     H query heads, H_kv KV heads, G = H // H_kv, D channels of a head.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class SentenceKVConfig:
-    """How many tokens prefill keeps, and how many of them decoding attends to.
+    """The settings of the method.
 
     The paper writes τ for the token budget and r for the keep factor: prefill keeps the ⌊r · τ⌋
     most important tokens of the prompt and drops the others permanently. The paper uses r = 1 to 5.
@@ -36,7 +36,7 @@ class SentenceKVConfig:
     keep_factor: float = math.inf
     sink_tokens: int = 4  # first tokens of the prompt, always attended to
     recent_window: int = 32  # last tokens, always attended to
-    observation_window: int = 32  # last queries of the prompt, which judge importance
+    observation_window: int = 32  # last queries of the prompt: their attention is importance
     score: str = "gaussian"  # a name in SCORES
     sentence_limit: int = 128  # tokens; a longer sentence is cut
 
@@ -55,8 +55,8 @@ class SentenceKVConfig:
     @property
     def protected_tokens(self) -> int:
         """Last tokens of the prompt that prefill never drops."""
-        judges = 0 if self.keep_factor == math.inf else self.observation_window
-        return max(self.recent_window, judges)
+        observed = 0 if self.keep_factor == math.inf else self.observation_window
+        return max(self.recent_window, observed)
 
     def n_kept(self, n_tokens: int) -> int:
         """N, the rows kept of a prompt of `n_tokens`."""
@@ -100,14 +100,14 @@ def keep_tokens(importance: torch.Tensor, n_tokens: int, config: SentenceKVConfi
 def sentence_bounds(kept: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. The sentence ends where the next one begins.
 
-    A sentence of which a head keeps nothing is left out, and an empty one is added at the end.
+    A sentence of which a head keeps nothing becomes an empty one at the end.
 
     kept (H_kv, N) positions, ends (S,) positions after each sentence -> (H_kv, S + 1)
 
     >>> sentence_bounds(torch.tensor([[0, 1, 8, 9]]), torch.tensor([4, 7, 10])).tolist()
     [[0, 2, 4, 4]]
     """
-    row_ends = torch.searchsorted(kept, ends.expand(len(kept), -1).contiguous())
+    row_ends = torch.searchsorted(kept, ends.expand(len(kept), -1).contiguous())  # kept before it
     empty = row_ends.diff(dim=-1, prepend=torch.zeros_like(row_ends[:, :1])) == 0
     row_ends = row_ends.masked_fill(empty, kept.shape[-1])  # the sort moves empty ones to the end
     return F.pad(row_ends.sort(dim=-1).values, (1, 0))
@@ -139,7 +139,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
 
 def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
     """The paper's score (Section 3.3): the mean query of the sentence being written, times the
-    sentence vector. It is linear in the query, so its sum over the tokens gives the same ranking.
+    sentence vector. It is linear in the query, so its sum over tokens ranks as the mean does.
 
     q (H_kv, G, D) of one token, vectors (H_kv, S, D), variances and lengths unused -> (H_kv, S)
     """
@@ -149,12 +149,12 @@ def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
 def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
     """The attention that a token of the sentence receives on average, if its keys are Gaussian.
 
-    For keys k with mean µ and the same variance σ² in every channel, and a query q divided by √D,
-    the mean of exp(q · k) is exp(q · µ + |q|² σ² / 2). A sentence of n such keys receives n times
-    that in a softmax over all sentences. It is divided by n, because the budget counts tokens.
+    For Gaussian keys k with mean µ and covariance σ² I, and a query q divided by √D, the mean of
+    exp(q · k) is exp(q · µ + |q|² σ² / 2). In the softmax, a sentence of n keys counts n times. The
+    result is divided by n: it is the share of one token, because the budget counts tokens.
 
     Not in the paper. Expected Attention (arXiv 2510.00636) assumes that the *queries* are Gaussian,
-    to decide what to evict at prefill. Here the keys are: this is its dual.
+    to decide what to evict. Here the keys are assumed Gaussian instead: this is its dual.
 
     q (H_kv, G, D) of one token, vectors µ (H_kv, S, D), variances σ² and lengths n (H_kv, S)
     -> (H_kv, S)

@@ -2,7 +2,7 @@
 
 A *sentence* is a span (start, end) of token positions. A Llama computes, in each layer, queries q
 (H, T, D), keys k and values v (H_kv, T, D) of T tokens; H // H_kv query heads share a KV head. The
-methods that the model calls are the protocol of `model.FullCache`: `prefill` gets the whole prompt,
+methods that the model calls (documented in `model.FullCache`): `prefill` gets the whole prompt,
 `decode` one token, `advance` counts tokens, and `seal` ends the sentence being written. A test that
 runs a model with this class shows what `cache.SentenceKVCache` must compute.
 """
@@ -14,7 +14,7 @@ import torch
 
 
 class SlowSentenceKV:
-    stage = nullcontext
+    stage = nullcontext  # stage(name) times a stage: not here
 
     def __init__(self, config, model_config, spans):
         self.config, self.spans = config, list(spans)
@@ -84,8 +84,8 @@ class SlowSentenceKV:
         config, n = self.config, self.num_tokens + 1
         sinks = list(range(min(config.sink_tokens, self.n_prompt)))
         left = config.token_budget - len(sinks)
-        start = min(n - config.recent_window, self.spans[-1][1])  # a longer open sentence stays
-        start = max(start, n - left, len(sinks))
+        start = min(n - config.recent_window, self.spans[-1][1])  # the open sentence, if earlier
+        start = max(start, n - left, len(sinks))  # but within the budget
         recent = list(range(start, n))
         selected = []
         for span in self.ranking(layer, head, group):

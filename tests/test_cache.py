@@ -359,6 +359,23 @@ def test_a_sentence_longer_than_the_budget_stays_within_it(tiny, device):
         torch.testing.assert_close(ours, slow, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("n_prompt", [3, 100])
+def test_a_sentence_is_sealed_at_its_limit(tiny, device, n_prompt):
+    """As late as `SentenceStream` does: before the token after the limit is decoded."""
+    config = SentenceKVConfig(sentence_limit=20, **SMALL)
+    caches = [sentencekv_cache(config, n_prompt, device),
+              SlowSentenceKV(config, TINY, random_spans(n_prompt))]
+    ids = random_ids(n_prompt + 70, device)
+    for cache in caches:
+        tiny.prefill(ids[:n_prompt], cache)
+    for i in range(n_prompt, n_prompt + 70):
+        if i > n_prompt and (i - n_prompt) % 20 == 0:
+            for cache in caches:
+                cache.seal(20)
+        ours, slow = (tiny.decode(ids[i : i + 1], cache) for cache in caches)
+        torch.testing.assert_close(ours, slow, rtol=0, atol=1e-4)
+
+
 def test_the_device_holds_no_more_than_it_attends_to(tiny, device):
     cache = sentencekv_cache(SentenceKVConfig(token_budget=96), 300, device)
     seen = []
