@@ -21,8 +21,8 @@ try:  # comes with PyTorch where there is a GPU
 except ImportError:
     triton = None
 
-from sentencekv import (SCORES, SentenceKVConfig, keep_tokens, select_rows, sentence_bounds,
-                        sentence_vectors, token_importance)
+from sentencekv import (SCORES, SentenceKVConfig, keep_tokens, order_rows, secondary_sinks,
+                        select_rows, sentence_bounds, sentence_vectors, token_importance)
 
 NO_ROW = 2**62  # the row of an empty slot; greater than any row
 SENTENCE_BLOCK = 64  # the table grows by this many sentences at a time
@@ -139,10 +139,15 @@ class SentenceTable:
         for name in ("variances", "scores", "n_resident", "lengths", "starts", "n_retrievable"):
             setattr(self, name, F.pad(getattr(self, name), (0, more)))
 
-    def limit(self, first_row: int, end_row: int):
-        """The rows from `first_row` to `end_row` are retrievable for the next token."""
+    @property
+    def n_secondary(self) -> torch.Tensor:
+        """How many secondary sinks each head has (L, H_kv, 1): the rows before its first sentence."""
+        return self.bounds[..., :1]
+
+    def limit(self, first_row: torch.Tensor, end_row: int):
+        """Rows from `first_row` (L, H_kv, 1) to `end_row` are retrievable for the next token."""
         self.lengths.copy_(self.bounds.diff(dim=-1))
-        retrievable = self.bounds.clamp(first_row, end_row)
+        retrievable = self.bounds.clamp(max=end_row).maximum(first_row)
         self.starts.copy_(retrievable[..., :-1])
         self.n_retrievable.copy_(retrievable.diff(dim=-1))
 
@@ -194,11 +199,11 @@ class SentenceKVCache:
         self.slot_missing = torch.zeros_like(self.slot_row, dtype=torch.bool)
 
         # The plan for the next token, in tensors: a CUDA graph records a number as a constant.
-        self.row_budget = torch.zeros(1, device=device, dtype=torch.long)  # rows to select
-        self.next_slot = torch.zeros_like(self.row_budget)  # of the token itself
+        self.row_budget = torch.zeros(layers, heads, 1, device=device, dtype=torch.long)
+        self.next_slot = torch.zeros(1, device=device, dtype=torch.long)  # of the token itself
         self.mask = torch.zeros(layers, heads, 1, n_slots, device=device, dtype=torch.bool)
-        self.n_selected = self.total_selected = 0  # `row_budget`; rows of all tokens and heads
-        self.total_loaded = torch.zeros((), device=device, dtype=torch.long)
+        self.total_selected = torch.zeros((), device=device, dtype=torch.long)  # rows, all tokens
+        self.total_loaded = torch.zeros_like(self.total_selected)
 
     def row_of(self, position: int) -> int:
         """The row of a position from `recent_start` to `open_start`. Prefill drops nothing there,
@@ -215,16 +220,31 @@ class SentenceKVCache:
         kv, n_tokens = torch.stack((k, v), dim=2), k.shape[1]  # (H_kv, T, 2, D)
         self.slots[layer, :, self.sink_slot : self.sink_slot + self.n_sinks] = kv[:, : self.n_sinks]
         self.slots[layer, :, self.recent_slot : self.slot_of(n_tokens)] = kv[:, self.recent_start :]
-        kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1).contiguous()
+        with self.stage("secondary sinks"):
+            secondary = secondary_sinks(k, self.config)  # (H_kv, T)
+        kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1)
         if self.n_kept < n_tokens:
             with self.stage("importance"):
                 importance = token_importance(q[:, -self.config.observation_window :], k)
-                kept = keep_tokens(importance, n_tokens, self.config)  # (H_kv, N)
-                kv = kv[torch.arange(len(k), device=k.device)[:, None], kept]  # (H_kv, N, 2, D)
+                kept = keep_tokens(importance, secondary, self.config)  # (H_kv, N)
         with self.stage("sentence vectors"):
-            self.table.put(layer, kv[:, :, 0], sentence_bounds(kept, self.sentence_ends))
+            kept, marked = order_rows(kept, secondary)
+            kv = kv[torch.arange(len(k), device=k.device)[:, None], kept]  # (H_kv, N, 2, D)
+            bounds = sentence_bounds(marked, self.sentence_ends)
+            self.table.put(layer, kv[:, :, 0], bounds)
+        self.hold(layer, kv[:, : min(self.config.secondary_sinks, self.n_row_slots)])
         with self.stage("offload"):
             self.host.write(layer, 0, kv)
+
+    def hold(self, layer: int, kv):
+        """Put the secondary sinks, among a head's first rows kv (H_kv, n, 2, D), into slots.
+
+        They stay: `assign_slots` frees the slots of rows that a sentence no longer selects, and
+        these rows come before all sentences."""
+        n = kv.shape[1]
+        row = torch.arange(n, device=kv.device)
+        self.slots[layer, :, :n] = kv
+        self.slot_row[layer, :, :n] = row.where(row < self.table.n_secondary[layer], NO_ROW)
 
     def advance(self, n_tokens: int):
         """All layers have seen `n_tokens` more: the prompt, or one token."""
@@ -232,7 +252,7 @@ class SentenceKVCache:
             self.host.wait()
             self.table.commit(self.n_kept)
         else:
-            self.total_selected += self.n_selected * self.mask[:, :, 0, 0].numel()
+            self.total_selected += self.row_budget.sum()
             self.total_loaded += self.slot_missing.sum()
         self.num_tokens += n_tokens
         self.plan()
@@ -244,14 +264,15 @@ class SentenceKVCache:
 
     def plan(self):
         """Decide what the token at position `num_tokens` attends to, the same for all heads: the
-        sinks, `n_selected` sealed rows, and the positions from `start` to the token itself."""
-        end = self.num_tokens + 1
+        sinks, the best sealed rows, and the positions from `start` to the token itself."""
+        end, n_secondary = self.num_tokens + 1, self.table.n_secondary
         room = self.config.token_budget - self.n_sinks
-        start = max(self.window_start(), end - room)  # of a very long sentence, only the end fits
-        first_row = self.n_sinks  # every head keeps all sinks, so they are its first rows
+        # Of a very long sentence, only the end fits.
+        start = max(self.window_start(), end - room + self.config.secondary_sinks)
         end_row = self.row_of(min(start, self.open_start))
-        self.n_selected = min(room - (end - start), end_row - first_row, self.n_row_slots)
-        self.row_budget.fill_(self.n_selected)
+        first_row = n_secondary + self.n_sinks  # every head keeps all sinks: they come next
+        n_slots = min(room - (end - start), self.n_row_slots) - n_secondary
+        self.row_budget.copy_(n_slots.minimum(end_row - first_row))
         self.next_slot.fill_(self.slot_of(end - 1))
         self.table.limit(first_row, end_row)
         self.mask[..., self.sink_slot :] = False
@@ -272,7 +293,8 @@ class SentenceKVCache:
         """Select the rows of the best sentences, and find slots for them. q (H_kv, G, D)"""
         self.add_scores(layer, q)
         table = self.table
-        selected = select_rows(table.scores[layer], table.n_retrievable[layer], self.row_budget)
+        selected = select_rows(table.scores[layer], table.n_retrievable[layer],
+                               self.row_budget[layer])
         self.slot_row[layer], self.slot_sentence[layer], self.slot_missing[layer] = assign_slots(
             self.slot_row[layer], self.slot_sentence[layer], table.starts[layer],
             table.n_resident[layer], selected)
@@ -315,10 +337,11 @@ class SentenceKVCache:
             table.variances, table.bounds, table.scores, table.n_resident, table.lengths,
             table.starts, table.n_retrievable, self.sentence_ends, self.slot_row, self.mask,
             self.slot_sentence, self.slot_missing, self.row_budget, self.next_slot,
-            self.total_loaded]}
+            self.total_selected, self.total_loaded]}
         parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in tensors)
                  for name, tensors in held.items()}
-        selected, loaded, row = self.total_selected, self.total_loaded.item(), host[0, 0, 0]
+        selected, loaded = self.total_selected.item(), self.total_loaded.item()
+        row = host[0, 0, 0]
         return {"device_kv_parts": parts, "device_kv_bytes": sum(parts.values()),
                 "host_kv_bytes": host.untyped_storage().nbytes(),
                 "full_kv_bytes": self.num_tokens * host[:, 0].nbytes,

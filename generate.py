@@ -177,6 +177,8 @@ def options() -> Parser:
     add("--token-budget", defaults.token_budget, "tokens attended to while decoding", type=int)
     add("--keep-factor", defaults.keep_factor, "budgets of tokens kept, paper: 1 to 5", type=float)
     add("--sink-tokens", defaults.sink_tokens, "first tokens, always attended to", type=int)
+    add("--secondary-sinks", defaults.secondary_sinks,
+        "at most so many of a head's shortest keys, always attended to", type=int)
     add("--recent-window", defaults.recent_window, "last tokens, always attended to", type=int)
     add("--score", defaults.score, "score of a sentence; the paper: mean_query", choices=SCORES)
     add("--max-new-tokens", 256, "write no more than this", type=int)
@@ -255,7 +257,7 @@ def stream(tokens, special: set) -> tuple[str, int, bool]:
 
 def run(args) -> int:
     config = SentenceKVConfig(**{name: getattr(args, name) for name in (
-        "token_budget", "keep_factor", "sink_tokens", "recent_window", "score")})
+        "token_budget", "keep_factor", "sink_tokens", "secondary_sinks", "recent_window", "score")})
     text, device = read_text(args.prompt), pick_device(args.device)
     if args.cuda_graph:
         check_cuda_graph(device)

@@ -3,12 +3,13 @@
 A plain Llama reads the keys and values of all earlier tokens for every token it writes. SentenceKV
 reads those of a few sentences. This file decides which, in this order:
 
-    prefill (Section 3.2)   token_importance -> keep_tokens -> sentence_bounds -> sentence_vectors
+    prefill (Section 3.2)   secondary_sinks, token_importance -> keep_tokens -> order_rows
+                            -> sentence_bounds -> sentence_vectors
     decode  (Section 3.3)   mean_query or gaussian -> select_rows
 
 It knows nothing of text, devices, layers or memory. Everything is per KV head: the query heads of
-a group share one selection, so each key is read once for all of them. Row i of a KV head is the
-key and the value of its i-th kept token.
+a group share one selection, so each key is read once for all of them. A row of a KV head is the
+key and the value of a kept token.
 
 Shapes: T prompt tokens, N kept tokens or rows, S sentences, W tokens of the observation window,
     H query heads, H_kv KV heads, G = H // H_kv, D channels of a head.
@@ -35,20 +36,24 @@ class SentenceKVConfig:
     token_budget: int = 1024  # tokens attended to per KV head while decoding
     keep_factor: float = math.inf
     sink_tokens: int = 4  # first tokens of the prompt, always attended to
+    secondary_sinks: int = 16  # at most so many of a head's shortest keys, always attended to
+    secondary_norm: float = 0.6  # if they are shorter than this part of the head's median
     recent_window: int = 32  # last tokens, always attended to
     observation_window: int = 32  # last queries of the prompt: their attention is importance
     score: str = "gaussian"  # a name in SCORES
     sentence_limit: int = 128  # tokens; a longer sentence is cut
 
     def __post_init__(self):
-        for name, least in (("sink_tokens", 0), ("recent_window", 1), ("observation_window", 1),
-                            ("sentence_limit", 1), ("keep_factor", 1)):
+        for name, least in (("sink_tokens", 0), ("secondary_sinks", 0), ("secondary_norm", 0),
+                            ("recent_window", 1), ("observation_window", 1), ("sentence_limit", 1),
+                            ("keep_factor", 1)):
             if not getattr(self, name) >= least:  # `not >=` also refuses NaN
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
-        least = self.sink_tokens + self.protected_tokens + 1
+        sinks = self.sink_tokens + self.secondary_sinks
+        least = sinks + self.protected_tokens + 1
         if self.token_budget < least:
             raise ValueError(f"token_budget is {self.token_budget}, must be at least {least}:"
-                             f" {self.sink_tokens} sinks + {self.protected_tokens} last tokens + 1")
+                             f" {sinks} sinks + {self.protected_tokens} last tokens + 1")
         if self.score not in SCORES:
             raise ValueError(f"score is {self.score!r}, the choices are {', '.join(SCORES)}")
 
@@ -61,6 +66,25 @@ class SentenceKVConfig:
     def n_kept(self, n_tokens: int) -> int:
         """N, the rows kept of a prompt of `n_tokens`."""
         return int(min(n_tokens, self.keep_factor * self.token_budget))
+
+
+def secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Tensor:
+    """Which tokens are secondary sinks: those with the shortest keys of their head, if they are much
+    shorter than its median. Not in the paper.
+
+    In some layers attention does not rest on the first tokens, but on a few in the middle of the
+    text, whatever is asked (arXiv 2512.22213). A sentence vector cannot show them. They are found
+    without a query: their keys are short, and RoPE does not change a length.
+
+    k (H_kv, T, D) -> (H_kv, T) bool, at most `config.secondary_sinks` in a row
+    """
+    norms = k.float().norm(dim=-1)
+    short = norms < config.secondary_norm * norms.median(dim=-1, keepdim=True).values
+    short[:, : config.sink_tokens] = False
+    short[:, -config.protected_tokens :] = False
+    shortest = norms.masked_fill(~short, math.inf).argsort(dim=-1, stable=True)
+    chosen = torch.zeros_like(short).scatter_(-1, shortest[:, : config.secondary_sinks], True)
+    return chosen & short
 
 
 def token_importance(q: torch.Tensor, k: torch.Tensor, pool: int = 7) -> torch.Tensor:
@@ -80,16 +104,18 @@ def token_importance(q: torch.Tensor, k: torch.Tensor, pool: int = 7) -> torch.T
     return F.max_pool1d(received[:, : tokens - window], pool, stride=1, padding=pool // 2)
 
 
-def keep_tokens(importance: torch.Tensor, n_tokens: int, config: SentenceKVConfig) -> torch.Tensor:
+def keep_tokens(importance, secondary, config: SentenceKVConfig) -> torch.Tensor:
     """Positions of the tokens that each head keeps, in reading order.
 
-    The observation window is always kept, as in the paper. So are the sinks and the recent window,
-    which the paper does not say: the first and last rows of all heads are then the same tokens, and
+    The observation window is always kept, as in the paper. So are all sinks and the recent window,
+    which the paper does not say: the last rows of all heads are then the same tokens, and
     `SentenceKVCache.plan` relies on it.
 
-    importance (H_kv, T - W) -> (H_kv, N)
+    importance (H_kv, T - W), secondary (H_kv, T) -> (H_kv, N)
     """
+    n_tokens = secondary.shape[-1]
     importance = F.pad(importance, (0, n_tokens - importance.shape[-1]))
+    importance.masked_fill_(secondary, math.inf)
     importance[:, : config.sink_tokens] = math.inf
     importance[:, n_tokens - config.protected_tokens :] = math.inf
     # Pooling makes ties. A stable sort breaks them alike on every device; `topk` does not.
@@ -97,39 +123,56 @@ def keep_tokens(importance: torch.Tensor, n_tokens: int, config: SentenceKVConfi
     return ranked[:, : config.n_kept(n_tokens)].sort(dim=-1).values
 
 
-def sentence_bounds(kept: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def order_rows(kept: torch.Tensor, secondary: torch.Tensor) -> tuple:
+    """The order of a head's rows: its secondary sinks, then all other kept tokens as they are read.
+
+    The secondary sinks are always attended to, so they belong to no sentence that is selected. The
+    second result marks them with -1 for `sentence_bounds`.
+
+    kept (H_kv, N) positions in reading order, secondary (H_kv, T) -> two of (H_kv, N)
+
+    >>> order_rows(torch.tensor([[0, 1, 2, 4]]), torch.tensor([[0, 0, 1, 0, 0]]).bool())
+    (tensor([[2, 0, 1, 4]]), tensor([[-1,  0,  1,  4]]))
+    """
+    marked, order = kept.masked_fill(secondary.gather(-1, kept), -1).sort(dim=-1, stable=True)
+    return kept.gather(-1, order), marked
+
+
+def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. The sentence ends where the next one begins.
 
     A sentence of which a head keeps nothing becomes an empty one at the end.
 
-    kept (H_kv, N) positions, ends (S,) positions after each sentence -> (H_kv, S + 1)
+    marked (H_kv, N) positions, -1 for those of no sentence, ends (S,) positions after each sentence
+    -> (H_kv, S + 1)
 
-    >>> sentence_bounds(torch.tensor([[0, 1, 8, 9]]), torch.tensor([4, 7, 10])).tolist()
-    [[0, 2, 4, 4]]
+    >>> sentence_bounds(torch.tensor([[-1, 0, 1, 8, 9]]), torch.tensor([4, 7, 10])).tolist()
+    [[1, 3, 5, 5]]
     """
-    row_ends = torch.searchsorted(kept, ends.expand(len(kept), -1).contiguous())  # kept before it
-    empty = row_ends.diff(dim=-1, prepend=torch.zeros_like(row_ends[:, :1])) == 0
-    row_ends = row_ends.masked_fill(empty, kept.shape[-1])  # the sort moves empty ones to the end
-    return F.pad(row_ends.sort(dim=-1).values, (1, 0))
+    ends = F.pad(ends, (1, 0)).expand(len(marked), -1).contiguous()  # 0: before all sentences
+    bounds = torch.searchsorted(marked, ends)  # the rows before each end
+    empty = F.pad(bounds.diff(dim=-1) == 0, (1, 0))
+    return bounds.masked_fill(empty, marked.shape[-1]).sort(dim=-1).values  # empty ones go last
 
 
 def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     """The semantic vector of each sentence: the mean of its kept keys, after RoPE (Section 3.2).
 
     Also returns its variance (not in the paper): the squared distance of a key from that mean,
-    averaged over keys and channels. An empty sentence gets zeros.
+    averaged over keys and channels. An empty sentence gets zeros. Rows before the first sentence
+    take no part.
 
     keys (H_kv, N, D), bounds (H_kv, S + 1) -> (H_kv, S, D) in the keys' dtype, (H_kv, S) in float32
 
     >>> sentence_vectors(torch.tensor([[[1.0, 0.0], [3.0, 0.0]]]), torch.tensor([[0, 2]]))
     (tensor([[[2., 0.]]]), tensor([[0.5000]]))
     """
-    keys, dtype, lengths = keys.float(), keys.dtype, bounds.diff(dim=-1)
+    keys, dtype, lengths = keys.float(), keys.dtype, F.pad(bounds, (1, 0)).diff(dim=-1)
 
-    def mean(x):  # over each sentence's rows, (H_kv, N, n) -> (H_kv, S, n)
+    def mean(x):  # of the rows of each sentence, (H_kv, N, n) -> (H_kv, S, n)
         # `unsafe` skips a check of the lengths, for which the host would wait for the GPU.
         sums = torch.segment_reduce(x, "sum", lengths=lengths, axis=1, unsafe=True)
-        return sums / lengths.clamp(min=1).unsqueeze(-1)
+        return (sums / lengths.clamp(min=1).unsqueeze(-1))[:, 1:]
 
     vectors = mean(keys)
     squares = mean(keys.square().mean(dim=-1, keepdim=True)).squeeze(-1)
@@ -175,9 +218,9 @@ def select_rows(scores, lengths, row_budget) -> torch.Tensor:
     """How many rows to select of each sentence: all of the best ones, until the budget is full, and
     the first rows of the last one (Section 3.3). Only S scores are sorted, and no tokens.
 
-    scores (H_kv, S), lengths (H_kv, S) in rows, row_budget (1,) -> (H_kv, S)
+    scores (H_kv, S), lengths (H_kv, S) in rows, row_budget (H_kv, 1) -> (H_kv, S)
 
-    >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[3, 3, 2]]), torch.tensor([4]))
+    >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[3, 3, 2]]), torch.tensor([[4]]))
     tensor([[0, 3, 1]])
     """
     order = scores.argsort(dim=-1, descending=True, stable=True)  # best sentence first

@@ -6,8 +6,8 @@ A budget is the number of tokens that a KV head attends to, everything included.
 while writing too, where the papers let SnapKV, L2-norm, PyramidKV and ChunkKV grow: every new
 token takes the place of the prompt's least important one, until the prompt has half of the budget
 left, and then of the oldest of the latest. Grouped query heads share one choice (the mean of
-their scores), as in `sentencekv`, and every layer has the same budget (but PyramidKV's), where
-the papers of L2-norm and Quest leave the first two layers whole.
+their scores), as in `sentencekv`, and every layer has the same budget (but PyramidKV's, and that of
+`quest_dense`), where the paper of L2-norm leaves the first two layers whole.
 
 Shapes as in `cache.py`: H query heads, H_kv KV heads, T prompt tokens, D channels.
 """
@@ -20,7 +20,8 @@ import torch
 
 import benchmarks.scores  # noqa: F401  registers the scores that a method can name
 import generate
-from cache import SentenceKVCache
+from cache import SentenceKVCache, SentenceTable
+from model import FullCache, apply_rope, rope_table
 from sentencekv import SentenceKVConfig, token_importance
 
 WINDOW = 32  # SnapKV's observation window: the last queries of the prompt, always kept
@@ -203,44 +204,153 @@ class H2O(Evicting):
         return kv[torch.arange(len(kv))[:, None], left], received.gather(-1, left)
 
 
-class Quest(Evicting):
-    """Pages of 16 tokens, chosen anew at every step; nothing is forgotten. 2406.10774.
+class Paged(Evicting):
+    """Pages of tokens, chosen anew for every token; nothing is forgotten. The page being filled is
+    always read. A page is known by `summary`, in place of its keys."""
 
-    A page's score is the most that q · k can be for keys between its channels' smallest and
-    largest values. The page being filled is always read.
-    """
-
-    page = 16
+    page, dense_layers = 16, 0  # tokens; the first layers of which everything is read
 
     def __init__(self, model_config, budget):
         super().__init__(model_config, budget)
-        self.pages = [None] * self.n_layers  # (H_kv, P, 16, 2, D), the full ones
-        self.bounds = [None] * self.n_layers  # (2, H_kv, 1, P, D), their keys' least and most
+        self.pages = [None] * self.n_layers  # (H_kv, P, page, 2, D), the full ones
+        self.summaries = [None] * self.n_layers  # (n, H_kv, P, D)
+
+    def summary(self, keys):
+        """Of keys (H_kv, P, page, D) -> (n, H_kv, P, D)"""
+        raise NotImplementedError
+
+    def scores(self, layer, q):
+        """Of each page, q (H_kv, G, D) -> (H_kv, P)"""
+        raise NotImplementedError
 
     def prefill(self, layer, q, k, v):
         kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
         n_full = k.shape[1] // self.page
         self.recent[layer] = kv[:, n_full * self.page :]
         self.pages[layer] = kv[:, : n_full * self.page].unflatten(1, (n_full, self.page))
-        self.bounds[layer] = self.bounds_of(self.pages[layer])
-
-    def bounds_of(self, pages):
-        return torch.stack(pages[:, :, :, 0].aminmax(dim=2)).unsqueeze(2)
+        self.summaries[layer] = self.summary(self.pages[layer][:, :, :, 0])
 
     def decode(self, layer, q, k, v):
         recent = self.recent[layer]
         if recent.shape[1] == self.page:
             page, recent = recent.unsqueeze(1), recent[:, :0]
             self.pages[layer] = torch.cat((self.pages[layer], page), dim=1)
-            self.bounds[layer] = torch.cat((self.bounds[layer], self.bounds_of(page)), dim=3)
-        recent = torch.cat((recent, torch.stack((k, v), dim=2)), dim=1)
-        self.recent[layer] = recent
-        grouped = q.view(len(k), -1, 1, q.shape[-1])  # (H_kv, G, 1, D)
-        bound = (grouped * self.bounds[layer]).amax(dim=0).sum(dim=-1)  # (H_kv, G, P)
-        room = (self.budget - recent.shape[1]) // self.page
-        best = bound.mean(dim=1).argsort(dim=-1, descending=True, stable=True)[:, :room]
-        chosen = self.pages[layer][torch.arange(len(k))[:, None], best].flatten(1, 2)
-        return *torch.cat((chosen, recent), dim=1).unbind(dim=2), None
+            summary = self.summary(page[:, :, :, 0])
+            self.summaries[layer] = torch.cat((self.summaries[layer], summary), dim=2)
+        self.recent[layer] = torch.cat((recent, torch.stack((k, v), dim=2)), dim=1)
+        chosen = self.pages[layer]  # (H_kv, P, page, 2, D)
+        if layer >= self.dense_layers:
+            room = (self.budget - self.recent[layer].shape[1]) // self.page
+            scores = self.scores(layer, q.view(len(k), -1, q.shape[-1]))
+            best = scores.argsort(dim=-1, descending=True, stable=True)[:, :room]
+            chosen = chosen[torch.arange(len(k))[:, None], best]
+        return *torch.cat((chosen.flatten(1, 2), self.recent[layer]), dim=1).unbind(dim=2), None
+
+
+class Quest(Paged):
+    """Pages of 16 tokens. 2406.10774. A page's score is the most that q · k can be for keys between
+    its channels' smallest and largest values."""
+
+    def summary(self, keys):
+        return torch.stack(keys.aminmax(dim=2))
+
+    def scores(self, layer, q):
+        bounds = (q[:, :, None] * self.summaries[layer][:, :, None]).amax(dim=0)  # (H_kv, G, P, D)
+        return bounds.sum(dim=-1).mean(dim=1)
+
+
+class QuestDense(Quest):
+    """Quest as in its paper: in the first two layers everything is read, whatever the budget."""
+
+    dense_layers = 2
+
+
+class ShadowKV(Paged):
+    """Chunks of 8 tokens by their mean key, the *landmark*. 2410.21465, the choice of chunks alone:
+    keys are not of low rank here.
+
+    A chunk's score is its share of the softmax, the most of the group's heads. Always read are the
+    last 4 chunks and the outliers, with a key that is least like the landmark: 24 for 1,024 tokens
+    of the budget (in the CPU variant of the authors' code). Both are counted in the budget.
+    """
+
+    page, local_chunks = 8, 4
+
+    def summary(self, keys):
+        return keys.mean(dim=2).unsqueeze(0)
+
+    def prefill(self, layer, q, k, v):
+        super().prefill(layer, q, k, v)
+        keys, landmarks = self.pages[layer][:, :, :, 0], self.summaries[layer][0]
+        likeness = torch.cosine_similarity(keys, landmarks.unsqueeze(2), dim=-1).amin(dim=-1)
+        n_outliers = round(self.budget * 24 / 1024)
+        outliers = likeness.argsort(dim=-1, stable=True)[:, :n_outliers]
+        always = torch.zeros_like(likeness, dtype=torch.bool).scatter_(-1, outliers, True)
+        if layer == 0:
+            self.always = []  # for each layer (H_kv, P)
+        self.always.append(always)
+
+    def scores(self, layer, q):
+        logits = q @ self.summaries[layer][0].mT / math.sqrt(q.shape[-1])  # (H_kv, G, P)
+        scores = logits.softmax(dim=-1).amax(dim=1)
+        scores[:, : self.always[layer].shape[1]].masked_fill_(self.always[layer], math.inf)
+        scores[:, -self.local_chunks :] = math.inf
+        return scores
+
+
+class ExpectedAttention(Evicting):
+    """The attention that the next 512 tokens pay, if their queries are Gaussian, times the length
+    of the value. 2510.00636.
+
+    Mean and covariance are those of the prompt's queries before RoPE, without the first 4; both are
+    turned by the mean rotation of the next 512 positions. The first 4 tokens are kept.
+    """
+
+    ahead = 512
+
+    def __init__(self, model_config, budget):
+        super().__init__(model_config, budget)
+        self.model_config = model_config
+
+    def prefill(self, layer, q, k, v):
+        self.values = v
+        super().prefill(layer, q, k, v)
+
+    def importance(self, layer, q, k):
+        dim, n_tokens = q.shape[-1], q.shape[1]
+        cos, sin = rope_table(self.model_config, torch.arange(n_tokens + self.ahead), q.dtype)
+        unturned = apply_rope(q, cos[:n_tokens], -sin[:n_tokens])[:, 4:]  # (H, T - 4, D)
+        mean = unturned.mean(dim=1, keepdim=True)
+        spread = (unturned - mean).mT @ (unturned - mean) / unturned.shape[1]  # (H, D, D)
+        later = cos[n_tokens:].mean(dim=0), sin[n_tokens:].mean(dim=0)
+        mean = apply_rope(mean, *later)
+        spread = apply_rope(apply_rope(spread, *later).mT, *later)  # R Σ Rᵀ
+        keys = k.repeat_interleave(len(q) // len(k), dim=0)  # (H, T, D)
+        logits = (mean @ keys.mT).squeeze(1) / math.sqrt(dim)
+        logits += ((keys @ spread) * keys).sum(dim=-1) / (2 * dim)
+        shares = logits.softmax(dim=-1).view(len(k), -1, n_tokens).mean(dim=1)
+        scores = shares * self.values.norm(dim=-1)
+        scores[:, :4] = math.inf
+        return scores
+
+
+class BestTokens(FullCache):
+    """The ceiling of any choice of tokens: those that this very token attends to most.
+
+    It looks at every key, which no method may.
+    """
+
+    def __init__(self, model_config, max_tokens, budget):
+        super().__init__(model_config, max_tokens, "cpu", torch.float32)
+        self.budget = budget
+
+    def decode(self, layer, q, k, v):
+        keys, values, _ = super().decode(layer, q, k, v)
+        logits = q.view(len(k), -1, q.shape[-1]) @ keys.mT / math.sqrt(q.shape[-1])  # (H_kv, G, n)
+        attention = logits.softmax(dim=-1).mean(dim=1)
+        best = attention.topk(min(self.budget, keys.shape[1]), dim=-1).indices
+        heads = torch.arange(len(k))[:, None]
+        return keys[heads, best], values[heads, best], None
 
 
 class LastQuery(SentenceKVCache):
@@ -251,30 +361,125 @@ class LastQuery(SentenceKVCache):
         super().add_scores(layer, q)
 
 
+class TwoVectors(SentenceKVCache):
+    """SentenceKV with a second vector a sentence: its key k* that is farthest from the mean.
+
+    The attention that the sentence receives is taken for (n - 1) exp(Gaussian) + exp(q · k*), of n
+    keys; the score is again that of one token. Sentences that are alike differ in a token or two.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.farthest = list(torch.zeros_like(self.table.vectors))  # of each layer (H_kv, S, D)
+        self.table.put = self.put
+
+    def put(self, layer, keys, bounds):
+        table, n_new = self.table, bounds.shape[-1] - 1
+        SentenceTable.put(table, layer, keys, bounds)
+        vectors = table.vectors[layer, :, table.n_sentences : table.n_sentences + n_new]
+        stored = self.stored(layer)
+        stored[:, table.n_sentences : table.n_sentences + n_new] = self.choose(keys, bounds, vectors)
+        self.farthest[layer] = stored
+
+    def stored(self, layer):
+        """The second vectors, as many as the table has places."""
+        more = self.table.capacity - self.farthest[layer].shape[1]
+        return torch.nn.functional.pad(self.farthest[layer], (0, 0, 0, more))
+
+    @staticmethod
+    def choose(keys, bounds, vectors):
+        """keys (H_kv, N, D), bounds (H_kv, S + 1), vectors (H_kv, S, D) -> (H_kv, S, D)"""
+        heads, n_rows, dim = keys.shape
+        rows = torch.arange(n_rows).expand(heads, -1).contiguous()
+        sentence = torch.searchsorted(bounds.contiguous(), rows, right=True)  # from 1; 0: none
+        means = torch.nn.functional.pad(vectors, (0, 0, 1, 0))
+        distances = (keys - means.gather(1, sentence[..., None].expand_as(keys))).norm(dim=-1)
+        least = distances.new_full((heads, means.shape[1]), -1)
+        most = least.scatter_reduce(1, sentence, distances, "amax")
+        farther = rows.masked_fill(distances < most.gather(1, sentence), n_rows)
+        last = torch.full_like(most, n_rows - 1, dtype=torch.long)  # of an empty sentence
+        farthest = last.scatter_reduce(1, sentence, farther, "amin")[:, 1:]
+        return keys.gather(1, farthest[..., None].expand(-1, -1, dim))
+
+    def add_scores(self, layer, q):
+        table = self.table
+        lengths, q = table.lengths[layer].unsqueeze(1), q / math.sqrt(q.shape[-1])
+        squared_norms = q.square().sum(dim=-1, keepdim=True)
+        others = q @ table.vectors[layer].mT + squared_norms * table.variances[layer, :, None] / 2
+        farthest = (q @ self.stored(layer).mT).masked_fill(lengths == 0, -math.inf)
+        attention = torch.logaddexp(others + (lengths - 1).clamp(min=0).log(), farthest).softmax(-1)
+        table.scores[layer] += attention.sum(dim=1) / table.lengths[layer].clamp(min=1)
+
+
 class BestSentences(SentenceKVCache):
     """The ceiling: sentences ranked by the attention that this very token pays to a row of them.
 
     It looks at every key, which no method may; a choice of whole sentences can hardly do better.
     """
 
-    def add_scores(self, layer, q):
-        keys = self.host.kv[layer, : self.table.n_rows, :, 0].transpose(0, 1)  # (H_kv, N, D)
-        logits = (q @ keys.mT).float() / math.sqrt(q.shape[-1])  # (H_kv, G, N)
-        attention = logits.softmax(dim=-1).mean(dim=1).double()
-        total = torch.nn.functional.pad(attention.cumsum(dim=-1), (1, 0))
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.seen = {}  # layer -> keys (H_kv, N, D), side by side: reading them is faster
+
+    def keys(self, layer):
+        if layer not in self.seen or self.seen[layer].shape[1] != self.table.n_rows:
+            keys = self.host.kv[layer, : self.table.n_rows, :, 0].transpose(0, 1)
+            self.seen[layer] = self.known(layer, keys).contiguous()
+        return self.seen[layer]
+
+    def known(self, layer, keys):
+        """What is known of all keys (H_kv, N, D): here everything."""
+        return keys
+
+    def attention(self, layer, q):
+        """What a row of each sentence receives from one token's queries, the mean (H_kv, S)."""
+        logits = (q @ self.keys(layer).mT).float() / math.sqrt(q.shape[-1])  # (H_kv, G, N)
+        total = torch.nn.functional.pad(logits.softmax(-1).mean(dim=1).double().cumsum(-1), (1, 0))
         bounds = self.table.bounds[layer]
-        per_row = total.gather(-1, bounds).diff(dim=-1) / bounds.diff(dim=-1).clamp(min=1)
-        self.table.scores[layer] = per_row
+        return total.gather(-1, bounds).diff(dim=-1) / bounds.diff(dim=-1).clamp(min=1)
+
+    def add_scores(self, layer, q):
+        self.table.scores[layer] = self.attention(layer, q)
+
+
+class TwoBitKeys(BestSentences):
+    """SentenceKV that knows every key at 2 bits a channel, in place of a vector a sentence.
+
+    A sentence's score is the attention that its rows would receive, added up over the sentence
+    being written. It shows what a vector gives away; its keys take an eighth of those of 16 bits.
+    """
+
+    # The four levels that lose least of a Gaussian channel, and where they meet, in deviations.
+    levels, edges = torch.tensor([-1.51, -0.453, 0.453, 1.51]), torch.tensor([-0.982, 0.0, 0.982])
+
+    def prefill(self, layer, q, k, v):
+        super().prefill(layer, q, k, v)
+        if layer == 0:
+            self.channels = []  # for each layer mean and deviation (H_kv, 1, D)
+        self.channels.append((k.mean(dim=1, keepdim=True), k.std(dim=1, keepdim=True)))
+
+    def known(self, layer, keys):
+        mean, deviation = self.channels[layer]
+        level = torch.bucketize(((keys - mean) / deviation).contiguous(), self.edges)
+        return mean + deviation * self.levels[level]
+
+    def add_scores(self, layer, q):
+        self.table.scores[layer] += self.attention(layer, q)
 
 
 BASELINES = {
     "streamingllm": StreamingLLM, "l2norm": L2Norm, "h2o": H2O, "snapkv": SnapKV,
-    "pyramidkv": PyramidKV, "chunkkv": ChunkKV, "quest": Quest,
+    "pyramidkv": PyramidKV, "chunkkv": ChunkKV, "expected_attention": ExpectedAttention,
+    "quest": Quest, "quest_dense": QuestDense, "shadowkv": ShadowKV,
 }
 SENTENCE_METHODS = {
-    "sentencekv": SentenceKVCache, "last_query": LastQuery, "best_sentences": BestSentences,
+    "sentencekv": SentenceKVCache, "published": SentenceKVCache, "last_query": LastQuery,
+    "two_vectors": TwoVectors, "two_bit_keys": TwoBitKeys, "best_sentences": BestSentences,
 }
-METHODS = ("full", *BASELINES, *SENTENCE_METHODS)
+METHODS = ("full", *BASELINES, *SENTENCE_METHODS, "best_tokens")
+
+# SentenceKV with the settings of its paper; keep_factor was 2 to 5 there.
+PUBLISHED = {"score": "mean_query", "sink_tokens": 32, "secondary_sinks": 0, "keep_factor": 2.0}
 
 
 def device_bytes(cache) -> int:
@@ -297,7 +502,11 @@ def make_cache(method: str, model_config, budget: int, spans: list, max_new_toke
         return generate.make_cache("full", None, model_config, spans, max_new_tokens, "cpu", dtype)
     if method in BASELINES:
         return BASELINES[method](model_config, budget)
+    if method == "best_tokens":
+        return BestTokens(model_config, spans[-1][1] + max_new_tokens, budget)
     if method not in SENTENCE_METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
+    if method == "published":
+        settings = PUBLISHED | settings
     config = SentenceKVConfig(token_budget=budget, **settings)
     return SENTENCE_METHODS[method](config, model_config, spans, max_new_tokens, "cpu", dtype)

@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from PIL import Image
 
+from benchmarks.quality import at_every_budget, differences
+
 BLUE, ORANGE, VERMILION, PINK, WINE, VIOLET, BROWN, GREY = (
     "#0072b2", "#c78500", "#d55e00", "#bf5f95", "#882255", "#7a68b8", "#8c6d46", "#757575")
 STYLES = {  # method: name in pictures, colour, marker, line
@@ -53,14 +55,6 @@ def weight(method: str) -> str:
 
 def unique(rows: list[dict], key: str) -> list:
     return list(dict.fromkeys(row[key] for row in rows))
-
-
-def at_every_budget(rows: list[dict]) -> list[dict]:
-    """The full cache has no budget: it was run once, and is the same at all of them."""
-    full = [row for row in rows if row["method"] == "full"]
-    others = [row for row in rows if row["method"] != "full"]
-    budgets = sorted(set(unique(others or rows, "budget")))
-    return [row | {"budget": budget} for row in full for budget in budgets] + others
 
 
 def needle(rows: list[dict], path: Path):
@@ -110,19 +104,17 @@ def heat_map(axis, grid: list[list[float]]):
 
 def score_by_budget(rows: list[dict], path: Path):
     """The mean score of all rows, in per cent."""
+    rows = at_every_budget(rows)
     by_budget([row | {"y": 100 * row["score"]} for row in rows], "mean score, per cent", path)
 
 
 def loss_by_budget(rows: list[dict], path: Path):
     """By how much a text's mean NLL is above that of the full cache, the mean of all texts."""
-    full = {(row["task"], row["index"]): row["score"] for row in rows if row["method"] == "full"}
-    texts = [(row, full.get((row["task"], row["index"]), math.nan)) for row in rows]
-    by_budget([row | {"y": row["score"] - least} for row, least in texts],
+    by_budget([row | {"y": row["score"]} for row in differences(at_every_budget(rows), "full")],
               "mean NLL above that of the full cache, nats a token", path)
 
 
 def by_budget(rows: list[dict], label: str, path: Path):
-    rows = at_every_budget(rows)
     figure, axis = pyplot.subplots(figsize=(8.4, 5.4), layout="constrained")
     label_ends(axis, [draw_line(axis, method, *line, dotted=method == "full")
                       for method, line in lines(rows, "budget", "y").items()])
@@ -131,6 +123,28 @@ def by_budget(rows: list[dict], label: str, path: Path):
     axis.set_xticks(budgets, map(str, budgets))
     axis.minorticks_off()
     finish(axis, "token budget", label)
+    save(figure, path)
+
+
+def sinks_by_layer(rows: list[dict], path: Path):
+    """Above: how many secondary sinks a head has. Below: where the prompt's last tokens look."""
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(8.4, 4.6),
+                                             height_ratios=(2, 3), layout="constrained")
+    by_kind = [row | {"kind": row["task"].split()[0]} for row in rows]
+    layers = sorted(unique(rows, "index"))
+    count, secondary, first = (
+        [mean(r["score"] for r in by_kind if r["kind"] == kind and r["index"] == layer)
+         for layer in layers] for kind in ("count", "secondary", "first"))
+    above.bar(layers, count, color=BLUE)
+    ends = []
+    for values, name, colour, marker in ((secondary, "secondary sinks", BLUE, "s"),
+                                         (first, "first 4 tokens", VERMILION, "o")):
+        look = {"color": colour, "marker": marker, "markersize": 5}
+        below.plot(layers, [100 * value for value in values], linewidth=1.5, **look)
+        ends.append((layers[-1], 100 * values[-1], look, name, "normal"))
+    label_ends(below, ends)
+    finish(above, "", "secondary sinks a head")
+    finish(below, "layer", "attention, per cent")
     save(figure, path)
 
 
@@ -219,7 +233,7 @@ def save(figure, path: Path):
 
 
 BY_TASK = {"needle": needle, "ruler": score_by_budget, "perplexity": loss_by_budget,
-           "speed": ms_by_length}
+           "speed": ms_by_length, "sinks": sinks_by_layer}
 
 if __name__ == "__main__":
     task, file = sys.argv[1], Path(sys.argv[2])

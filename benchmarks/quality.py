@@ -7,6 +7,7 @@
     python -m benchmarks.quality perplexity --data BOOK.txt --length 3000 --new-tokens 256
     python -m benchmarks.quality recall --data BOOK.txt --length 3000 --new-tokens 64
     python -m benchmarks.quality jaccard --data BOOK.txt --length 3000
+    python -m benchmarks.quality sinks --data BOOK.txt --length 3000
 
 The prompt is read once, and its keys and values are replayed into a cache for every method and
 budget. A method may carry settings of SentenceKVConfig, and the unit that it remembers by:
@@ -21,6 +22,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -38,15 +40,17 @@ from benchmarks.baselines import (
 )
 from benchmarks.segmentation import old_spans
 from cache import NO_ROW
-from generate import check_positions, next_logits, prefill, read_text, seal_finished
+from generate import check_positions, prefill, read_text, seal_finished
 from model import LlamaConfig, rope_table
 from segment import SentenceStream, token_spans
-from sentencekv import SentenceKVConfig
+from sentencekv import SentenceKVConfig, secondary_sinks
 from weights.checkpoint import load_model
 from weights.download import download
 from weights.tokenizer import Tokenizer
 
-LIMIT = SentenceKVConfig.sentence_limit
+
+THIRD = Fraction(1, 3)
+STUDIES = ("last_query", "two_vectors", "two_bit_keys", "best_sentences", "best_tokens")  # run when asked for
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,15 @@ class Method:
             raise ValueError(f"method {self.spec!r}: settings are name=value,name=value")
         return dict(pairs)
 
+    @property
+    def sentence_limit(self) -> int:
+        return int(self.settings.get("sentence_limit", SentenceKVConfig.sentence_limit))
+
     def new_cache(self, model, pieces: list[str], max_new_tokens: int):
         settings = self.settings
         if "unit" in settings and self.name not in SENTENCE_METHODS:
             raise ValueError(f"method {self.name!r} remembers by no unit")
-        spans = units(pieces, settings.pop("unit", "sentence"))
+        spans = units(pieces, settings.pop("unit", "sentence"), self.sentence_limit)
         for name, value in settings.items():
             if name not in SentenceKVConfig.__dataclass_fields__:
                 raise ValueError(f"method {self.spec!r}: there is no setting {name!r}")
@@ -80,20 +88,20 @@ class Method:
         return make_cache(self.name, model.config, self.budget, spans, max_new_tokens, **settings)
 
 
-def units(pieces: list[str], unit: str) -> list[tuple[int, int]]:
-    """The prompt in sentences, or in what they are compared with.
+def units(pieces: list[str], unit: str, limit: int) -> list[tuple[int, int]]:
+    """The prompt in sentences of at most `limit` tokens, or in what they are compared with.
 
     `chunkN`: N tokens each; `mergedN`: sentences joined until they have N tokens; `old`: the rule
     of the authors' code.
     """
     if unit == "sentence":
-        return token_spans(pieces, LIMIT)
+        return token_spans(pieces, limit)
     if unit.startswith("chunk"):
         size = int(unit[5:])
         ends = [*range(size, len(pieces), size)]
     elif unit.startswith("merged"):
         ends, start = [], 0
-        for a, b in token_spans(pieces, LIMIT):
+        for a, b in token_spans(pieces, limit):
             if b - start >= int(unit[6:]):
                 ends, start = [*ends, b], b
     elif unit == "old":
@@ -109,7 +117,8 @@ class Writer:
 
     def __init__(self, method: Method, cache, detokenize):
         self.method, self.cache, self.detokenize = method, cache, detokenize
-        self.sentences, self.tokens, self.pieces, self.seconds = SentenceStream(LIMIT), [], [], 0.0
+        self.sentences = SentenceStream(method.sentence_limit)
+        self.tokens, self.pieces, self.seconds = [], [], 0.0
 
     def read_on(self, token: int):
         """Take the token that is decoded next."""
@@ -227,9 +236,11 @@ class Bench:
         caches = [m.new_cache(self.model, pieces[:n_prompt], len(ids) - n_prompt) for m in methods]
         witness = Witness(self.model.config, len(ids), [recording.replay(c) for c in caches])
         recording.replay(witness)
-        sentences = SentenceStream(LIMIT)
-        for i in range(n_prompt, len(ids)):
-            next_logits(self.model, witness, sentences, ids[i], pieces[i])
+        sentences = [SentenceStream(method.sentence_limit) for method in methods]
+        for token, piece in zip(ids[n_prompt:], pieces[n_prompt:]):
+            for cache, stream in zip(caches, sentences):
+                seal_finished(cache, stream, piece)
+            self.model.decode(torch.tensor([token]), witness)
         for method, seen in zip(methods, witness.seen):
             for layer, pairs in enumerate(seen):
                 yield method, layer, mean(m for m, _ in pairs), mean(e for _, e in pairs)
@@ -252,11 +263,29 @@ class Bench:
                 yield method, layer, mean(len(a & b) / len(a | b) for a, b in zip(here, there))
 
 
+    def sinks(self, ids: list[int], config: SentenceKVConfig):
+        """Yield (layer, secondary sinks of a head, attention that they get, and that sinks get).
+
+        Means over heads; attention is that of the last 32 queries, as a share of all of it.
+        """
+        recording, _ = self.record(ids)
+        for layer, (q, k, _) in enumerate(recording.layers):
+            secondary = secondary_sinks(k, config)  # (H_kv, T)
+            last = q[:, -32:].unflatten(0, (len(k), -1))  # (H_kv, G, 32, D)
+            logits = last @ k.unsqueeze(1).mT / math.sqrt(q.shape[-1])
+            future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(len(ids) - 31)
+            attention = logits.masked_fill(future, -math.inf).softmax(dim=-1).mean(dim=(1, 2))
+            yield (layer, secondary.sum(dim=-1).float().mean().item(),
+                   (attention * secondary).sum(dim=-1).mean().item(),
+                   attention[:, : config.sink_tokens].sum(dim=-1).mean().item())
+
+
 def chosen_by(cache) -> list:
     """For every layer the positions (H_kv, n) that were chosen of the prompt."""
     if hasattr(cache, "slot_row"):
-        if cache.config.keep_factor != math.inf:
-            raise ValueError("jaccard needs keep_factor=inf: else rows are no positions")
+        if cache.config.keep_factor != math.inf or cache.config.secondary_sinks:
+            raise ValueError("jaccard needs keep_factor=inf,secondary_sinks=0: else rows are no"
+                             " positions")
         return list(cache.slot_row)
     if getattr(cache, "kept_at", [None])[0] is None:
         raise ValueError(f"{type(cache).__name__} chooses no tokens of the prompt once and for all")
@@ -281,10 +310,6 @@ class Witness:
         self.full.advance(n_tokens)
         for other in self.others if decoding else ():
             other.advance(n_tokens)
-
-    def seal(self, length):
-        for other in self.others:
-            other.seal(length)
 
     def decode(self, layer, q, k, v):
         full = self.full.decode(layer, q, k, v)
@@ -379,19 +404,21 @@ def run_answers(args, bench, methods, results):
 
 
 def book_tokens(args, bench) -> list[tuple[str, list[int]]]:
-    """(name, ids) of each book: `--length` tokens from its middle, and the new ones after them."""
+    """(name, ids) of each passage: `--length` tokens of a book from each of `--places` on, and the
+    new ones after them. The passage at a third of it is called by the book's name alone."""
     if args.new_tokens < 2:
         raise ValueError(f"--new-tokens is {args.new_tokens}, must be at least 2")
     books = []
     for path in args.data[: args.limit]:
-        text = read_text(path)
-        middle = text[len(text) // 3 : len(text) // 3 + 8 * (args.length + args.new_tokens)]
-        ids = bench.tokenizer.encode(middle, add_bos=True)[: args.length + args.new_tokens]
-        if len(ids) < args.length + 2:
-            raise ValueError(f"{path} has {len(ids)} tokens after its first third, and needs at least"
-                             f" {args.length + 2}: --length and two to read on")
-        check_positions(args.length, len(ids) - args.length, bench.model.config)
-        books.append((path.stem, ids))
+        text, wanted = read_text(path), args.length + args.new_tokens
+        for place in args.places:
+            start = int(len(text) * place)
+            ids = bench.tokenizer.encode(text[start : start + 8 * wanted], add_bos=True)[:wanted]
+            if len(ids) < args.length + 2:
+                raise ValueError(f"{path} has {len(ids)} tokens after {place} of it, and needs at"
+                                 f" least {args.length + 2}: --length and two to read on")
+            check_positions(args.length, len(ids) - args.length, bench.model.config)
+            books.append((path.stem if place == THIRD else f"{path.stem} {place}", ids))
     return books
 
 
@@ -423,37 +450,58 @@ def run_jaccard(args, bench, methods, results):
                         score=similarity, model=bench.name)
 
 
+def run_sinks(args, bench, methods, results):
+    config = SentenceKVConfig()
+    for name, ids in book_tokens(args, bench):
+        for layer, *values in bench.sinks(ids[: args.length], config):
+            for kind, value in zip(("count", "secondary", "first"), values):
+                results.add(task=f"{kind} {name}", index=layer, method="full", budget=0,
+                            score=value, model=bench.name)
+
+
+def at_every_budget(rows: list[dict]) -> list[dict]:
+    """The full cache has no budget: it was run once, and is the same at all of them."""
+    others = [row for row in rows if row["method"] != "full"]
+    budgets = sorted({row["budget"] for row in others or rows})
+    full = [row for row in rows if row["method"] == "full"]
+    return [row | {"budget": budget} for row in full for budget in budgets] + others
+
+
+def differences(rows: list[dict], reference: str) -> list[dict]:
+    """Each score less that of the method `reference`, for the same prompt and budget."""
+    known = {(r["task"], r["index"], r["budget"]): r["score"] for r in rows
+             if r["method"] == reference}
+    return [r | {"score": r["score"] - known[r["task"], r["index"], r["budget"]]} for r in rows
+            if (r["task"], r["index"], r["budget"]) in known]
+
+
 def table(rows: list[dict], percent: bool) -> str:
     """Markdown: a line for every method, a column for every task and budget; mean ± its error.
+    The rows are those of `at_every_budget`.
 
     The last columns are the mean over tasks, or of perplexity what is lost against the full cache.
     """
     cells = {}
     named = [("needle" if r["task"].startswith("needle ") else r["task"], r) for r in rows]
     overall = ("mean",) if percent and len({task for task, _ in named}) > 1 else ()
-    full = {(r["task"], r["index"]): r["score"] for r in rows
-            if r["method"] == "full" and not percent}
-    named += [("above full", r | {"score": r["score"] - full[r["task"], r["index"]]})
-              for r in rows if (r["task"], r["index"]) in full]
+    if not percent:
+        named += [("above full", r) for r in differences(rows, "full")]
     for task, row in named:
-        budget = "" if row["method"] == "full" else row["budget"]
         for column in (task, *overall):
-            cells.setdefault((row["method"], column, budget), []).append(row["score"])
+            cells.setdefault((row["method"], column, row["budget"]), []).append(row["score"])
     scale, form = (100, "{:.0f}") if percent else (1, "{:.3f}")
 
     def cell(method, task, budget):
-        scores = cells.get((method, task, budget)) or cells.get((method, task, "")) or []
+        scores = cells.get((method, task, budget))
         if not scores:
             return ""
         error = scale * stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
         text = form.format(scale * mean(scores))
         return f"{text} ± {form.format(error)}" if error is not None else text
 
-    columns = dict.fromkeys((t, b) for _, t, b in cells if b != "")
-    last = ("mean", "above full")
-    columns = sorted(columns, key=lambda c: (c[0] in last, c[0], c[1])) or [
-        (t, "") for t in dict.fromkeys(t for _, t, _ in cells)]
-    lines = ["| method | " + " | ".join(f"{t} {b}".strip() for t, b in columns) + " |",
+    columns, last = {(t, b) for _, t, b in cells}, ("mean", "above full")
+    columns = sorted(columns, key=lambda c: (c[0] in last, c[0], c[1]))
+    lines = ["| method | " + " | ".join(f"{t} {b}" for t, b in columns) + " |",
              "|---" * (len(columns) + 1) + "|"]
     for method in dict.fromkeys(m for m, _, _ in cells):
         lines.append(f"| {method} | " + " | ".join(cell(method, *c) for c in columns) + " |")
@@ -468,11 +516,12 @@ def parse(arguments):
         return lambda text: [kind(part) for part in text.split(",")]
 
     add = parser.add_argument
-    add("task", choices=("ruler", "needle", "longbench", "perplexity", "recall", "jaccard"))
+    add("task", choices=("ruler", "needle", "longbench", "perplexity", "recall", "jaccard",
+                          "sinks"))
     add("--data", type=Path, nargs="+", required=True, help="task files, or books as haystacks")
     add("--model", type=Path, help="Llama folder (default: SmolLM2-135M-Instruct)")
     add("--methods", help="separated by blanks or semicolons; default: all",
-        default=" ".join(m for m in METHODS if m not in ("best_sentences", "last_query")))
+        default=" ".join(m for m in METHODS if m not in STUDIES))
     add("--budgets", type=numbers(int), default=[96, 192, 384, 768])
     add("--limit", type=int, help="so many rows of every task, or books")
     add("--generate", type=lambda text: text.split(","), default=[], help="RULER families to make")
@@ -480,7 +529,9 @@ def parse(arguments):
     add("--length", type=int, default=3000, help="tokens of the haystack or the book")
     add("--lengths", type=numbers(int), default=[1000, 2000, 4000])
     add("--depths", type=numbers(float), default=[0.0, 0.25, 0.5, 0.75, 1.0])
+    add("--places", type=numbers(Fraction), default=[THIRD], help="of passages in a book, 0 to 1")
     add("--new-tokens", type=int, default=256, help="read after a book's first tokens")
+    add("--pair", metavar="METHOD", help="show also by how much each method differs from this one")
     add("--out", type=Path, help="results, one JSON line each; a table and a picture beside it")
     return parser.parse_args(arguments)
 
@@ -508,13 +559,18 @@ def main(arguments=None) -> int:
         methods, results = asked_methods(args), Results(args.out)
         bench = Bench(args.model or download())
         run = {"perplexity": run_perplexity, "recall": run_recall,
-               "jaccard": run_jaccard}.get(args.task, run_answers)
+               "jaccard": run_jaccard, "sinks": run_sinks}.get(args.task, run_answers)
         run(args, bench, methods, results)
-        report = table(results.rows, percent=args.task in ("ruler", "needle", "longbench"))
+        percent = args.task in ("ruler", "needle", "longbench")
+        rows = at_every_budget(results.rows)
+        report = table(rows, percent)
+        if args.pair:
+            report += (f"\n\nThe difference from `{args.pair}`, prompt by prompt:\n\n"
+                       + table(differences(rows, args.pair), percent))
         print(report)
         if args.out and results.rows:
             args.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
-            if args.task in ("ruler", "needle", "perplexity"):
+            if args.task in ("ruler", "needle", "perplexity", "sinks"):
                 from benchmarks import plots
 
                 plots.BY_TASK[args.task](results.rows, args.out.with_suffix(".png"))

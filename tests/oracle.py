@@ -21,6 +21,7 @@ class SlowSentenceKV:
         self.n_prompt = spans[-1][1]
         self.kv = [[] for _ in range(model_config.num_hidden_layers)]  # [layer][position] -> (k, v)
         self.kept = {}  # (layer, KV head) -> positions kept of the prompt
+        self.secondary = {}  # (layer, KV head) -> positions of secondary sinks
         self.queries = [[] for _ in self.kv]  # [layer], of the sentence being written
         self.num_tokens = 0
         self.selected = []  # positions selected, for every token, layer and head
@@ -29,9 +30,18 @@ class SlowSentenceKV:
         n_tokens = k.shape[1]
         self.kv[layer] = [(k[:, i], v[:, i]) for i in range(n_tokens)]
         for head in range(len(k)):
-            self.kept[layer, head] = self.keep(q, k, head, n_tokens)
+            self.secondary[layer, head] = secondary = self.shortest(k[head])
+            self.kept[layer, head] = self.keep(q, k, head, n_tokens, secondary)
 
-    def keep(self, q, k, head, n_tokens):
+    def shortest(self, keys):
+        """The positions of a head's shortest keys, if they are much shorter than most."""
+        norms, config = [key.norm().item() for key in keys], self.config
+        median = sorted(norms)[(len(norms) - 1) // 2]
+        earlier = range(config.sink_tokens, len(norms) - config.protected_tokens)
+        short = sorted((norms[i], i) for i in earlier if norms[i] < config.secondary_norm * median)
+        return {i for _, i in short[: config.secondary_sinks]}
+
+    def keep(self, q, k, head, n_tokens, secondary):
         """The ⌊r · τ⌋ positions that the last queries of the prompt attend to most."""
         config = self.config
         n_kept = min(n_tokens, config.keep_factor * config.token_budget)
@@ -47,7 +57,7 @@ class SlowSentenceKV:
         earlier = received[: n_tokens - window]
         pooled = [max(earlier[max(0, i - 3) : i + 4]) for i in range(len(earlier))]
         last = max(window, config.recent_window)
-        kept = set(range(config.sink_tokens)) | set(range(n_tokens - last, n_tokens))
+        kept = set(range(config.sink_tokens)) | set(range(n_tokens - last, n_tokens)) | secondary
         for i in sorted(range(len(pooled)), key=lambda i: -pooled[i]):
             if len(kept) < int(n_kept):
                 kept.add(i)
@@ -62,8 +72,10 @@ class SlowSentenceKV:
         self.queries = [[] for _ in self.kv]
 
     def tokens_of(self, span, layer, head):
-        """Kept positions of a sentence. What the model writes itself is kept whole."""
-        return [i for i in range(*span) if i >= self.n_prompt or i in self.kept[layer, head]]
+        """Kept positions of a sentence. What the model writes itself is kept whole. A secondary sink
+        is in no sentence: it is attended to anyway."""
+        kept = self.kept[layer, head] - self.secondary[layer, head]
+        return [i for i in range(*span) if i >= self.n_prompt or i in kept]
 
     def decode(self, layer, q, k, v):
         """Keys and values of the positions that each head attends to, and a mask over the longest."""
@@ -80,22 +92,23 @@ class SlowSentenceKV:
         return keys, values, mask
 
     def attended(self, layer, head, group):
-        """Positions: the sinks, the best sentences within the budget, the recent window."""
+        """Positions: all sinks, the best sentences within the budget, the recent window."""
         config, n = self.config, self.num_tokens + 1
         sinks = list(range(min(config.sink_tokens, self.n_prompt)))
+        secondary = sorted(self.secondary[layer, head])
         left = config.token_budget - len(sinks)
         start = min(n - config.recent_window, self.spans[-1][1])  # the open sentence, if earlier
-        start = max(start, n - left, len(sinks))  # but within the budget
+        start = max(start, n - left + config.secondary_sinks, len(sinks))  # but within the budget
         recent = list(range(start, n))
         selected = []
         for span in self.ranking(layer, head, group):
             positions = self.tokens_of(span, layer, head)
             selected += [i for i in positions if len(sinks) <= i < start]
         most = config.token_budget - config.sink_tokens - config.recent_window
-        selected = selected[: min(left - len(recent), most)]
+        selected = selected[: min(left - len(recent), most) - len(secondary)]
         self.selected.append(selected)
-        assert len(sinks + selected + recent) <= config.token_budget
-        return sinks + selected + recent
+        assert len(sinks + secondary + selected + recent) <= config.token_budget
+        return sinks + secondary + selected + recent
 
     def ranking(self, layer, head, group):
         """The sentences of which this head keeps a token, the best first."""

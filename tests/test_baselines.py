@@ -5,6 +5,7 @@ import torch
 from conftest import TINY, random_ids, random_llama, random_spans
 
 from benchmarks.baselines import BASELINES, METHODS, PyramidKV, Recording, make_cache
+from model import apply_rope, rope_table
 
 BUDGET, N_PROMPT, WINDOW = 72, 150, 32
 
@@ -86,6 +87,8 @@ def expected_positions(method, layer, layers, head):
         chunks = [range(a, min(a + 10, n_earlier)) for a in range(0, n_earlier, 10)]
         ranked = best([sum(received[i] for i in chunk) for chunk in chunks], len(chunks))
         return [i for c in ranked for i in chunks[c]][:room]
+    if method == "expected_attention":
+        return best(expected_attention(q, k, layers[layer][2], head)[:n_earlier], room)
     if method == "h2o":
         half = BUDGET // 2
         received = window_attention(q, k, range(N_PROMPT))[head].tolist()
@@ -96,7 +99,25 @@ def expected_positions(method, layer, layers, head):
     raise AssertionError(method)
 
 
-@pytest.mark.parametrize("method", ["streamingllm", "l2norm", "snapkv", "chunkkv", "h2o"])
+def expected_attention(q, k, v, head):
+    """The score of every token for a KV head, one position and one query head at a time."""
+    dim, group = q.shape[-1], len(q) // len(k)
+    cos, sin = rope_table(TINY, torch.arange(N_PROMPT + 512), torch.float32)
+    turns = [apply_rope(torch.eye(dim), *at).T for at in zip(cos[:, None], sin[:, None])]
+    later = sum(turns[N_PROMPT:]) / 512
+    total = torch.zeros(N_PROMPT)
+    for query_head in range(head * group, (head + 1) * group):
+        queries = torch.stack([turns[i].T @ q[query_head, i] for i in range(4, N_PROMPT)])
+        mean, covariance = queries.mean(0), torch.cov(queries.T, correction=0)
+        mean, covariance = later @ mean, later @ covariance @ later.T
+        total += torch.stack([key @ mean / dim**0.5 + key @ covariance @ key / (2 * dim)
+                              for key in k[head]]).softmax(0) / group
+    scores = [a * b.norm().item() for a, b in zip(total.tolist(), v[head])]
+    return [math.inf] * 4 + scores[4:]
+
+
+@pytest.mark.parametrize("method", [
+    "streamingllm", "l2norm", "snapkv", "chunkkv", "h2o", "expected_attention"])
 def test_each_method_keeps_what_its_definition_says(recording, method):
     for head in range(TINY.num_key_value_heads):
         cache = recording.replay(new_cache(method))
@@ -126,7 +147,79 @@ def test_quest_reads_the_pages_whose_bound_is_highest(recording):
         assert got == sorted([*expected, *range(last, N_PROMPT + 1)])
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "full"])
+def test_shadowkv_reads_outliers_and_the_chunks_whose_landmarks_match(recording):
+    q, k, v = random_token(3)
+    for head in range(TINY.num_key_value_heads):
+        cache = recording.replay(new_cache("shadowkv"))
+        keys = recording.layers[0][1]
+        n_chunks, last = N_PROMPT // 8, N_PROMPT // 8 * 8
+        chunks = [keys[head, 8 * i : 8 * i + 8] for i in range(n_chunks)]
+        landmarks = torch.stack([chunk.mean(0) for chunk in chunks])
+        logits = q[3 * head : 3 * head + 3, 0] @ landmarks.T / math.sqrt(keys.shape[-1])
+        shares = logits.softmax(dim=-1).amax(dim=0).tolist()
+        least = [min(torch.cosine_similarity(key, landmark, dim=0).item() for key in chunk)
+                 for chunk, landmark in zip(chunks, landmarks)]
+        always = [*best([-x for x in least], round(BUDGET * 24 / 1024)),
+                  *range(n_chunks - 4, n_chunks)]
+        shares = [math.inf if i in always else x for i, x in enumerate(shares)]
+        expected = [i for c in best(shares, (BUDGET - (N_PROMPT + 1 - last)) // 8)
+                    for i in range(8 * c, 8 * c + 8)]
+        got = attended(cache, 0, head, keys, q, k, v)
+        assert got == sorted([*expected, *range(last, N_PROMPT + 1)])
+
+
+def test_the_best_tokens_are_those_attended_to_most(recording):
+    q, k, v = random_token(3)
+    for head in range(TINY.num_key_value_heads):
+        cache, keys = recording.replay(new_cache("best_tokens")), recording.layers[1][1]
+        everything = torch.cat((keys, k), dim=1)
+        logits = q[3 * head : 3 * head + 3, 0] @ everything[head].T / math.sqrt(keys.shape[-1])
+        expected = best(logits.softmax(dim=-1).mean(dim=0).tolist(), BUDGET)
+        assert attended(cache, 1, head, keys, q, k, v) == sorted(expected)
+
+
+def test_quest_may_read_everything_in_its_first_two_layers(recording):
+    cache = recording.replay(new_cache("quest_dense"))
+    assert cache.decode(1, *random_token(1))[0].shape[1] == N_PROMPT + 1
+    cache.dense_layers = 1
+    plain = recording.replay(new_cache("quest"))
+    for ours, theirs in zip(cache.decode(1, *random_token(2))[:2], plain.decode(
+            1, *random_token(2))[:2]):
+        assert ours.shape[1] == theirs.shape[1] + 1  # the token of the step before
+
+
+def test_the_second_vector_is_the_key_farthest_from_the_mean(recording):
+    cache, spans = recording.replay(new_cache("two_vectors")), random_spans(N_PROMPT)
+    keys = recording.layers[1][1]
+    for head in range(TINY.num_key_value_heads):
+        secondary = {tuple(row.tolist()) for row in cache.host.kv[
+            1, : cache.table.n_secondary[1, head], head, 0]}
+        sentences = [[key for key in keys[head, a:b] if tuple(key.tolist()) not in secondary]
+                     for a, b in spans]
+        for i, rows in enumerate(filter(None, sentences)):
+            mean = torch.stack(rows).mean(dim=0)
+            expected = max(rows, key=lambda key: (key - mean).norm().item())
+            assert torch.equal(cache.farthest[1][head, i], expected)
+
+
+def test_two_bits_a_channel_are_four_values(recording):
+    cache = recording.replay(new_cache("two_bit_keys"))
+    keys = recording.layers[0][1]
+    known = cache.known(0, keys)
+    assert all(len(channel.unique()) <= 4 for head in known for channel in head.T)
+    left = ((known - keys).square().mean() / keys.var(dim=1).mean()).item()
+    assert 0.05 < left < 0.2  # 0.1175 for a Gaussian
+
+
+def test_the_published_settings_are_the_paper_s():
+    config = make_cache("published", TINY, 80, random_spans(N_PROMPT), 60).config
+    assert (config.score, config.sink_tokens, config.recent_window) == ("mean_query", 32, 32)
+    assert config.keep_factor == 2 and config.secondary_sinks == 0
+    spans = random_spans(N_PROMPT)
+    assert make_cache("published", TINY, 80, spans, 60, keep_factor=3.0).config.keep_factor == 3
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "quest_dense")])
 def test_no_head_attends_to_more_than_the_budget(recording, method):
     cache = recording.replay(new_cache(method))
     counts = [[] for _ in range(TINY.num_hidden_layers)]
@@ -140,7 +233,7 @@ def test_no_head_attends_to_more_than_the_budget(recording, method):
             cache.seal(10)
     mean = sum(map(max, counts)) / len(counts)
     assert mean <= BUDGET
-    assert min(map(min, counts)) >= (BUDGET - 16 if method == "quest" else WINDOW)
+    assert min(map(min, counts)) >= (BUDGET - 16 if method in ("quest", "shadowkv") else WINDOW)
 
 
 @pytest.mark.parametrize("method, least", [("streamingllm", 4), ("snapkv", BUDGET // 2)])

@@ -65,15 +65,17 @@ def test_docstrings():
 @pytest.mark.parametrize("n_prompt", [1, 2, 31, 33, 70, 300])
 @pytest.mark.parametrize("score", ["mean_query", "votes", "gaussian"])
 def test_a_budget_for_everything_is_full_attention(tiny, device, n_prompt, score):
-    config = SentenceKVConfig(token_budget=1024, score=score)
+    config = SentenceKVConfig(token_budget=1024, score=score, **SHORT)
     caches = [sentencekv_cache(config, n_prompt, device),
               FullCache(TINY, n_prompt + N_NEW, device, torch.float32)]
     for ours, full in write(tiny, caches, n_prompt):
         torch.testing.assert_close(ours, full, rtol=0, atol=1e-4)
 
 
-SMALL = dict(token_budget=40, sink_tokens=4, recent_window=8, observation_window=8)
-LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window=16)
+SHORT = dict(secondary_sinks=6, secondary_norm=0.5)  # of random keys a few are as short
+SMALL = dict(token_budget=40, sink_tokens=4, recent_window=8, observation_window=8, **SHORT)
+LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window=16,
+             secondary_sinks=0)
 
 
 @pytest.mark.parametrize("n_prompt, longest, small, keep_factor, score", [
@@ -124,8 +126,9 @@ class AllResident(SentenceKVCache):
 
 
 @pytest.mark.parametrize("keep_factor", [1, math.inf])
-def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, keep_factor):
-    config = SentenceKVConfig(token_budget=96, keep_factor=keep_factor)
+@pytest.mark.parametrize("short", [{}, SHORT])
+def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, keep_factor, short):
+    config = SentenceKVConfig(token_budget=96, keep_factor=keep_factor, **short)
     caches = [sentencekv_cache(config, 300, device, cls=c) for c in (SentenceKVCache, AllResident)]
     for ours, resident in write(tiny, caches, 300):
         assert torch.equal(ours, resident)
@@ -237,8 +240,8 @@ def test_the_oracles_hold_with_the_kernel_too():
     """Under Triton's interpreter, a few of each; on a GPU the kernel is in all of them anyway."""
     pytest.importorskip("triton")
     names = ("a_budget_for_everything and cpu-gaussian-70",
-             "a_small_budget and inf-gaussian and small11", "offloaded_is_resident",
-             "not_selected_takes_no_part")
+             "a_small_budget and inf-gaussian and small11", "offloaded_is_resident and short1",
+             "not_selected_takes_no_part and short1")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__,
          "-k", f"not cuda and ({' or '.join(f'({name})' for name in names)})"],
@@ -270,8 +273,9 @@ class Poisoned(SentenceKVCache):
         return keys.masked_fill(unseen, 1e6), values.masked_fill(unseen, 1e6), mask
 
 
-def test_what_is_not_selected_takes_no_part_in_attention(tiny, device):
-    config = SentenceKVConfig(token_budget=96)
+@pytest.mark.parametrize("short", [{}, SHORT])
+def test_what_is_not_selected_takes_no_part_in_attention(tiny, device, short):
+    config = SentenceKVConfig(token_budget=96, **short)
     caches = [sentencekv_cache(config, 300, device, cls=c) for c in (SentenceKVCache, Poisoned)]
     for ours, poisoned in write(tiny, caches, 300):
         assert torch.equal(ours, poisoned)
@@ -302,8 +306,8 @@ def test_offloaded_keys_and_values_leave_the_device(device):
 
 def test_sentences_with_nothing_kept_take_no_room(tiny, device):
     spans = [(i, i + 1) for i in range(300)]  # of which at most 96 are kept
-    cache = SentenceKVCache(SentenceKVConfig(token_budget=96, keep_factor=1), TINY, spans, 10,
-                            device, torch.float32)
+    config = SentenceKVConfig(token_budget=96, keep_factor=1, secondary_sinks=0)
+    cache = SentenceKVCache(config, TINY, spans, 10, device, torch.float32)
     tiny.prefill(random_ids(300, device), cache)
     assert cache.table.n_sentences == 96
     assert cache.table.vectors.shape[2] == 96 + cache_module.SENTENCE_BLOCK
@@ -352,7 +356,7 @@ def test_room_for_more_sentences_is_made(tiny, device):
 
 def test_a_sentence_longer_than_the_budget_stays_within_it(tiny, device):
     """Without an end the sentence being written outgrows the budget; only its last part is seen."""
-    config = SentenceKVConfig(token_budget=40, sink_tokens=4, recent_window=8)
+    config = SentenceKVConfig(token_budget=40, sink_tokens=4, recent_window=8, **SHORT)
     caches = [sentencekv_cache(config, 100, device),
               SlowSentenceKV(config, TINY, random_spans(100))]
     for ours, slow in write(tiny, caches, 100, ends=False):
@@ -391,13 +395,34 @@ def test_the_device_holds_no_more_than_it_attends_to(tiny, device):
     assert torch.cat(seen).max() == 96
 
 
-def test_half_precision_keys_and_values_stay_half(device):
-    config = SentenceKVConfig(token_budget=96)
-    model = random_llama(device).to(torch.bfloat16)
-    cache = SentenceKVCache(config, TINY, random_spans(300), N_NEW, device, torch.bfloat16)
-    for (state,) in write(model, [cache], 300):
-        assert state.dtype == torch.bfloat16 and state.isfinite().all()
-    assert {x.dtype for x in (cache.host.kv, cache.slots, cache.table.vectors)} == {torch.bfloat16}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keys_and_values_stay_half(device, dtype):
+    """Offloaded is resident there too, with the same secondary sinks."""
+    config, model = SentenceKVConfig(token_budget=96, **SHORT), random_llama(device).to(dtype)
+    caches = [kind(config, TINY, random_spans(300), N_NEW, device, dtype)
+              for kind in (SentenceKVCache, AllResident)]
+    for ours, resident in write(model, caches, 300):
+        assert ours.dtype == dtype and ours.isfinite().all() and torch.equal(ours, resident)
+    held = caches[0].host.kv, caches[0].slots, caches[0].table.vectors
+    assert {x.dtype for x in held} == {dtype} and caches[0].table.n_secondary.max() == 6
+
+
+@pytest.mark.parametrize("short, least, most", [
+    (dict(secondary_norm=0.1), 0, 0), (dict(secondary_sinks=0, secondary_norm=9), 0, 0),
+    (SHORT, 1, 6), (dict(secondary_sinks=6, secondary_norm=9), 6, 6)])
+def test_secondary_sinks_are_a_head_s_shortest_keys(tiny, device, short, least, most):
+    """Where there are none, sentences have the whole budget."""
+    config = SentenceKVConfig(token_budget=96, **short)
+    caches = [sentencekv_cache(config, 300, device),
+              SlowSentenceKV(config, TINY, random_spans(300))]
+    for cache in caches:
+        tiny.prefill(random_ids(300, device), cache)
+    n_secondary = caches[0].table.n_secondary.squeeze(-1)
+    assert least == n_secondary.min() and n_secondary.max() == most
+    for (layer, head), positions in caches[1].secondary.items():
+        assert n_secondary[layer, head] == len(positions)
+        row_budget = caches[0].row_budget[layer, head]
+        assert row_budget == 96 - config.sink_tokens - config.recent_window - len(positions)
 
 
 @settings(deadline=None)
@@ -450,7 +475,8 @@ class Watched(SentenceKVCache):
         self.window_read = self.start_of_window()
         window = self.next_slot.item() + 1 - self.slot_of(self.window_read)
         attended = mask.sum(dim=-1)
-        assert (attended == self.n_sinks + self.n_selected + window).all()
+        secondary, selected = self.table.n_secondary[layer], self.row_budget[layer]
+        assert (attended == self.n_sinks + secondary + selected + window).all()
         assert attended.max() <= self.config.token_budget
         return keys, values, mask
 
@@ -478,18 +504,19 @@ class Watched(SentenceKVCache):
         same = (rows[:, None] == seen[None]).all(-1).all(-1)  # (N, T)
         assert (same.sum(dim=1) == 1).all(), "a row is no token's"
         positions = same.long().argmax(dim=1).tolist()
-        assert positions == sorted(set(positions))
+        in_sentences = positions[self.table.n_secondary[layer, head].item() :]
+        assert len(set(positions)) == len(positions) and in_sentences == sorted(in_sentences)
         return positions
 
     def check_tiles(self, layer, head, positions):
         bounds = self.table.bounds[layer, head].tolist()
-        assert bounds[0] == 0 and bounds == sorted(bounds)
+        assert bounds[0] <= self.config.secondary_sinks and bounds == sorted(bounds)
         assert set(bounds[self.table.n_sentences :]) == {self.table.n_rows}
         sentence = [bisect_right(self.ends, p) for p in positions]
         for first, end in pairwise(bounds):
             assert len(set(sentence[first:end])) <= 1, "rows of two sentences"
         starts = {first for first, end in pairwise(bounds) if end > first}
-        assert len(starts) == len(set(sentence)), "a sentence in two parts"
+        assert len(starts) == len(set(sentence[bounds[0] :])), "a sentence in two parts"
 
     def check_slots(self, layer, head, seen, positions):
         slots, table = self.slots[layer, head], self.table
@@ -499,7 +526,8 @@ class Watched(SentenceKVCache):
         for slot, row in enumerate(self.slot_row[layer, head].tolist()):
             if row < NO_ROW:
                 assert torch.equal(slots[slot], seen[positions[row]]), "a slot with another row"
-                held.setdefault(self.slot_sentence[layer, head, slot].item(), []).append(row)
+                if row >= table.n_secondary[layer, head]:
+                    held.setdefault(self.slot_sentence[layer, head, slot].item(), []).append(row)
                 assert self.n_sinks <= positions[row] < self.window_read, "read twice"
         for s, first in enumerate(table.starts[layer, head].tolist()):
             n = table.n_resident[layer, head, s].item()
@@ -591,11 +619,17 @@ def the_scores_move_at_every_seal(monkeypatch):
     monkeypatch.setattr(SentenceTable, "commit", commit_and_move)
 
 
+def a_secondary_sink_is_selected_too(monkeypatch):
+    monkeypatch.setattr(cache_module, "order_rows", lambda kept, secondary: (kept, kept))
+    monkeypatch.setattr(SentenceTable, "n_secondary", property(lambda self: torch.full_like(
+        self.bounds[..., :1], 3)))
+
+
 @pytest.mark.parametrize("mistake", [
     rows_of_sentences_overlap, the_window_stays_in_its_old_slots,
     the_last_rows_of_a_sentence_are_selected, the_sinks_are_not_counted,
     a_row_of_the_window_is_retrievable, empty_slots_are_not_a_number,
-    the_scores_move_at_every_seal])
+    the_scores_move_at_every_seal, a_secondary_sink_is_selected_too])
 def test_the_invariants_find_planted_mistakes(mistake, monkeypatch):
     mistake(monkeypatch)
     with pytest.raises(AssertionError):

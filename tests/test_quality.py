@@ -80,12 +80,13 @@ def test_variables_are_assigned_in_reading_order():
 
 def test_units():
     pieces = ["One", " two", ".", " Three", " four", " five", ".", " Six"]
-    assert quality.units(pieces, "sentence") == [(0, 3), (3, 7), (7, 8)]
-    assert quality.units(pieces, "old") == [(0, 3), (3, 7), (7, 8)]
-    assert quality.units(pieces, "chunk5") == [(0, 5), (5, 8)]
-    assert quality.units(pieces, "merged4") == [(0, 7), (7, 8)]
+    assert quality.units(pieces, "sentence", 128) == [(0, 3), (3, 7), (7, 8)]
+    assert quality.units(pieces, "sentence", 3) == [(0, 3), (3, 5), (5, 7), (7, 8)]
+    assert quality.units(pieces, "old", 128) == [(0, 3), (3, 7), (7, 8)]
+    assert quality.units(pieces, "chunk5", 128) == [(0, 5), (5, 8)]
+    assert quality.units(pieces, "merged4", 128) == [(0, 7), (7, 8)]
     with pytest.raises(ValueError, match="unit 'page' is not"):
-        quality.units(pieces, "page")
+        quality.units(pieces, "page", 128)
 
 
 def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, tmp_path, capsys):
@@ -94,8 +95,9 @@ def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, t
                  "0,0.5,1", "--budgets", "96,128", "--limit", 2, "--out", out)
     assert run(*arguments) == 0
     first = results(out)
-    assert len(first) == 2 * (1 + 8 * 2)
-    assert {r["method"] for r in first} == {*quality.METHODS} - {"best_sentences", "last_query"}
+    assert {r["method"] for r in first} == {*quality.METHODS} - {
+        "best_sentences", "best_tokens", "last_query", "two_bit_keys", "two_vectors"}
+    assert len(first) == 2 * (1 + 2 * (len({r["method"] for r in first}) - 1))
     assert "| full |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 1000
     assert run(*arguments) == 0
@@ -112,7 +114,7 @@ def test_methods_together_write_what_each_writes_alone(tiny_folder, book):
         cache = writer.method.new_cache(bench.model, bench.tokenizer.pieces(ids), 30)
         first = prefill(bench.model, cache, ids, greedy)
         alone = generate(bench.model, cache, first, bench.tokenizer.detokenizer(), greedy, bench.stop,
-                         30, quality.LIMIT)
+                         30, writer.method.sentence_limit)
         assert list(alone) == list(zip(writer.tokens, writer.pieces))
 
 
@@ -130,6 +132,36 @@ def test_perplexity_of_everything_is_the_full_cache_s(tiny_folder, book, tmp_pat
     lines = out.with_suffix(".md").read_text().splitlines()
     assert lines[0].endswith("| above full 96 | above full 512 |")
     assert lines[3].startswith("| sentencekv |") and f"| {lost:.3f} | " in lines[3]
+
+
+def test_passages_begin_at_their_places(tiny_folder, book, tmp_path):
+    out = tmp_path / "nll.jsonl"
+    assert run("perplexity", "--data", book, "--model", tiny_folder, "--length", 100, "--places",
+               "1/3,0.5", "--new-tokens", 3, "--methods", "full", "--out", out) == 0
+    assert [r["task"] for r in results(out)] == ["nll book", "nll book 1/2"]
+
+
+def test_differences_are_those_of_the_same_prompt_and_budget():
+    def row(method, index, budget, score):
+        return {"task": "t", "method": method, "index": index, "budget": budget, "score": score}
+
+    rows = [row("full", 0, 9, 1.0), row("full", 1, 9, 0.5), row("a", 0, 5, 0.25),
+            row("a", 1, 5, 0.5), row("a", 0, 9, 1.0), row("b", 0, 5, 0.5)]
+    rows = quality.at_every_budget(rows)
+    assert [(r["method"], r["budget"], r["score"]) for r in quality.differences(rows, "a")] == [
+        ("full", 5, 0.75), ("full", 9, 0.0), ("full", 5, 0.0), ("a", 5, 0), ("a", 5, 0), ("a", 9, 0),
+        ("b", 5, 0.25)]
+    assert quality.table(quality.differences(rows, "a"), percent=True).splitlines()[2] == (
+        "| full | 38 ± 37 | 0 |")
+
+
+def test_sinks_are_counted_by_layer(tiny_folder, book, tmp_path):
+    out = tmp_path / "sinks.jsonl"
+    assert run("sinks", "--data", book, "--model", tiny_folder, "--length", 300, "--out", out) == 0
+    rows = {(r["task"], r["index"]): r["score"] for r in results(out)}
+    assert len(rows) == 3 * TINY.num_hidden_layers
+    assert all(0 <= score <= 1 for (task, _), score in rows.items() if task != "count book")
+    assert out.with_suffix(".png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -159,7 +191,8 @@ def test_jaccard_compares_neighbouring_layers(tiny_folder, book, tmp_path, capsy
     out = tmp_path / "jaccard.jsonl"
     arguments = ("jaccard", "--data", book, "--model", tiny_folder, "--length", 200, "--budgets",
                  "96", "--new-tokens", 2)
-    assert run(*arguments, "--methods", "snapkv chunkkv sentencekv streamingllm", "--out", out) == 0
+    assert run(*arguments, "--methods", "snapkv chunkkv sentencekv:secondary_sinks=0 streamingllm",
+               "--out", out) == 0
     rows = {row["method"]: row["score"] for row in results(out)}
     assert rows.pop("streamingllm") == 1 and all(0 <= score < 1 for score in rows.values())
     assert run(*arguments, "--methods", "quest") == 2
@@ -209,7 +242,7 @@ def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
     (["--methods", "quest:unit=old"], "method 'quest' remembers by no unit"),
     (["--methods", "sentencekv:score"], "settings are name=value"),
     (["--methods", "sentencekv:colour=red"], "there is no setting 'colour'"),
-    (["--methods", "sentencekv", "--budgets", "36"], "token_budget is 36, must be at least 37"),
+    (["--methods", "sentencekv:secondary_sinks=9", "--budgets", "36"], "must be at least 46"),
     (["--methods", "full", "--generate", "riddles"], "--generate riddles: families are single"),
     (["--methods", "full", "--data", "nowhere"], "cannot read nowhere"),
 ])
