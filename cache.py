@@ -302,10 +302,12 @@ class SentenceKVCache:
         torch.lt(self.slot_row[layer], NO_ROW, out=self.mask[layer, :, 0, : self.n_row_slots])
 
     def add_scores(self, layer: int, q):
-        """Scores add up over the sentence being written. `seal` sets them to zero."""
+        """Scores add up over the sentence being written, its older tokens with less weight. `seal`
+        sets them to zero."""
         table, score = self.table, SCORES[self.config.score]
         known = table.vectors[layer], table.variances[layer], table.lengths[layer]
-        table.scores[layer] += score(q, *known)
+        scores = table.scores[layer]
+        torch.add(score(q, *known), scores, alpha=self.config.query_decay, out=scores)
 
     def seal(self, length: int):
         """Offload the first `length` tokens of the sentence being written, and make them a sentence

@@ -181,6 +181,9 @@ def options() -> Parser:
         "at most so many of a head's shortest keys, always attended to", type=int)
     add("--recent-window", defaults.recent_window, "last tokens, always attended to", type=int)
     add("--score", defaults.score, "score of a sentence; the paper: mean_query", choices=SCORES)
+    add("--query-decay", defaults.query_decay,
+        "what a query counts after one more token; the paper: 1", type=float)
+    add("--sentence-limit", defaults.sentence_limit, "tokens; a longer sentence is cut", type=int)
     add("--max-new-tokens", 256, "write no more than this", type=int)
     add("--temperature", 0.0, "0 takes the most likely token", type=float)
     add("--top-p", 1.0, "nucleus sampling: up to this cumulative probability", type=float)
@@ -257,7 +260,8 @@ def stream(tokens, special: set) -> tuple[str, int, bool]:
 
 def run(args) -> int:
     config = SentenceKVConfig(**{name: getattr(args, name) for name in (
-        "token_budget", "keep_factor", "sink_tokens", "secondary_sinks", "recent_window", "score")})
+        "token_budget", "keep_factor", "sink_tokens", "secondary_sinks", "recent_window", "score",
+        "query_decay", "sentence_limit")})
     text, device = read_text(args.prompt), pick_device(args.device)
     if args.cuda_graph:
         check_cuda_graph(device)

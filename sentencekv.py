@@ -36,19 +36,22 @@ class SentenceKVConfig:
     token_budget: int = 1024  # tokens attended to per KV head while decoding
     keep_factor: float = math.inf
     sink_tokens: int = 4  # first tokens of the prompt, always attended to
-    secondary_sinks: int = 16  # at most so many of a head's shortest keys, always attended to
+    secondary_sinks: int = 8  # at most so many of a head's shortest keys, always attended to
     secondary_norm: float = 0.6  # if they are shorter than this part of the head's median
     recent_window: int = 32  # last tokens, always attended to
     observation_window: int = 32  # last queries of the prompt: their attention is importance
     score: str = "gaussian"  # a name in SCORES
-    sentence_limit: int = 128  # tokens; a longer sentence is cut
+    query_decay: float = 0.9  # what a query counts after one more token; 1 in the paper
+    sentence_limit: int = 16  # tokens; a longer sentence is cut, at a clause if it can
 
     def __post_init__(self):
         for name, least in (("sink_tokens", 0), ("secondary_sinks", 0), ("secondary_norm", 0),
                             ("recent_window", 1), ("observation_window", 1), ("sentence_limit", 1),
-                            ("keep_factor", 1)):
+                            ("keep_factor", 1), ("query_decay", 0)):
             if not getattr(self, name) >= least:  # `not >=` also refuses NaN
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        if self.query_decay > 1:
+            raise ValueError(f"query_decay is {self.query_decay}, must be at most 1")
         sinks = self.sink_tokens + self.secondary_sinks
         least = sinks + self.protected_tokens + 1
         if self.token_budget < least:

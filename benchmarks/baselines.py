@@ -117,11 +117,20 @@ class L2Norm(Evicting):
         return -k.float().norm(dim=-1)
 
 
+# What many budgets ask of the same prompt is computed once: the tensors of a recording stay alive.
+shared = lru_cache(maxsize=64)
+
+
+@shared
+def window_attention(q, k, window: int, pool: int):
+    return token_importance(q[:, -window:], k, pool)
+
+
 class SnapKV(Evicting):
     """Attention received from the prompt's last 32 queries, pooled over 7 tokens. 2404.14469."""
 
     def importance(self, layer, q, k):
-        return token_importance(q[:, -self.window :], k)
+        return window_attention(q, k, self.window, 7)
 
 
 class PyramidKV(SnapKV):
@@ -144,14 +153,14 @@ class ChunkKV(Evicting):
 
     def importance(self, layer, q, k):
         if layer % self.reuse == 0:
-            scores = token_importance(q[:, -self.window :], k, pool=1).sum(dim=0)  # (T - W,)
+            scores = window_attention(q, k, self.window, 1).sum(dim=0)  # (T - W,)
             chunks = torch.nn.functional.pad(scores, (0, -len(scores) % self.chunk))
             sums = chunks.view(-1, self.chunk).sum(dim=-1)
             self.scores = sums.repeat_interleave(self.chunk)[: len(scores)].expand(len(k), -1)
         return self.scores
 
 
-@lru_cache(maxsize=64)
+@shared
 def attention_received(q, k):
     """Attention that all queries of the prompt pay to each token, float32 (H_kv, T)."""
     (heads, n_tokens, dim), received = q.shape, torch.zeros(k.shape[:2])
@@ -298,15 +307,30 @@ class ShadowKV(Paged):
         return scores
 
 
-class ExpectedAttention(Evicting):
-    """The attention that the next 512 tokens pay, if their queries are Gaussian, times the length
-    of the value. 2510.00636.
+@shared
+def expected_attention(q, k, config, ahead: int = 512):
+    """What the next tokens pay to each token if their queries are Gaussian, before RoPE (H_kv, T).
 
-    Mean and covariance are those of the prompt's queries before RoPE, without the first 4; both are
-    turned by the mean rotation of the next 512 positions. The first 4 tokens are kept.
+    Mean and covariance are those of the prompt's queries, without the first 4. Both are turned by
+    the mean rotation of the next `ahead` positions.
     """
+    dim, n_tokens = q.shape[-1], q.shape[1]
+    cos, sin = rope_table(config, torch.arange(n_tokens + ahead), q.dtype)
+    unturned = apply_rope(q, cos[:n_tokens], -sin[:n_tokens])[:, 4:]  # (H, T - 4, D)
+    mean = unturned.mean(dim=1, keepdim=True)
+    covariance = (unturned - mean).mT @ (unturned - mean) / unturned.shape[1]  # (H, D, D)
+    later = cos[n_tokens:].mean(dim=0), sin[n_tokens:].mean(dim=0)
+    mean = apply_rope(mean, *later)
+    covariance = apply_rope(apply_rope(covariance, *later).mT, *later)  # R Σ Rᵀ
+    keys = k.repeat_interleave(len(q) // len(k), dim=0)  # (H, T, D)
+    logits = (mean @ keys.mT).squeeze(1) / math.sqrt(dim)
+    logits += ((keys @ covariance) * keys).sum(dim=-1) / (2 * dim)
+    return logits.softmax(dim=-1).view(len(k), -1, n_tokens).mean(dim=1)
 
-    ahead = 512
+
+class ExpectedAttention(Evicting):
+    """The attention that later tokens are expected to pay, times the length of the value, and the
+    first 4 tokens. 2510.00636."""
 
     def __init__(self, model_config, budget):
         super().__init__(model_config, budget)
@@ -317,19 +341,7 @@ class ExpectedAttention(Evicting):
         super().prefill(layer, q, k, v)
 
     def importance(self, layer, q, k):
-        dim, n_tokens = q.shape[-1], q.shape[1]
-        cos, sin = rope_table(self.model_config, torch.arange(n_tokens + self.ahead), q.dtype)
-        unturned = apply_rope(q, cos[:n_tokens], -sin[:n_tokens])[:, 4:]  # (H, T - 4, D)
-        mean = unturned.mean(dim=1, keepdim=True)
-        spread = (unturned - mean).mT @ (unturned - mean) / unturned.shape[1]  # (H, D, D)
-        later = cos[n_tokens:].mean(dim=0), sin[n_tokens:].mean(dim=0)
-        mean = apply_rope(mean, *later)
-        spread = apply_rope(apply_rope(spread, *later).mT, *later)  # R Σ Rᵀ
-        keys = k.repeat_interleave(len(q) // len(k), dim=0)  # (H, T, D)
-        logits = (mean @ keys.mT).squeeze(1) / math.sqrt(dim)
-        logits += ((keys @ spread) * keys).sum(dim=-1) / (2 * dim)
-        shares = logits.softmax(dim=-1).view(len(k), -1, n_tokens).mean(dim=1)
-        scores = shares * self.values.norm(dim=-1)
+        scores = expected_attention(q, k, self.model_config) * self.values.norm(dim=-1)
         scores[:, :4] = math.inf
         return scores
 
@@ -351,14 +363,6 @@ class BestTokens(FullCache):
         best = attention.topk(min(self.budget, keys.shape[1]), dim=-1).indices
         heads = torch.arange(len(k))[:, None]
         return keys[heads, best], values[heads, best], None
-
-
-class LastQuery(SentenceKVCache):
-    """SentenceKV by the newest query alone, and not by the sentence being written."""
-
-    def add_scores(self, layer, q):
-        self.table.scores[layer].zero_()
-        super().add_scores(layer, q)
 
 
 class TwoVectors(SentenceKVCache):
@@ -473,13 +477,31 @@ BASELINES = {
     "quest": Quest, "quest_dense": QuestDense, "shadowkv": ShadowKV,
 }
 SENTENCE_METHODS = {
-    "sentencekv": SentenceKVCache, "published": SentenceKVCache, "last_query": LastQuery,
+    "sentencekv": SentenceKVCache, "published": SentenceKVCache, "plain": SentenceKVCache,
     "two_vectors": TwoVectors, "two_bit_keys": TwoBitKeys, "best_sentences": BestSentences,
 }
 METHODS = ("full", *BASELINES, *SENTENCE_METHODS, "best_tokens")
 
-# SentenceKV with the settings of its paper; keep_factor was 2 to 5 there.
-PUBLISHED = {"score": "mean_query", "sink_tokens": 32, "secondary_sinks": 0, "keep_factor": 2.0}
+# What some names set, and `sentencekv` does not. `published` has the settings of the paper, where
+# keep_factor was 2 to 5; `plain` has the Gaussian score and nothing else that the paper has not.
+PLAIN = {"query_decay": 1.0, "secondary_sinks": 0, "sentence_limit": 128}
+SETTINGS = {"plain": PLAIN, "published": PLAIN | {
+    "score": "mean_query", "sink_tokens": 32, "keep_factor": 2.0}}
+
+
+def settings_of(spec: str) -> dict:
+    """The settings in `method:name=value,name=value`: those of `SentenceKVConfig`, and `unit`."""
+    method, _, pairs = spec.partition(":")
+    settings = dict(SETTINGS.get(method, {}))
+    for pair in filter(None, pairs.split(",")):
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"method {spec!r}: settings are name=value,name=value")
+        if name != "unit" and name not in SentenceKVConfig.__dataclass_fields__:
+            raise ValueError(f"method {spec!r}: there is no setting {name!r}")
+        kind = str if name == "unit" else type(getattr(SentenceKVConfig, name))
+        settings[name] = kind(value)
+    return settings
 
 
 def device_bytes(cache) -> int:
@@ -506,7 +528,6 @@ def make_cache(method: str, model_config, budget: int, spans: list, max_new_toke
         return BestTokens(model_config, spans[-1][1] + max_new_tokens, budget)
     if method not in SENTENCE_METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
-    if method == "published":
-        settings = PUBLISHED | settings
+    settings = SETTINGS.get(method, {}) | settings
     config = SentenceKVConfig(token_budget=budget, **settings)
     return SENTENCE_METHODS[method](config, model_config, spans, max_new_tokens, "cpu", dtype)

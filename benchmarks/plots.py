@@ -2,8 +2,13 @@
 
     python -m benchmarks.plots needle benchmarks/results/needle.jsonl
 
-draws a picture again, beside its rows: `needle`, `ruler`, `perplexity` or `speed`. `rows` are the
-lines of such a file, as dictionaries. The colours are told apart by the colour-blind as well.
+draws a picture again, beside its rows: `needle`, `ruler`, `perplexity`, `sinks` or `speed`. `rows`
+are the lines of such a file, as dictionaries. The colours are told apart by the colour-blind as
+well, and each method has its own marker and line.
+
+    python -m benchmarks.plots quality benchmarks/results/{multikey,perplexity}.jsonl
+
+draws needles and losses side by side, for a few methods.
 """
 
 import json
@@ -31,17 +36,28 @@ STYLES = {  # method: name in pictures, colour, marker, line
     "snapkv": ("SnapKV", PINK, "D", "-"),
     "pyramidkv": ("PyramidKV", WINE, "P", "-"),
     "chunkkv": ("ChunkKV", VERMILION, "X", "-"),
+    "expected_attention": ("Expected Attention", GREY, "d", "--"),
     "quest": ("Quest", VIOLET, "h", "-"),
-    "sentencekv": ("SentenceKV", BLUE, "o", "-"),
+    "quest_dense": ("Quest, 2 layers whole", VIOLET, "h", "--"),
+    "shadowkv": ("ShadowKV's chunks", BROWN, "^", "--"),
+    "published": ("SentenceKV as published, r = 2", ORANGE, "s", "-"),
+    "published:keep_factor=3": ("SentenceKV as published, r = 3", ORANGE, "s", "--"),
+    "published:keep_factor=inf": ("SentenceKV as published, r = ∞", ORANGE, "s", "-."),
+    "sentencekv": ("SentenceKV, ours", BLUE, "o", "-"),
+    "plain": ("SentenceKV, Gaussian score alone", BLUE, "v", ":"),
+    "two_vectors": ("two vectors a sentence", BLUE, "p", "--"),
+    "two_bit_keys": ("2-bit keys", BLUE, "h", "--"),
     "sentencekv:score=mean_query": ("SentenceKV, paper's score", BLUE, "d", "--"),
     "sentencekv:score=mean_query,sink_tokens=32":
         ("SentenceKV, paper's score, 32 sinks", BLUE, "d", "-"),
     "sentencekv:sink_tokens=32": ("SentenceKV, 32 sinks", BLUE, "p", "--"),
     "sentencekv, graph": ("SentenceKV, CUDA graph", BLUE, "d", "--"),
-    "last_query": ("newest query alone", BLUE, "<", "--"),
-    "best_sentences": ("best by true attention", "black", "*", "--"),
+    "best_sentences": ("best sentences", "black", "*", "--"),
+    "best_tokens": ("best tokens", "black", "P", "-."),
     "transformers": ("transformers", VERMILION, "X", "-"),
 }
+
+SHOWN = ("full", "sentencekv", "published", "quest_dense", "best_tokens")  # in `quality`
 
 
 def style(method: str) -> tuple:
@@ -116,6 +132,24 @@ def loss_by_budget(rows: list[dict], path: Path):
 
 def by_budget(rows: list[dict], label: str, path: Path):
     figure, axis = pyplot.subplots(figsize=(8.4, 5.4), layout="constrained")
+    draw_by_budget(axis, rows, label)
+    save(figure, path)
+
+
+def quality(rows: list[dict], path: Path):
+    """Needles found and loss, side by side, for the methods of SHOWN."""
+    rows = at_every_budget([row for row in rows if row["method"] in SHOWN])
+    losses = differences([row for row in rows if row["task"].startswith("nll ")], "full")
+    found = [row for row in rows if not row["task"].startswith("nll ")]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
+    draw_by_budget(left, [row | {"y": 100 * row["score"]} for row in found],
+                   "needles found, per cent")
+    draw_by_budget(right, [row | {"y": row["score"]} for row in losses],
+                   "mean NLL above that of the full cache")
+    save(figure, path)
+
+
+def draw_by_budget(axis, rows: list[dict], label: str):
     label_ends(axis, [draw_line(axis, method, *line, dotted=method == "full")
                       for method, line in lines(rows, "budget", "y").items()])
     budgets = sorted(unique(rows, "budget"))
@@ -123,7 +157,6 @@ def by_budget(rows: list[dict], label: str, path: Path):
     axis.set_xticks(budgets, map(str, budgets))
     axis.minorticks_off()
     finish(axis, "token budget", label)
-    save(figure, path)
 
 
 def sinks_by_layer(rows: list[dict], path: Path):
@@ -233,9 +266,11 @@ def save(figure, path: Path):
 
 
 BY_TASK = {"needle": needle, "ruler": score_by_budget, "perplexity": loss_by_budget,
-           "speed": ms_by_length, "sinks": sinks_by_layer}
+           "speed": ms_by_length, "sinks": sinks_by_layer, "quality": quality}
 
 if __name__ == "__main__":
-    task, file = sys.argv[1], Path(sys.argv[2])
-    results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    BY_TASK[task](results, file.with_suffix(".png"))
+    task, *files = sys.argv[1], *map(Path, sys.argv[2:])
+    results = [json.loads(line) for file in files
+               for line in file.read_text(encoding="utf-8").splitlines()]
+    picture = files[0].with_name("quality.png") if len(files) > 1 else files[0].with_suffix(".png")
+    BY_TASK[task](results, picture)

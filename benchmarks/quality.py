@@ -36,7 +36,10 @@ from benchmarks.baselines import (
     SENTENCE_METHODS,
     Recording,
     attention_received,
+    expected_attention,
     make_cache,
+    settings_of,
+    window_attention,
 )
 from benchmarks.segmentation import old_spans
 from cache import NO_ROW
@@ -50,7 +53,7 @@ from weights.tokenizer import Tokenizer
 
 
 THIRD = Fraction(1, 3)
-STUDIES = ("last_query", "two_vectors", "two_bit_keys", "best_sentences", "best_tokens")  # run when asked for
+STUDIES = ("plain", "two_vectors", "two_bit_keys", "best_sentences", "best_tokens")  # run when asked for
 
 
 @dataclass(frozen=True)
@@ -66,25 +69,17 @@ class Method:
 
     @property
     def settings(self) -> dict:
-        pairs = [pair.split("=") for pair in self.spec.partition(":")[2].split(",") if pair]
-        if not all(len(pair) == 2 for pair in pairs):
-            raise ValueError(f"method {self.spec!r}: settings are name=value,name=value")
-        return dict(pairs)
+        return settings_of(self.spec)
 
     @property
     def sentence_limit(self) -> int:
-        return int(self.settings.get("sentence_limit", SentenceKVConfig.sentence_limit))
+        return self.settings.get("sentence_limit", SentenceKVConfig.sentence_limit)
 
     def new_cache(self, model, pieces: list[str], max_new_tokens: int):
         settings = self.settings
         if "unit" in settings and self.name not in SENTENCE_METHODS:
             raise ValueError(f"method {self.name!r} remembers by no unit")
         spans = units(pieces, settings.pop("unit", "sentence"), self.sentence_limit)
-        for name, value in settings.items():
-            if name not in SentenceKVConfig.__dataclass_fields__:
-                raise ValueError(f"method {self.spec!r}: there is no setting {name!r}")
-            kind = type(getattr(SentenceKVConfig, name))
-            settings[name] = kind(value)
         return make_cache(self.name, model.config, self.budget, spans, max_new_tokens, **settings)
 
 
@@ -183,7 +178,8 @@ class Bench:
 
     def record(self, ids: list[int]) -> tuple[Recording, int]:
         """What the layers computed of the prompt, and the token that comes first after it."""
-        attention_received.cache_clear()
+        for function in (attention_received, window_attention, expected_attention):
+            function.cache_clear()
         recording = Recording()
         first = prefill(self.model, recording, ids, lambda logits: logits.argmax().item())
         return recording, first

@@ -32,6 +32,7 @@ from statistics import median, quantiles
 import torch
 from tqdm import tqdm
 
+from benchmarks.baselines import settings_of
 from generate import (
     GraphedDecode,
     StageTimer,
@@ -139,9 +140,9 @@ class Ours:
     def __init__(self, method, args, model, text, length):
         self.method, self.args, self.model, self.text = method, args, model, text
         self.length, self.device = length, model.embed_tokens.weight.device
-        self.spans = token_spans(text.pieces[:length])
-        self.settings = SentenceKVConfig(token_budget=args.token_budget,
-                                         keep_factor=args.keep_factor)
+        settings = {"token_budget": args.token_budget, "keep_factor": args.keep_factor}
+        self.settings = SentenceKVConfig(**settings | settings_of(method))
+        self.spans = token_spans(text.pieces[:length], self.settings.sentence_limit)
         self.forget()
 
     def forget(self):
@@ -168,7 +169,7 @@ class Ours:
     def warm(self):
         """What came from the host is counted from here on."""
         if self.method != "full":
-            self.cache.total_selected = 0
+            self.cache.total_selected.zero_()
             self.cache.total_loaded.zero_()
 
     def stages(self, steps: int) -> dict:
@@ -337,7 +338,8 @@ def parse(arguments):
     add("--data", type=Path, nargs="+", default=examples, help="texts to read (default: examples/)")
     add("--lengths", type=lambda text: [int(part) for part in text.split(",")],
         default=[1024, 4096])
-    add("--methods", type=lambda text: text.split(","), default=["full", "sentencekv"])
+    add("--methods", type=lambda text: text.replace(";", " ").split(),
+        default=["full", "sentencekv"], help="separated by blanks; sentencekv:name=value,... too")
     add("--compare", choices=["transformers"], help="another implementation, where installed")
     add("--token-budget", type=int, default=defaults.token_budget)
     add("--keep-factor", type=float, default=defaults.keep_factor)
@@ -353,7 +355,8 @@ def parse(arguments):
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, at least {least}")
     if args.random_weights and not args.config:
         parser.error("--random-weights needs --config")
-    if unknown := set(args.methods) - {"full", "sentencekv"}:
+    names = {method.partition(":")[0] for method in args.methods}
+    if unknown := names - {"full", "sentencekv"}:
         parser.error(f"--methods {', '.join(unknown)}: the choices are full, sentencekv")
     return args
 

@@ -90,7 +90,7 @@ def tiny_folder(tmp_path) -> Path:
     return folder
 
 
-def random_spans(n_tokens: int, longest: int = 20) -> list:
+def random_spans(n_tokens: int, longest: int = 15) -> list:
     """Sentences of 1 to `longest` tokens that tile `n_tokens`, the same every time."""
     generator = torch.Generator().manual_seed(n_tokens)
     spans, start = [], 0

@@ -118,10 +118,12 @@ class SlowSentenceKV:
         keys = [torch.stack([self.kv[layer][i][0][head] for i in self.tokens_of(s, layer, head)])
                 for s in spans]
         vectors = torch.stack([k.mean(0) for k in keys])
+        weights = torch.tensor([self.config.query_decay**i for i in reversed(range(len(queries)))])
+        weights = weights.to(queries.device)  # an older query counts less
         if self.config.score == "mean_query":
-            scores = vectors @ queries.mean(dim=(0, 1))
+            scores = vectors @ (weights @ queries.mean(dim=1))
         else:
-            scores = self.attention_of(queries, vectors, keys)
+            scores = weights @ self.attention_of(queries, vectors, keys)
         return [spans[i] for i in scores.argsort(descending=True).tolist()]
 
     def attention_of(self, queries, vectors, keys):
@@ -134,4 +136,4 @@ class SlowSentenceKV:
         attention = (logits + lengths.log()).softmax(-1)
         if self.config.score == "gaussian":
             attention /= lengths
-        return attention.sum(dim=(0, 1))
+        return attention.sum(dim=1)  # (n, S)

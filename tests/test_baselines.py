@@ -214,7 +214,7 @@ def test_two_bits_a_channel_are_four_values(recording):
 def test_the_published_settings_are_the_paper_s():
     config = make_cache("published", TINY, 80, random_spans(N_PROMPT), 60).config
     assert (config.score, config.sink_tokens, config.recent_window) == ("mean_query", 32, 32)
-    assert config.keep_factor == 2 and config.secondary_sinks == 0
+    assert (config.keep_factor, config.secondary_sinks, config.query_decay) == (2, 0, 1)
     spans = random_spans(N_PROMPT)
     assert make_cache("published", TINY, 80, spans, 60, keep_factor=3.0).config.keep_factor == 3
 

@@ -29,7 +29,7 @@ from weights.tokenizer import Tokenizer
 N_NEW = 90
 
 
-def sentencekv_cache(config, n_prompt, device, new=N_NEW, cls=SentenceKVCache, longest=20):
+def sentencekv_cache(config, n_prompt, device, new=N_NEW, cls=SentenceKVCache, longest=15):
     return cls(config, TINY, random_spans(n_prompt, longest), new, device, torch.float32)
 
 
@@ -73,29 +73,30 @@ def test_a_budget_for_everything_is_full_attention(tiny, device, n_prompt, score
 
 
 SHORT = dict(secondary_sinks=6, secondary_norm=0.5)  # of random keys a few are as short
-SMALL = dict(token_budget=40, sink_tokens=4, recent_window=8, observation_window=8, **SHORT)
+SMALL = dict(token_budget=40, sink_tokens=4, recent_window=8, observation_window=8, **SHORT,
+             sentence_limit=128)
 LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window=16,
-             secondary_sinks=0)
+             secondary_sinks=0, query_decay=1.0, sentence_limit=128)
 
 
 @pytest.mark.parametrize("n_prompt, longest, small, keep_factor, score", [
     (1, 1, SMALL, math.inf, "mean_query"),
     (1, 1, SMALL, 1, "votes"),
-    (5, 20, SMALL, math.inf, "votes"),
-    (40, 20, SMALL, 1, "mean_query"),
-    (300, 20, SMALL, 1, "mean_query"),
-    (300, 20, SMALL, 2.5, "votes"),
-    (300, 20, SMALL, math.inf, "mean_query"),
-    (300, 20, LEAST, 1, "votes"),
-    (300, 20, LEAST, math.inf, "mean_query"),
+    (5, 15, SMALL, math.inf, "votes"),
+    (40, 15, SMALL, 1, "mean_query"),
+    (300, 15, SMALL, 1, "mean_query"),
+    (300, 15, SMALL, 2.5, "votes"),
+    (300, 15, SMALL, math.inf, "mean_query"),
+    (300, 15, LEAST, 1, "votes"),
+    (300, 15, LEAST, math.inf, "mean_query"),
     (1, 1, SMALL, 1, "gaussian"),
-    (300, 20, SMALL, 2.5, "gaussian"),
-    (300, 20, SMALL, math.inf, "gaussian"),
-    (300, 20, LEAST, 1, "gaussian"),
+    (300, 15, SMALL, 2.5, "gaussian"),
+    (300, 15, SMALL, math.inf, "gaussian"),
+    (300, 15, LEAST, 1, "gaussian"),
     (300, 128, SMALL, 2.5, "mean_query"),
     (300, 128, SMALL, math.inf, "votes"),
-    (300, 20, dict(token_budget=96), 2.5, "mean_query"),
-    (300, 20, dict(token_budget=96), math.inf, "votes"),
+    (300, 15, dict(token_budget=96), 2.5, "mean_query"),
+    (300, 15, dict(token_budget=96), math.inf, "votes"),
 ])
 def test_a_small_budget_selects_what_the_slow_way_selects(
         tiny, device, n_prompt, longest, small, keep_factor, score):
@@ -104,7 +105,7 @@ def test_a_small_budget_selects_what_the_slow_way_selects(
               SlowSentenceKV(config, TINY, random_spans(n_prompt, longest))]
     for ours, slow in write(tiny, caches, n_prompt):
         torch.testing.assert_close(ours, slow, rtol=0, atol=1e-4)
-    if longest == 20:  # then there was time for the text written to be asked for
+    if longest == 15:  # then there was time for the text written to be asked for
         assert any(i >= n_prompt for positions in caches[1].selected for i in positions)
 
 
@@ -143,14 +144,14 @@ def test_on_the_default_weights_too(default_model, default_folder):
     text = (REFERENCE / "walden_passage.txt").read_text(encoding="utf-8")
     ids = tokenizer.encode(text, add_bos=False)[:640]
     pieces = tokenizer.pieces(ids)
-    spans = token_spans(pieces[:600])
+    spans = token_spans(pieces[:600], SentenceKVConfig.sentence_limit)
     kinds = [(FullCache, None), (SentenceKVCache, 1024), (SentenceKVCache, 96), (AllResident, 96)]
     caches = [kind(default_model.config, 640, "cpu", torch.float32) if budget is None else
               kind(SentenceKVConfig(token_budget=budget), default_model.config, spans, 40, "cpu",
                    torch.float32) for kind, budget in kinds]
     for cache in caches:
         default_model.prefill(torch.tensor(ids[:600]), cache)
-    sentences = SentenceStream()
+    sentences = SentenceStream(SentenceKVConfig.sentence_limit)
     for token, piece in zip(ids[600:], pieces[600:]):
         for length in sentences.push(piece):
             for cache in caches:
@@ -356,7 +357,7 @@ def test_room_for_more_sentences_is_made(tiny, device):
 
 def test_a_sentence_longer_than_the_budget_stays_within_it(tiny, device):
     """Without an end the sentence being written outgrows the budget; only its last part is seen."""
-    config = SentenceKVConfig(token_budget=40, sink_tokens=4, recent_window=8, **SHORT)
+    config = SentenceKVConfig(**SMALL)
     caches = [sentencekv_cache(config, 100, device),
               SlowSentenceKV(config, TINY, random_spans(100))]
     for ours, slow in write(tiny, caches, 100, ends=False):
@@ -366,7 +367,7 @@ def test_a_sentence_longer_than_the_budget_stays_within_it(tiny, device):
 @pytest.mark.parametrize("n_prompt", [3, 100])
 def test_a_sentence_is_sealed_at_its_limit(tiny, device, n_prompt):
     """As late as `SentenceStream` does: before the token after the limit is decoded."""
-    config = SentenceKVConfig(sentence_limit=20, **SMALL)
+    config = SentenceKVConfig(**SMALL | {"sentence_limit": 20})
     caches = [sentencekv_cache(config, n_prompt, device),
               SlowSentenceKV(config, TINY, random_spans(n_prompt))]
     ids = random_ids(n_prompt + 70, device)

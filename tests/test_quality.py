@@ -96,7 +96,7 @@ def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, t
     assert run(*arguments) == 0
     first = results(out)
     assert {r["method"] for r in first} == {*quality.METHODS} - {
-        "best_sentences", "best_tokens", "last_query", "two_bit_keys", "two_vectors"}
+        "best_sentences", "best_tokens", "plain", "two_bit_keys", "two_vectors"}
     assert len(first) == 2 * (1 + 2 * (len({r["method"] for r in first}) - 1))
     assert "| full |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 1000

@@ -13,6 +13,8 @@ from sentencekv import (
     gaussian,
     keep_tokens,
     mean_query,
+    order_rows,
+    secondary_sinks,
     select_rows,
     sentence_bounds,
     sentence_vectors,
@@ -44,19 +46,45 @@ def test_importance_is_the_attention_of_the_last_queries():
 
 def test_the_most_important_tokens_are_kept_with_sinks_and_window():
     config = SentenceKVConfig(token_budget=20, keep_factor=1, sink_tokens=2, recent_window=3,
-                              observation_window=5)
-    importance = random(2, 45)
-    kept = keep_tokens(importance, 50, config)
+                              observation_window=5, secondary_sinks=2)
+    importance, secondary = random(2, 45), torch.zeros(2, 50, dtype=torch.bool)
+    secondary[1, [20, 30]] = True
+    kept = keep_tokens(importance, secondary, config)
     assert kept.shape == (2, 20)
     for head in range(2):
-        always = {0, 1, *range(45, 50)}
+        always = {0, 1, *range(45, 50)} | ({20, 30} if head else set())
         others = sorted(set(range(45)) - always, key=lambda i: -importance[head, i])
-        assert kept[head].tolist() == sorted(always | set(others[:13]))
+        assert kept[head].tolist() == sorted(always | set(others[: 20 - len(always)]))
+
+
+def test_secondary_sinks_are_the_shortest_keys_but_not_the_first_or_the_last():
+    config = SentenceKVConfig(token_budget=20, sink_tokens=2, recent_window=3, secondary_sinks=2,
+                              secondary_norm=0.5)
+    lengths = torch.ones(3, 12)
+    lengths[0, [0, 4, 6, 7, 11]] = torch.tensor([0.1, 0.4, 0.3, 0.2, 0.1])
+    lengths[1, [1, 5, 8]] = torch.tensor([0.1, 0.45, 0.6])
+    k = lengths.unsqueeze(-1) * torch.nn.functional.normalize(random(3, 12, 8), dim=-1)
+    found = secondary_sinks(k, config)
+    assert [head.nonzero().flatten().tolist() for head in found] == [[6, 7], [5], []]
+    none = SentenceKVConfig(token_budget=20, sink_tokens=2, recent_window=3, secondary_sinks=0)
+    assert not secondary_sinks(k, none).any()
+    assert not secondary_sinks(k[:, :3], config).any()  # all of a short prompt is recent
+    in_half = secondary_sinks(k.to(torch.bfloat16), config)
+    assert torch.equal(in_half, found)
+
+
+def test_rows_begin_with_the_secondary_sinks():
+    secondary = torch.zeros(2, 8, dtype=torch.bool)
+    secondary[0, [2, 5]] = True
+    rows, marked = order_rows(torch.tensor([[0, 2, 3, 5, 7], [1, 2, 5, 6, 7]]), secondary)
+    assert rows.tolist() == [[2, 5, 0, 3, 7], [1, 2, 5, 6, 7]]
+    assert marked.tolist() == [[-1, -1, 0, 3, 7], [1, 2, 5, 6, 7]]
+    assert sentence_bounds(marked, torch.tensor([3, 6, 8])).tolist() == [[2, 3, 4, 5], [0, 2, 3, 5]]
 
 
 def test_vectors_are_means_and_an_empty_sentence_gets_zeros():
     keys = random(2, 9, 4)
-    bounds = torch.tensor([[0, 3, 3, 9], [0, 1, 5, 9]])
+    bounds = torch.tensor([[2, 3, 3, 9], [0, 1, 5, 9]])
     vectors, variances = sentence_vectors(keys, bounds)
     for head in range(2):
         for s in range(3):
@@ -123,7 +151,7 @@ def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
     lengths = torch.tensor([data.draw(row) for _ in range(n_heads)])
     scores = torch.tensor([data.draw(st.permutations(range(n_sentences))) for _ in lengths]).float()
     room = data.draw(st.integers(0, 40))
-    selected = select_rows(scores, lengths, torch.tensor([room]))
+    selected = select_rows(scores, lengths, torch.tensor([[room]]))
     for head in range(n_heads):
         left, expected = room, [0] * n_sentences
         for s in sorted(range(n_sentences), key=lambda s: -scores[head, s]):
@@ -133,12 +161,15 @@ def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"token_budget": 36}, "token_budget is 36, must be at least 37: 4 sinks + 32 last tokens + 1"),
-    ({"token_budget": 74, "keep_factor": 1, "observation_window": 70},
-     "token_budget is 74, must be at least 75: 4 sinks + 70 last tokens + 1"),
+    ({"token_budget": 36, "secondary_sinks": 0},
+     "token_budget is 36, must be at least 37: 4 sinks + 32 last tokens + 1"),
+    ({"token_budget": 74, "secondary_sinks": 6, "keep_factor": 1, "observation_window": 70},
+     "token_budget is 74, must be at least 81: 10 sinks + 70 last tokens + 1"),
     ({"keep_factor": 0.5}, "keep_factor is 0.5, must be at least 1"),
     ({"keep_factor": math.nan}, "keep_factor is nan, must be at least 1"),
     ({"sink_tokens": -1}, "sink_tokens is -1, must be at least 0"),
+    ({"secondary_sinks": -1}, "secondary_sinks is -1, must be at least 0"),
+    ({"query_decay": 1.5}, "query_decay is 1.5, must be at most 1"),
     ({"recent_window": 0}, "recent_window is 0, must be at least 1"),
     ({"sentence_limit": 0}, "sentence_limit is 0, must be at least 1"),
     ({"score": "best"}, "score is 'best', the choices are mean_query, gaussian, votes"),
