@@ -21,7 +21,7 @@ try:  # comes with PyTorch where there is a GPU
 except ImportError:
     triton = None
 
-from sentencekv import (SCORES, SentenceKVConfig, keep_tokens, order_rows, secondary_sinks,
+from sentencekv import (SCORES, SentenceKVConfig, find_secondary_sinks, keep_tokens, order_rows,
                         select_rows, sentence_bounds, sentence_vectors, token_importance)
 
 NO_ROW = 2**62  # the row of an empty slot; greater than any row
@@ -141,7 +141,7 @@ class SentenceTable:
 
     @property
     def n_secondary(self) -> torch.Tensor:
-        """How many secondary sinks each head has (L, H_kv, 1): the rows before its first sentence."""
+        """Secondary sinks of each head (L, H_kv, 1): the rows before its first sentence."""
         return self.bounds[..., :1]
 
     def limit(self, first_row: torch.Tensor, end_row: int):
@@ -157,15 +157,15 @@ class SentenceKVCache:
 
     The slots of one layer and KV head. A mask says which of them attention reads:
 
-        [ B slots for selected rows | sinks | recent window and the sentence being written ]
+        [ B slots for secondary sinks and selected rows | sinks | recent window, open sentence ]
 
-    Three coordinates: a *position* is a token of the text; a *row* is a kept token on the host, and
-    differs from its position by what prefill dropped; a *slot* is a place on the device. `row_of`
-    and `slot_of` convert. Invariants, which tests/test_cache.py checks after every step:
-     1. The sentences of a head tile its rows on the host.
+    Three coordinates: a *position* is a token of the text; a *row* is the place of a kept token on
+    the host, secondary sinks first and then in reading order; a *slot* is a place on the device.
+    `row_of` and `slot_of` convert. Invariants, which tests/test_cache.py checks after every step:
+     1. The rows of a head are its secondary sinks, and then its sentences without gaps.
      2. The token at position `recent_start` + i is in slot `recent_slot` + i.
      3. The rows of a sentence in slots are its first retrievable ones, `n_resident` of them.
-     4. Sinks, selected rows and window do not overlap: at most `token_budget` tokens together.
+     4. All sinks, selected rows and window do not overlap: at most `token_budget` tokens.
      5. The window never moves back, so a retrievable row stays retrievable.
      6. Masked slots are finite: attention gives them weight 0, and 0 times NaN is NaN.
      7. Tensors are reallocated only with the table's capacity: `decode` can be a CUDA graph.
@@ -173,7 +173,8 @@ class SentenceKVCache:
 
     def __init__(self, config: SentenceKVConfig, model_config, spans: list, max_new_tokens: int,
                  device, dtype, stage=nullcontext):
-        self.config, self.stage, device = config, stage, torch.device(device)
+        self.config, self.stage = config, stage
+        device = torch.device(device)
         layers, heads, dim = kv_shape = model_config.kv_shape
         n_prompt = spans[-1][1]
         self.n_kept = config.n_kept(n_prompt)
@@ -206,8 +207,8 @@ class SentenceKVCache:
         self.total_loaded = torch.zeros_like(self.total_selected)
 
     def row_of(self, position: int) -> int:
-        """The row of a position from `recent_start` to `open_start`. Prefill drops nothing there,
-        so rows and positions run in parallel: the last row is position `open_start` - 1."""
+        """The row of a position from `recent_start` to `open_start`. Prefill drops and reorders
+        nothing there, so rows and positions run in parallel: the last row is `open_start` - 1."""
         assert self.recent_start <= position <= self.open_start
         return self.table.n_rows - (self.open_start - position)
 
@@ -221,7 +222,7 @@ class SentenceKVCache:
         self.slots[layer, :, self.sink_slot : self.sink_slot + self.n_sinks] = kv[:, : self.n_sinks]
         self.slots[layer, :, self.recent_slot : self.slot_of(n_tokens)] = kv[:, self.recent_start :]
         with self.stage("secondary sinks"):
-            secondary = secondary_sinks(k, self.config)  # (H_kv, T)
+            secondary = find_secondary_sinks(k, self.config)  # (H_kv, T)
         kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1)
         if self.n_kept < n_tokens:
             with self.stage("importance"):
@@ -232,15 +233,14 @@ class SentenceKVCache:
             kv = kv[torch.arange(len(k), device=k.device)[:, None], kept]  # (H_kv, N, 2, D)
             bounds = sentence_bounds(marked, self.sentence_ends)
             self.table.put(layer, kv[:, :, 0], bounds)
-        self.hold(layer, kv[:, : min(self.config.secondary_sinks, self.n_row_slots)])
+        self.hold_secondary(layer, kv[:, : self.config.secondary_sinks])
         with self.stage("offload"):
             self.host.write(layer, 0, kv)
 
-    def hold(self, layer: int, kv):
-        """Put the secondary sinks, among a head's first rows kv (H_kv, n, 2, D), into slots.
-
-        They stay: `assign_slots` frees the slots of rows that a sentence no longer selects, and
-        these rows come before all sentences."""
+    def hold_secondary(self, layer: int, kv):
+        """Put each head's secondary sinks into its first slots for good: `assign_slots` frees only
+        what a sentence selected. kv (H_kv, n, 2, D) is of a head's first n rows; the slots of those
+        after its secondary sinks count as empty."""
         n = kv.shape[1]
         row = torch.arange(n, device=kv.device)
         self.slots[layer, :, :n] = kv
@@ -263,22 +263,22 @@ class SentenceKVCache:
         return max(start, self.n_sinks)
 
     def plan(self):
-        """Decide what the token at position `num_tokens` attends to, the same for all heads: the
-        sinks, the best sealed rows, and the positions from `start` to the token itself."""
+        """Decide what the token at position `num_tokens` attends to: the sinks, the positions from
+        `start` to the token itself, and how many rows each head may select besides."""
         end, n_secondary = self.num_tokens + 1, self.table.n_secondary
-        room = self.config.token_budget - self.n_sinks
-        # Of a very long sentence, only the end fits.
+        room = self.config.token_budget - self.config.sink_tokens
+        # Of a very long sentence, only the end fits. `start` is the same for all heads: it leaves
+        # room for the most secondary sinks.
         start = max(self.window_start(), end - room + self.config.secondary_sinks)
+        assert self.slot_of(end) <= self.slots.shape[2], "a sentence is too long: call `seal`"
         end_row = self.row_of(min(start, self.open_start))
-        first_row = n_secondary + self.n_sinks  # every head keeps all sinks: they come next
-        n_slots = min(room - (end - start), self.n_row_slots) - n_secondary
-        self.row_budget.copy_(n_slots.minimum(end_row - first_row))
+        first_row = n_secondary + self.n_sinks  # rows: secondary sinks, sinks, the rest
+        self.row_budget.copy_((room - (end - start) - n_secondary).minimum(end_row - first_row))
         self.next_slot.fill_(self.slot_of(end - 1))
         self.table.limit(first_row, end_row)
         self.mask[..., self.sink_slot :] = False
         self.mask[..., self.sink_slot : self.sink_slot + self.n_sinks] = True
         self.mask[..., self.slot_of(start) : self.slot_of(end)] = True
-        assert self.slot_of(end) <= self.slots.shape[2], "a sentence is too long: call `seal`"
 
     def decode(self, layer: int, q, k, v) -> tuple:
         """Select rows, load those that are missing (Section 3.3), return all slots and the mask."""
@@ -302,8 +302,8 @@ class SentenceKVCache:
         torch.lt(self.slot_row[layer], NO_ROW, out=self.mask[layer, :, 0, : self.n_row_slots])
 
     def add_scores(self, layer: int, q):
-        """Scores add up over the sentence being written, its older tokens with less weight. `seal`
-        sets them to zero."""
+        """Scores add up over the sentence being written, with less weight for older tokens. `seal`
+        sets them to zero: what stays open after it no longer counts."""
         table, score = self.table, SCORES[self.config.score]
         known = table.vectors[layer], table.variances[layer], table.lengths[layer]
         scores = table.scores[layer]
@@ -327,7 +327,7 @@ class SentenceKVCache:
             self.plan()
 
     def move_window(self, start: int):
-        """Move the tokens from position `start` on to the first recent slots."""
+        """Move the positions from `start` to the last into the first recent slots."""
         kept = self.slots[:, :, self.slot_of(start) : self.slot_of(self.num_tokens)].clone()
         self.recent_start = start  # `slot_of` changes here
         self.slots[:, :, self.slot_of(start) : self.slot_of(self.num_tokens)] = kept

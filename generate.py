@@ -29,6 +29,16 @@ from weights.download import download
 from weights.tokenizer import Tokenizer
 
 OTHER = "projections, MLP, norms"  # in the report: the time in no named stage
+SETTINGS = {  # of SentenceKVConfig: the flags, and what --help says
+    "token_budget": "tokens attended to while decoding",
+    "keep_factor": "budgets of tokens kept; paper: 1 to 5",
+    "sink_tokens": "first tokens, always attended to; paper: 32",
+    "secondary_sinks": "at most so many short keys a head, always attended to; paper: 0",
+    "recent_window": "last tokens, always attended to",
+    "score": f"score of a sentence, {' or '.join(SCORES)}; paper: mean_query",
+    "query_decay": "what a query counts after one more token; paper: 1",
+    "sentence_limit": "tokens; a longer sentence is cut",
+}
 
 
 def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=iter) -> int:
@@ -166,28 +176,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def options() -> Parser:
-    parser, defaults = Parser(description=__doc__.splitlines()[0]), SentenceKVConfig()
+    parser = Parser(description=__doc__.splitlines()[0])
 
     def add(name, default, help, **how):
-        parser.add_argument(name, default=default, help=f"{help} (%(default)s)", **how)
+        help = f"{help} (%(default)s)"
+        parser.add_argument(name, default=default, type=type(default), help=help, **how)
 
     parser.add_argument("--prompt", required=True, help="text file; - is standard input")
     parser.add_argument("--model", type=Path, help="Llama folder (SmolLM2-135M-Instruct)")
     add("--cache", "sentencekv", "where keys and values are kept", choices=("sentencekv", "full"))
-    add("--token-budget", defaults.token_budget, "tokens attended to while decoding", type=int)
-    add("--keep-factor", defaults.keep_factor, "budgets of tokens kept, paper: 1 to 5", type=float)
-    add("--sink-tokens", defaults.sink_tokens, "first tokens, always attended to", type=int)
-    add("--secondary-sinks", defaults.secondary_sinks,
-        "at most so many of a head's shortest keys, always attended to", type=int)
-    add("--recent-window", defaults.recent_window, "last tokens, always attended to", type=int)
-    add("--score", defaults.score, "score of a sentence; the paper: mean_query", choices=SCORES)
-    add("--query-decay", defaults.query_decay,
-        "what a query counts after one more token; the paper: 1", type=float)
-    add("--sentence-limit", defaults.sentence_limit, "tokens; a longer sentence is cut", type=int)
-    add("--max-new-tokens", 256, "write no more than this", type=int)
-    add("--temperature", 0.0, "0 takes the most likely token", type=float)
-    add("--top-p", 1.0, "nucleus sampling: up to this cumulative probability", type=float)
-    add("--seed", 0, "random seed for sampling", type=int)
+    for name, help in SETTINGS.items():
+        add("--" + name.replace("_", "-"), getattr(SentenceKVConfig, name), help)
+    add("--max-new-tokens", 256, "write no more than this")
+    add("--temperature", 0.0, "0 takes the most likely token")
+    add("--top-p", 1.0, "nucleus sampling: up to this cumulative probability")
+    add("--seed", 0, "random seed for sampling")
     add("--device", "auto", "auto, cpu, cuda, cuda:1, …")
     add("--dtype", "auto", "auto: bfloat16 where the hardware computes in it",
         choices=("auto", "float32", "bfloat16", "float16"))
@@ -259,9 +262,7 @@ def stream(tokens, special: set) -> tuple[str, int, bool]:
 
 
 def run(args) -> int:
-    config = SentenceKVConfig(**{name: getattr(args, name) for name in (
-        "token_budget", "keep_factor", "sink_tokens", "secondary_sinks", "recent_window", "score",
-        "query_decay", "sentence_limit")})
+    config = SentenceKVConfig(**{name: getattr(args, name) for name in SETTINGS})
     text, device = read_text(args.prompt), pick_device(args.device)
     if args.cuda_graph:
         check_cuda_graph(device)
@@ -287,8 +288,9 @@ def run(args) -> int:
         generate(model, cache, first, tokenizer.detokenizer(), sample, stop, args.max_new_tokens,
                  config.sentence_limit, timer, decode), tokenizer.special)
     report = {"text": text, "prompt_tokens": len(ids), "new_tokens": new_tokens,
-              "sentences": len(spans), **times(timer, max(new_tokens - 1, 0)), **cache.report(),
-              "cache": args.cache, "clock": timer.clock, "device": str(device),
+              "sentences": len(spans), "sentence_limit": config.sentence_limit,
+              **times(timer, max(new_tokens - 1, 0)), **cache.report(), "cache": args.cache,
+              "clock": timer.clock, "device": str(device),
               "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
     print_report(report)
     if args.json:
@@ -321,7 +323,8 @@ def print_report(report: dict):
     rows.append(("\nmemory", "MiB", "of the full cache"))
     rows += [(name, f"{size / 2**20:.2f}", f"{size / report['full_kv_bytes']:.1%}")
              for name, size in sizes.items()]
-    print("\n{prompt_tokens} prompt tokens in {sentences} sentences, {new_tokens} new tokens\n"
+    print("\n{prompt_tokens} prompt tokens in {sentences} sentences of at most {sentence_limit},"
+          " {new_tokens} new tokens\n"
           "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}\n".format(**report),
           *("{:<26}{:>14}{:>20}".format(*row) for row in rows), sep="\n", file=sys.stderr)
     if report["hit_rate"] is not None:

@@ -3,7 +3,7 @@
 A plain Llama reads the keys and values of all earlier tokens for every token it writes. SentenceKV
 reads those of a few sentences. This file decides which, in this order:
 
-    prefill (Section 3.2)   secondary_sinks, token_importance -> keep_tokens -> order_rows
+    prefill (Section 3.2)   find_secondary_sinks, token_importance -> keep_tokens -> order_rows
                             -> sentence_bounds -> sentence_vectors
     decode  (Section 3.3)   mean_query or gaussian -> select_rows
 
@@ -36,16 +36,16 @@ class SentenceKVConfig:
     token_budget: int = 1024  # tokens attended to per KV head while decoding
     keep_factor: float = math.inf
     sink_tokens: int = 4  # first tokens of the prompt, always attended to
-    secondary_sinks: int = 8  # at most so many of a head's shortest keys, always attended to
-    secondary_norm: float = 0.6  # if they are shorter than this part of the head's median
+    secondary_sinks: int = 8  # most secondary sinks of a head: its shortest keys, ...
+    secondary_ratio: float = 0.6  # ... shorter than this fraction of its median key
     recent_window: int = 32  # last tokens, always attended to
     observation_window: int = 32  # last queries of the prompt: their attention is importance
     score: str = "gaussian"  # a name in SCORES
-    query_decay: float = 0.9  # what a query counts after one more token; 1 in the paper
+    query_decay: float = 0.9  # weight of a query is this ** (tokens since); 1 in the paper
     sentence_limit: int = 16  # tokens; a longer sentence is cut, at a clause if it can
 
     def __post_init__(self):
-        for name, least in (("sink_tokens", 0), ("secondary_sinks", 0), ("secondary_norm", 0),
+        for name, least in (("sink_tokens", 0), ("secondary_sinks", 0), ("secondary_ratio", 0),
                             ("recent_window", 1), ("observation_window", 1), ("sentence_limit", 1),
                             ("keep_factor", 1), ("query_decay", 0)):
             if not getattr(self, name) >= least:  # `not >=` also refuses NaN
@@ -62,7 +62,8 @@ class SentenceKVConfig:
 
     @property
     def protected_tokens(self) -> int:
-        """Last tokens of the prompt that prefill never drops."""
+        """Last tokens of the prompt that prefill never drops or makes secondary sinks. Those of the
+        observation window are among them where importance is computed."""
         observed = 0 if self.keep_factor == math.inf else self.observation_window
         return max(self.recent_window, observed)
 
@@ -71,23 +72,23 @@ class SentenceKVConfig:
         return int(min(n_tokens, self.keep_factor * self.token_budget))
 
 
-def secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Tensor:
-    """Which tokens are secondary sinks: those with the shortest keys of their head, if they are much
-    shorter than its median. Not in the paper.
+def find_secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Tensor:
+    """Which tokens are secondary sinks: those with the shortest keys of their head, if these are
+    much shorter than its median. Not in the paper.
 
     In some layers attention does not rest on the first tokens, but on a few in the middle of the
-    text, whatever is asked (arXiv 2512.22213). A sentence vector cannot show them. They are found
-    without a query: their keys are short, and RoPE does not change a length.
+    text, whatever is asked (arXiv 2512.22213). The mean of a sentence's keys hides one such key. No
+    query is needed to find them: their keys are short, and RoPE does not change a length.
 
-    k (H_kv, T, D) -> (H_kv, T) bool, at most `config.secondary_sinks` in a row
+    k (H_kv, T, D) -> (H_kv, T) bool, True at most `config.secondary_sinks` times in a head
     """
-    norms = k.float().norm(dim=-1)
-    short = norms < config.secondary_norm * norms.median(dim=-1, keepdim=True).values
-    short[:, : config.sink_tokens] = False
-    short[:, -config.protected_tokens :] = False
-    shortest = norms.masked_fill(~short, math.inf).argsort(dim=-1, stable=True)
-    chosen = torch.zeros_like(short).scatter_(-1, shortest[:, : config.secondary_sinks], True)
-    return chosen & short
+    norms = k.float().norm(dim=-1)  # (H_kv, T)
+    limit = config.secondary_ratio * norms.median(dim=-1, keepdim=True).values
+    norms[:, : config.sink_tokens] = math.inf  # attended to anyway
+    norms[:, -config.protected_tokens :] = math.inf
+    shortest = norms.argsort(dim=-1, stable=True)[:, : config.secondary_sinks]
+    short = norms.gather(-1, shortest) < limit
+    return torch.zeros_like(norms, dtype=torch.bool).scatter_(-1, shortest, short)
 
 
 def token_importance(q: torch.Tensor, k: torch.Tensor, pool: int = 7) -> torch.Tensor:
@@ -111,8 +112,8 @@ def keep_tokens(importance, secondary, config: SentenceKVConfig) -> torch.Tensor
     """Positions of the tokens that each head keeps, in reading order.
 
     The observation window is always kept, as in the paper. So are all sinks and the recent window,
-    which the paper does not say: the last rows of all heads are then the same tokens, and
-    `SentenceKVCache.plan` relies on it.
+    which the paper does not say. `SentenceKVCache.plan` relies on it: in every head, the sinks come
+    after the secondary sinks, and the last rows are the same tokens.
 
     importance (H_kv, T - W), secondary (H_kv, T) -> (H_kv, N)
     """
@@ -144,7 +145,8 @@ def order_rows(kept: torch.Tensor, secondary: torch.Tensor) -> tuple:
 def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. The sentence ends where the next one begins.
 
-    A sentence of which a head keeps nothing becomes an empty one at the end.
+    A sentence of which a head keeps nothing becomes an empty one at the end. So sentence s of one
+    head need not be sentence s of another.
 
     marked (H_kv, N) positions, -1 for those of no sentence, ends (S,) positions after each sentence
     -> (H_kv, S + 1)
@@ -185,7 +187,8 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
 
 def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
     """The paper's score (Section 3.3): the mean query of the sentence being written, times the
-    sentence vector. It is linear in the query, so its sum over tokens ranks as the mean does.
+    sentence vector. It is linear in the query, so its sum over tokens ranks as the mean does, if
+    `query_decay` is 1; a smaller one makes it a weighted mean.
 
     q (H_kv, G, D) of one token, vectors (H_kv, S, D), variances and lengths unused -> (H_kv, S)
     """

@@ -378,11 +378,11 @@ class TwoVectors(SentenceKVCache):
         self.table.put = self.put
 
     def put(self, layer, keys, bounds):
-        table, n_new = self.table, bounds.shape[-1] - 1
-        SentenceTable.put(table, layer, keys, bounds)
-        vectors = table.vectors[layer, :, table.n_sentences : table.n_sentences + n_new]
+        SentenceTable.put(self.table, layer, keys, bounds)
+        first = self.table.n_sentences
+        new = slice(first, first + bounds.shape[-1] - 1)
         stored = self.stored(layer)
-        stored[:, table.n_sentences : table.n_sentences + n_new] = self.choose(keys, bounds, vectors)
+        stored[:, new] = self.choose(keys, bounds, self.table.vectors[layer, :, new])
         self.farthest[layer] = stored
 
     def stored(self, layer):

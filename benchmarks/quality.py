@@ -46,14 +46,15 @@ from cache import NO_ROW
 from generate import check_positions, prefill, read_text, seal_finished
 from model import LlamaConfig, rope_table
 from segment import SentenceStream, token_spans
-from sentencekv import SentenceKVConfig, secondary_sinks
+from sentencekv import SentenceKVConfig, find_secondary_sinks
 from weights.checkpoint import load_model
 from weights.download import download
 from weights.tokenizer import Tokenizer
 
 
 THIRD = Fraction(1, 3)
-STUDIES = ("plain", "two_vectors", "two_bit_keys", "best_sentences", "best_tokens")  # run when asked for
+# Run when asked for:
+STUDIES = ("plain", "two_vectors", "two_bit_keys", "best_sentences", "best_tokens")
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class Bench:
         """
         recording, _ = self.record(ids)
         for layer, (q, k, _) in enumerate(recording.layers):
-            secondary = secondary_sinks(k, config)  # (H_kv, T)
+            secondary = find_secondary_sinks(k, config)  # (H_kv, T)
             last = q[:, -32:].unflatten(0, (len(k), -1))  # (H_kv, G, 32, D)
             logits = last @ k.unsqueeze(1).mT / math.sqrt(q.shape[-1])
             future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(len(ids) - 31)
@@ -351,7 +352,8 @@ def examples(args, bench: Bench) -> list[tasks.Example]:
         raise ValueError(f"--generate {', '.join(unknown)}: families are"
                          f" {', '.join(tasks.FAMILIES)}")
     paragraphs = haystack(bench, text, args.length)
-    return [e for f in args.generate for e in tasks.ruler_generate(f, paragraphs, args.count)]
+    return [example for family in args.generate
+            for example in tasks.ruler_generate(family, paragraphs, args.count, args.seed)]
 
 
 class Results:
@@ -522,6 +524,7 @@ def parse(arguments):
     add("--limit", type=int, help="so many rows of every task, or books")
     add("--generate", type=lambda text: text.split(","), default=[], help="RULER families to make")
     add("--count", type=int, default=25, help="rows of every family that is made")
+    add("--seed", type=int, default=0, help="of what is made")
     add("--length", type=int, default=3000, help="tokens of the haystack or the book")
     add("--lengths", type=numbers(int), default=[1000, 2000, 4000])
     add("--depths", type=numbers(float), default=[0.0, 0.25, 0.5, 0.75, 1.0])

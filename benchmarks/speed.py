@@ -32,7 +32,7 @@ from statistics import median, quantiles
 import torch
 from tqdm import tqdm
 
-from benchmarks.baselines import settings_of
+from benchmarks.baselines import SETTINGS, settings_of
 from generate import (
     GraphedDecode,
     StageTimer,
@@ -356,8 +356,9 @@ def parse(arguments):
     if args.random_weights and not args.config:
         parser.error("--random-weights needs --config")
     names = {method.partition(":")[0] for method in args.methods}
-    if unknown := names - {"full", "sentencekv"}:
-        parser.error(f"--methods {', '.join(unknown)}: the choices are full, sentencekv")
+    if unknown := names - {"full", "sentencekv", *SETTINGS}:
+        parser.error(f"--methods {', '.join(unknown)}: the choices are full, sentencekv,"
+                     f" {', '.join(SETTINGS)}")
     return args
 
 

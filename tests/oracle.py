@@ -1,4 +1,5 @@
-"""SentenceKV as a slow reference: lists and loops, all keys and values in one place. Read it first.
+"""SentenceKV as a slow reference: lists and loops, all keys and values in one place. Read it first,
+with `sentencekv.SentenceKVConfig` beside it.
 
 A *sentence* is a span (start, end) of token positions. A Llama computes, in each layer, queries q
 (H, T, D), keys k and values v (H_kv, T, D) of T tokens; H // H_kv query heads share a KV head. The
@@ -38,11 +39,12 @@ class SlowSentenceKV:
         norms, config = [key.norm().item() for key in keys], self.config
         median = sorted(norms)[(len(norms) - 1) // 2]
         earlier = range(config.sink_tokens, len(norms) - config.protected_tokens)
-        short = sorted((norms[i], i) for i in earlier if norms[i] < config.secondary_norm * median)
+        short = sorted((norms[i], i) for i in earlier if norms[i] < config.secondary_ratio * median)
         return {i for _, i in short[: config.secondary_sinks]}
 
     def keep(self, q, k, head, n_tokens, secondary):
-        """The ⌊r · τ⌋ positions that the last queries of the prompt attend to most."""
+        """⌊r · τ⌋ positions: all sinks, the last tokens, and then those that the last queries of
+        the prompt attend to most."""
         config = self.config
         n_kept = min(n_tokens, config.keep_factor * config.token_budget)
         if n_kept == n_tokens:
@@ -72,13 +74,13 @@ class SlowSentenceKV:
         self.queries = [[] for _ in self.kv]
 
     def tokens_of(self, span, layer, head):
-        """Kept positions of a sentence. What the model writes itself is kept whole. A secondary sink
-        is in no sentence: it is attended to anyway."""
+        """Kept positions of a sentence. What the model writes itself is kept whole. A secondary
+        sink is in no sentence: it is attended to anyway."""
         kept = self.kept[layer, head] - self.secondary[layer, head]
         return [i for i in range(*span) if i >= self.n_prompt or i in kept]
 
     def decode(self, layer, q, k, v):
-        """Keys and values of the positions that each head attends to, and a mask over the longest."""
+        """Keys and values of the positions that each head attends to, and a mask."""
         self.kv[layer].append((k[:, 0], v[:, 0]))
         self.queries[layer].append(q[:, 0])
         attended = [self.attended(layer, head, len(q) // len(k)) for head in range(len(k))]
@@ -96,22 +98,20 @@ class SlowSentenceKV:
         config, n = self.config, self.num_tokens + 1
         sinks = list(range(min(config.sink_tokens, self.n_prompt)))
         secondary = sorted(self.secondary[layer, head])
-        left = config.token_budget - len(sinks)
-        start = min(n - config.recent_window, self.spans[-1][1])  # the open sentence, if earlier
-        start = max(start, n - left + config.secondary_sinks, len(sinks))  # but within the budget
+        room = config.token_budget - config.sink_tokens
+        # The recent window, or the whole open sentence if longer, or its end if it is too long.
+        start = min(n - config.recent_window, self.spans[-1][1])
+        start = max(start, n - room + config.secondary_sinks, len(sinks))
         recent = list(range(start, n))
-        selected = []
-        for span in self.ranking(layer, head, group):
-            positions = self.tokens_of(span, layer, head)
-            selected += [i for i in positions if len(sinks) <= i < start]
-        most = config.token_budget - config.sink_tokens - config.recent_window
-        selected = selected[: min(left - len(recent), most) - len(secondary)]
+        selected = [i for span in self.ranking(layer, head, group)
+                    for i in self.tokens_of(span, layer, head) if len(sinks) <= i < start]
+        selected = selected[: room - len(recent) - len(secondary)]
         self.selected.append(selected)
         assert len(sinks + secondary + selected + recent) <= config.token_budget
         return sinks + secondary + selected + recent
 
     def ranking(self, layer, head, group):
-        """The sentences of which this head keeps a token, the best first."""
+        """The sentences of which this head keeps a token that is no secondary sink, best first."""
         ours = slice(head * group, (head + 1) * group)
         queries = torch.stack(self.queries[layer])[:, ours]  # (n, G, D)
         spans = [s for s in self.spans if self.tokens_of(s, layer, head)]
@@ -124,10 +124,10 @@ class SlowSentenceKV:
             scores = vectors @ (weights @ queries.mean(dim=1))
         else:
             scores = weights @ self.attention_of(queries, vectors, keys)
-        return [spans[i] for i in scores.argsort(descending=True).tolist()]
+        return [spans[i] for i in scores.argsort(descending=True, stable=True).tolist()]
 
     def attention_of(self, queries, vectors, keys):
-        """The scores `gaussian` (see `sentencekv.gaussian`) and `votes` (see `benchmarks.scores`)."""
+        """The scores `sentencekv.gaussian` and `benchmarks.scores.votes`."""
         lengths = torch.tensor([float(len(k)) for k in keys], device=vectors.device)
         logits = queries @ vectors.T / math.sqrt(vectors.shape[-1])  # (n, G, S)
         if self.config.score == "gaussian":

@@ -72,7 +72,7 @@ def test_a_budget_for_everything_is_full_attention(tiny, device, n_prompt, score
         torch.testing.assert_close(ours, full, rtol=0, atol=1e-4)
 
 
-SHORT = dict(secondary_sinks=6, secondary_norm=0.5)  # of random keys a few are as short
+SHORT = dict(secondary_sinks=6, secondary_ratio=0.5)  # of random keys a few are as short
 SMALL = dict(token_budget=40, sink_tokens=4, recent_window=8, observation_window=8, **SHORT,
              sentence_limit=128)
 LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window=16,
@@ -409,8 +409,8 @@ def test_half_precision_keys_and_values_stay_half(device, dtype):
 
 
 @pytest.mark.parametrize("short, least, most", [
-    (dict(secondary_norm=0.1), 0, 0), (dict(secondary_sinks=0, secondary_norm=9), 0, 0),
-    (SHORT, 1, 6), (dict(secondary_sinks=6, secondary_norm=9), 6, 6)])
+    (dict(secondary_ratio=0.1), 0, 0), (dict(secondary_sinks=0, secondary_ratio=9), 0, 0),
+    (SHORT, 1, 6), (dict(secondary_sinks=6, secondary_ratio=9), 6, 6)])
 def test_secondary_sinks_are_a_head_s_shortest_keys(tiny, device, short, least, most):
     """Where there are none, sentences have the whole budget."""
     config = SentenceKVConfig(token_budget=96, **short)
@@ -482,7 +482,7 @@ class Watched(SentenceKVCache):
         return keys, values, mask
 
     def start_of_window(self):
-        room = self.config.token_budget - self.n_sinks
+        room = self.config.token_budget - self.config.sink_tokens - self.config.secondary_sinks
         return max(self.window_start(), self.num_tokens + 1 - room)
 
     def seal(self, length):

@@ -176,7 +176,8 @@ def test_a_bad_prompt_is_one_line(capfd, tiny_folder, tmp_path, content, message
 
 @pytest.mark.parametrize("arguments, message", [
     (["--prompt", "."], "cannot read .: Is a directory"),
-    (["--token-budget", "36"], "token_budget is 36, must be at least 37: 4 sinks + 32 last tokens + 1"),
+    (["--token-budget", "36"],
+     "token_budget is 36, must be at least 45: 12 sinks + 32 last tokens + 1"),
     (["--keep-factor", "0.5"], "keep_factor is 0.5, must be at least 1"),
     (["--max-new-tokens", "2000"], f"{len(TEXT)} prompt tokens + 2000 new ones ="
      f" {len(TEXT) + 2000}, and the model has {TINY.max_position_embeddings} positions:"

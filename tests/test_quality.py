@@ -149,8 +149,8 @@ def test_differences_are_those_of_the_same_prompt_and_budget():
             row("a", 1, 5, 0.5), row("a", 0, 9, 1.0), row("b", 0, 5, 0.5)]
     rows = quality.at_every_budget(rows)
     assert [(r["method"], r["budget"], r["score"]) for r in quality.differences(rows, "a")] == [
-        ("full", 5, 0.75), ("full", 9, 0.0), ("full", 5, 0.0), ("a", 5, 0), ("a", 5, 0), ("a", 9, 0),
-        ("b", 5, 0.25)]
+        ("full", 5, 0.75), ("full", 9, 0.0), ("full", 5, 0.0), ("a", 5, 0), ("a", 5, 0),
+        ("a", 9, 0), ("b", 5, 0.25)]
     assert quality.table(quality.differences(rows, "a"), percent=True).splitlines()[2] == (
         "| full | 38 ± 37 | 0 |")
 

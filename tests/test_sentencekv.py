@@ -10,11 +10,11 @@ import sentencekv
 from benchmarks.scores import votes
 from sentencekv import (
     SentenceKVConfig,
+    find_secondary_sinks,
     gaussian,
     keep_tokens,
     mean_query,
     order_rows,
-    secondary_sinks,
     select_rows,
     sentence_bounds,
     sentence_vectors,
@@ -59,17 +59,17 @@ def test_the_most_important_tokens_are_kept_with_sinks_and_window():
 
 def test_secondary_sinks_are_the_shortest_keys_but_not_the_first_or_the_last():
     config = SentenceKVConfig(token_budget=20, sink_tokens=2, recent_window=3, secondary_sinks=2,
-                              secondary_norm=0.5)
+                              secondary_ratio=0.5)
     lengths = torch.ones(3, 12)
     lengths[0, [0, 4, 6, 7, 11]] = torch.tensor([0.1, 0.4, 0.3, 0.2, 0.1])
     lengths[1, [1, 5, 8]] = torch.tensor([0.1, 0.45, 0.6])
     k = lengths.unsqueeze(-1) * torch.nn.functional.normalize(random(3, 12, 8), dim=-1)
-    found = secondary_sinks(k, config)
+    found = find_secondary_sinks(k, config)
     assert [head.nonzero().flatten().tolist() for head in found] == [[6, 7], [5], []]
     none = SentenceKVConfig(token_budget=20, sink_tokens=2, recent_window=3, secondary_sinks=0)
-    assert not secondary_sinks(k, none).any()
-    assert not secondary_sinks(k[:, :3], config).any()  # all of a short prompt is recent
-    in_half = secondary_sinks(k.to(torch.bfloat16), config)
+    assert not find_secondary_sinks(k, none).any()
+    assert not find_secondary_sinks(k[:, :3], config).any()  # all of a short prompt is recent
+    in_half = find_secondary_sinks(k.to(torch.bfloat16), config)
     assert torch.equal(in_half, found)
 
 
