@@ -57,7 +57,7 @@ STYLES = {  # method: name in pictures, colour, marker, line
     "transformers": ("transformers", VERMILION, "X", "-"),
 }
 
-SHOWN = ("full", "sentencekv", "published", "quest_dense", "best_tokens")  # in `quality`
+SHOWN = ("full", "sentencekv", "published", "shadowkv", "best_tokens")  # in `quality`
 
 
 def style(method: str) -> tuple:
@@ -143,9 +143,10 @@ def quality(rows: list[dict], path: Path):
     found = [row for row in rows if not row["task"].startswith("nll ")]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     draw_by_budget(left, [row | {"y": 100 * row["score"]} for row in found],
-                   "needles found, per cent")
+                   "needles found among four, per cent")
     draw_by_budget(right, [row | {"y": row["score"]} for row in losses],
-                   "mean NLL above that of the full cache")
+                   "reading on: mean NLL above that of the full cache")
+    left.set_ylim(bottom=0)
     save(figure, path)
 
 
