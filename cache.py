@@ -273,7 +273,8 @@ class SentenceKVCache:
         assert self.slot_of(end) <= self.slots.shape[2], "a sentence is too long: call `seal`"
         end_row = self.row_of(min(start, self.open_start))
         first_row = n_secondary + self.n_sinks  # rows: secondary sinks, sinks, the rest
-        self.row_budget.copy_((room - (end - start) - n_secondary).minimum(end_row - first_row))
+        n_free = min(room - (end - start), self.n_row_slots) - n_secondary
+        self.row_budget.copy_(n_free.minimum(end_row - first_row))
         self.next_slot.fill_(self.slot_of(end - 1))
         self.table.limit(first_row, end_row)
         self.mask[..., self.sink_slot :] = False

@@ -37,7 +37,8 @@ def prompt(tmp_path):
 def test_the_report_is_complete_and_adds_up(capfd, tiny_folder, prompt, cache, keep_factor):
     report = run_json(
         capfd, "--prompt", prompt, "--model", tiny_folder, "--cache", cache, "--max-new-tokens",
-        40, "--token-budget", 80, "--keep-factor", keep_factor, "--device", "cpu")
+        40, "--token-budget", 80, "--keep-factor", keep_factor, "--sentence-limit", 128, "--device",
+        "cpu")
     assert set(report) >= {
         "text", "prompt_tokens", "new_tokens", "sentences", "ttft_ms", "decode_ms_per_token",
         "stages_ms", "device_kv_bytes", "host_kv_bytes", "full_kv_bytes", "selected_bytes",
@@ -46,7 +47,7 @@ def test_the_report_is_complete_and_adds_up(capfd, tiny_folder, prompt, cache, k
     assert report["prompt_tokens"] == len(TEXT) and report["sentences"] == 18
     assert 1 <= report["new_tokens"] <= 40
     stages = {"full": ({"attention"}, {"attention"}),
-              "sentencekv": ({"attention", "sentence vectors", "offload"},
+              "sentencekv": ({"attention", "secondary sinks", "sentence vectors", "offload"},
                              {"attention", "select", "load", "seal"})}[cache]
     if (cache, keep_factor) == ("sentencekv", "1"):
         stages[0].add("importance")
