@@ -30,14 +30,14 @@ from weights.tokenizer import Tokenizer
 
 OTHER = "projections, MLP, norms"  # in the report: the time in no named stage
 SETTINGS = {  # of SentenceKVConfig: the flags, and what --help says
-    "token_budget": "tokens attended to while decoding",
-    "keep_factor": "budgets of tokens kept; paper: 1 to 5",
+    "token_budget": "tokens that a KV head attends to while decoding",
+    "keep_factor": "keep this many times the budget of the prompt's tokens; paper: 1 to 5",
     "sink_tokens": "first tokens, always attended to; paper: 32",
-    "secondary_sinks": "at most so many short keys a head, always attended to; paper: 0",
+    "secondary_sinks": "most tokens with very short keys, always attended to; paper: 0",
     "recent_window": "last tokens, always attended to",
     "score": f"score of a sentence, {' or '.join(SCORES)}; paper: mean_query",
-    "query_decay": "what a query counts after one more token; paper: 1",
-    "sentence_limit": "tokens; a longer sentence is cut",
+    "query_decay": "each token multiplies the weight of earlier queries by it; paper: 1",
+    "sentence_limit": "most tokens in a sentence; a longer one is cut",
 }
 
 

@@ -249,7 +249,7 @@ class Paged(Evicting):
         self.recent[layer] = torch.cat((recent, torch.stack((k, v), dim=2)), dim=1)
         chosen = self.pages[layer]  # (H_kv, P, page, 2, D)
         if layer >= self.dense_layers:
-            room = (self.budget - self.recent[layer].shape[1]) // self.page
+            room = max(self.budget - self.recent[layer].shape[1], 0) // self.page
             scores = self.scores(layer, q.view(len(k), -1, q.shape[-1]))
             best = scores.argsort(dim=-1, descending=True, stable=True)[:, :room]
             chosen = chosen[torch.arange(len(k))[:, None], best]
@@ -275,8 +275,10 @@ class QuestDense(Quest):
 
 
 class ShadowKV(Paged):
-    """Chunks of 8 tokens by their mean key, the *landmark*. 2410.21465, the choice of chunks alone:
-    keys are not of low rank here.
+    """Chunks of 8 tokens by their mean key, the *landmark*. 2410.21465, the choice of chunks alone.
+
+    Departures: keys are not of low rank; outliers and local chunks are in the softmax, too, and an
+    outlier may be a local chunk; the local chunks are the latest, not the prompt's.
 
     A chunk's score is its share of the softmax, the most of the group's heads. Always read are the
     last 4 chunks and the outliers, with a key that is least like the landmark: 24 for 1,024 tokens
@@ -330,7 +332,7 @@ def expected_attention(q, k, config, ahead: int = 512):
 
 class ExpectedAttention(Evicting):
     """The attention that later tokens are expected to pay, times the length of the value, and the
-    first 4 tokens. 2510.00636."""
+    first 4 tokens. 2510.00636. Departures: the first 4 are in the softmax, and the last 32 stay."""
 
     def __init__(self, model_config, budget):
         super().__init__(model_config, budget)
@@ -347,7 +349,7 @@ class ExpectedAttention(Evicting):
 
 
 class BestTokens(FullCache):
-    """The ceiling of any choice of tokens: those that this very token attends to most.
+    """The ceiling of attention for a choice of tokens: those that this very token attends to most.
 
     It looks at every key, which no method may.
     """
@@ -370,6 +372,7 @@ class TwoVectors(SentenceKVCache):
 
     The attention that the sentence receives is taken for (n - 1) exp(Gaussian) + exp(q · k*), of n
     keys; the score is again that of one token. Sentences that are alike differ in a token or two.
+    Mean and variance are still those of all n keys. All queries of a sentence count alike.
     """
 
     def __init__(self, *args):
@@ -419,6 +422,7 @@ class BestSentences(SentenceKVCache):
     """The ceiling: sentences ranked by the attention that this very token pays to a row of them.
 
     It looks at every key, which no method may; a choice of whole sentences can hardly do better.
+    Rows count that are attended to anyway, sinks and window, so it may waste a little room.
     """
 
     def __init__(self, *args):
@@ -450,7 +454,8 @@ class TwoBitKeys(BestSentences):
     """SentenceKV that knows every key at 2 bits a channel, in place of a vector a sentence.
 
     A sentence's score is the attention that its rows would receive, added up over the sentence
-    being written. It shows what a vector gives away; its keys take an eighth of those of 16 bits.
+    being written; all of its queries count alike. It shows what a vector gives away. These keys
+    take an eighth of those of 16 bits.
     """
 
     # The four levels that lose least of a Gaussian channel, and where they meet, in deviations.
@@ -483,7 +488,7 @@ SENTENCE_METHODS = {
 METHODS = ("full", *BASELINES, *SENTENCE_METHODS, "best_tokens")
 
 # What some names set, and `sentencekv` does not. `published` has the settings of the paper, where
-# keep_factor was 2 to 5; `plain` has the Gaussian score and nothing else that the paper has not.
+# keep_factor was 2 to 5; `plain` has the Gaussian score, and keeps everything.
 PLAIN = {"query_decay": 1.0, "secondary_sinks": 0, "sentence_limit": 128}
 SETTINGS = {"plain": PLAIN, "published": PLAIN | {
     "score": "mean_query", "sink_tokens": 32, "keep_factor": 2.0}}

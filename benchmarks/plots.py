@@ -177,7 +177,7 @@ def sinks_by_layer(rows: list[dict], path: Path):
         below.plot(layers, [100 * value for value in values], linewidth=1.5, **look)
         ends.append((layers[-1], 100 * values[-1], look, name, "normal"))
     label_ends(below, ends)
-    finish(above, "", "secondary sinks a head")
+    finish(above, "", "number in a head")
     finish(below, "layer", "attention, per cent")
     save(figure, path)
 

@@ -451,6 +451,8 @@ def run_jaccard(args, bench, methods, results):
 def run_sinks(args, bench, methods, results):
     config = SentenceKVConfig()
     for name, ids in book_tokens(args, bench):
+        if any(row["task"] == f"count {name}" for row in results.rows):
+            continue
         for layer, *values in bench.sinks(ids[: args.length], config):
             for kind, value in zip(("count", "secondary", "first"), values):
                 results.add(task=f"{kind} {name}", index=layer, method="full", budget=0,
@@ -461,8 +463,8 @@ def at_every_budget(rows: list[dict]) -> list[dict]:
     """The full cache has no budget: it was run once, and is the same at all of them."""
     others = [row for row in rows if row["method"] != "full"]
     budgets = sorted({row["budget"] for row in others or rows})
-    full = [row for row in rows if row["method"] == "full"]
-    return [row | {"budget": budget} for row in full for budget in budgets] + others
+    full = {(row["task"], row["index"]): row for row in rows if row["method"] == "full"}
+    return [row | {"budget": budget} for row in full.values() for budget in budgets] + others
 
 
 def differences(rows: list[dict], reference: str) -> list[dict]:
@@ -473,16 +475,17 @@ def differences(rows: list[dict], reference: str) -> list[dict]:
             if (r["task"], r["index"], r["budget"]) in known]
 
 
-def table(rows: list[dict], percent: bool) -> str:
+def table(rows: list[dict], percent: bool, above_full: bool = False) -> str:
     """Markdown: a line for every method, a column for every task and budget; mean ± its error.
     The rows are those of `at_every_budget`.
 
-    The last columns are the mean over tasks, or of perplexity what is lost against the full cache.
+    The last columns are the mean of all prompts, or with `above_full` the difference from the full
+    cache.
     """
     cells = {}
     named = [("needle" if r["task"].startswith("needle ") else r["task"], r) for r in rows]
     overall = ("mean",) if percent and len({task for task, _ in named}) > 1 else ()
-    if not percent:
+    if above_full:
         named += [("above full", r) for r in differences(rows, "full")]
     for task, row in named:
         for column in (task, *overall):
@@ -539,7 +542,7 @@ def asked_methods(args) -> list[Method]:
     """The full cache has no budget, so it is run once, under the largest."""
     specs = args.methods.replace(";", " ").split()
     methods = [Method(s, b) for s in specs for b in args.budgets
-               if s != "full" or b == args.budgets[-1]]
+               if s != "full" or b == max(args.budgets)]
     for method in methods:
         method.new_cache(_Shape, ["."], 1)
     return methods
@@ -562,7 +565,7 @@ def main(arguments=None) -> int:
         run(args, bench, methods, results)
         percent = args.task in ("ruler", "needle", "longbench")
         rows = at_every_budget(results.rows)
-        report = table(rows, percent)
+        report = table(rows, percent, above_full=args.task == "perplexity")
         if args.pair:
             report += (f"\n\nThe difference from `{args.pair}`, prompt by prompt:\n\n"
                        + table(differences(rows, args.pair), percent))
