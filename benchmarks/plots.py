@@ -143,7 +143,7 @@ def quality(rows: list[dict], path: Path):
     found = [row for row in rows if not row["task"].startswith("nll ")]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     draw_by_budget(left, [row | {"y": 100 * row["score"]} for row in found],
-                   "needles found among four, per cent")
+                   "needles found, per cent")
     draw_by_budget(right, [row | {"y": row["score"]} for row in losses],
                    "reading on: mean NLL above that of the full cache")
     left.set_ylim(bottom=0)
