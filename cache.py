@@ -192,7 +192,8 @@ class SentenceKVCache:
         most = config.token_budget - config.sink_tokens - config.recent_window
         self.sink_slot = self.n_row_slots = min(most, max_rows)  # B; sinks come next
         self.recent_slot = self.sink_slot + config.sink_tokens
-        n_slots = self.recent_slot + config.recent_window + config.sentence_limit
+        longest = min(config.sentence_limit, max_new_tokens)
+        n_slots = self.recent_slot + config.recent_window + longest
         self.slots = torch.zeros(layers, heads, n_slots, 2, dim, device=device, dtype=dtype)
         # Of each of the B slots: its row, that row's sentence, and whether the row must be loaded.
         self.slot_row = torch.full((layers, heads, self.n_row_slots), NO_ROW, device=device)
