@@ -323,8 +323,8 @@ def print_report(report: dict):
     rows.append(("\nmemory", "MiB", "of the full cache"))
     rows += [(name, f"{size / 2**20:.2f}", f"{size / report['full_kv_bytes']:.1%}")
              for name, size in sizes.items()]
-    print("\n{prompt_tokens} prompt tokens in {sentences} sentences of at most {sentence_limit},"
-          " {new_tokens} new tokens\n"
+    print("\n{prompt_tokens} prompt tokens in {sentences} sentences of at most {sentence_limit}"
+          " tokens, {new_tokens} new tokens\n"
           "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}\n".format(**report),
           *("{:<26}{:>14}{:>20}".format(*row) for row in rows), sep="\n", file=sys.stderr)
     if report["hit_rate"] is not None:

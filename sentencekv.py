@@ -36,13 +36,13 @@ class SentenceKVConfig:
     token_budget: int = 1024  # tokens attended to per KV head while decoding
     keep_factor: float = math.inf
     sink_tokens: int = 4  # first tokens of the prompt, always attended to
-    secondary_sinks: int = 8  # most secondary sinks of a head: its shortest keys, ...
-    secondary_ratio: float = 0.6  # ... shorter than this fraction of its median key
+    secondary_sinks: int = 8  # at most so many in a head: its shortest keys, always attended to
+    secondary_ratio: float = 0.6  # their length, at most this fraction of the head's median
     recent_window: int = 32  # last tokens, always attended to
     observation_window: int = 32  # last queries of the prompt: their attention is importance
     score: str = "gaussian"  # a name in SCORES
     query_decay: float = 0.9  # weight of a query is this ** (tokens since); 1 in the paper
-    sentence_limit: int = 16  # tokens; a longer sentence is cut, at a clause if it can
+    sentence_limit: int = 16  # tokens; a longer sentence is cut, at a clause if possible
 
     def __post_init__(self):
         for name, least in (("sink_tokens", 0), ("secondary_sinks", 0), ("secondary_ratio", 0),

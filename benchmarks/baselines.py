@@ -495,7 +495,8 @@ SETTINGS = {"plain": PLAIN, "published": PLAIN | {
 
 
 def settings_of(spec: str) -> dict:
-    """The settings in `method:name=value,name=value`: those of `SentenceKVConfig`, and `unit`."""
+    """The settings of `method:name=value,name=value`, and those that the name itself sets: fields of
+    `SentenceKVConfig`, and `unit`."""
     method, _, pairs = spec.partition(":")
     settings = dict(SETTINGS.get(method, {}))
     for pair in filter(None, pairs.split(",")):
@@ -533,6 +534,5 @@ def make_cache(method: str, model_config, budget: int, spans: list, max_new_toke
         return BestTokens(model_config, spans[-1][1] + max_new_tokens, budget)
     if method not in SENTENCE_METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
-    settings = SETTINGS.get(method, {}) | settings
     config = SentenceKVConfig(token_budget=budget, **settings)
     return SENTENCE_METHODS[method](config, model_config, spans, max_new_tokens, "cpu", dtype)

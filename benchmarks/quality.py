@@ -268,12 +268,9 @@ class Bench:
         recording, _ = self.record(ids)
         for layer, (q, k, _) in enumerate(recording.layers):
             secondary = find_secondary_sinks(k, config)  # (H_kv, T)
-            last = q[:, -32:].unflatten(0, (len(k), -1))  # (H_kv, G, 32, D)
-            logits = last @ k.unsqueeze(1).mT / math.sqrt(q.shape[-1])
-            future = torch.ones_like(logits[0, 0], dtype=torch.bool).triu(len(ids) - 31)
-            attention = logits.masked_fill(future, -math.inf).softmax(dim=-1).mean(dim=(1, 2))
+            attention = window_attention(q, k, 32, 1) / 32  # (H_kv, T - 32): no sink is later
             yield (layer, secondary.sum(dim=-1).float().mean().item(),
-                   (attention * secondary).sum(dim=-1).mean().item(),
+                   (attention * secondary[:, :-32]).sum(dim=-1).mean().item(),
                    attention[:, : config.sink_tokens].sum(dim=-1).mean().item())
 
 

@@ -4,7 +4,14 @@ import pytest
 import torch
 from conftest import TINY, random_ids, random_llama, random_spans
 
-from benchmarks.baselines import BASELINES, METHODS, PyramidKV, Recording, make_cache
+from benchmarks.baselines import (
+    BASELINES,
+    METHODS,
+    PyramidKV,
+    Recording,
+    make_cache,
+    settings_of,
+)
 from model import apply_rope, rope_table
 
 BUDGET, N_PROMPT, WINDOW = 72, 150, 32
@@ -23,7 +30,7 @@ def recording(model):
 
 
 def new_cache(method):
-    return make_cache(method, TINY, BUDGET, random_spans(N_PROMPT), 60)
+    return make_cache(method, TINY, BUDGET, random_spans(N_PROMPT), 60, **settings_of(method))
 
 
 def write(model, cache, n_new=50):
@@ -217,11 +224,10 @@ def test_two_bits_a_channel_are_four_values(recording):
 
 
 def test_the_published_settings_are_the_paper_s():
-    config = make_cache("published", TINY, 80, random_spans(N_PROMPT), 60).config
+    config = new_cache("published").config
     assert (config.score, config.sink_tokens, config.recent_window) == ("mean_query", 32, 32)
     assert (config.keep_factor, config.secondary_sinks, config.query_decay) == (2, 0, 1)
-    spans = random_spans(N_PROMPT)
-    assert make_cache("published", TINY, 80, spans, 60, keep_factor=3.0).config.keep_factor == 3
+    assert settings_of("published:keep_factor=3")["keep_factor"] == 3
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("full", "quest_dense")])
@@ -264,7 +270,7 @@ def test_a_budget_for_everything_is_full_attention(model, recording):
     expected = write(model, recording.replay(new_cache("full")))
     for method in METHODS:
         if method not in ("full", "pyramidkv"):  # a pyramid gives its last layers little
-            cache = make_cache(method, TINY, 800, random_spans(N_PROMPT), 60)
+            cache = make_cache(method, TINY, 800, random_spans(N_PROMPT), 60, **settings_of(method))
             got = write(model, recording.replay(cache))
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
