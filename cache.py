@@ -293,8 +293,11 @@ class SentenceKVCache:
 
     def select(self, layer: int, q):
         """Select the rows of the best sentences, and find slots for them. q (H_kv, G, D)"""
-        self.add_scores(layer, q)
         table = self.table
+        # Scores add up over the sentence being written, with less weight for older tokens. `seal`
+        # sets them to zero: what stays open after it no longer counts.
+        torch.add(self.score(layer, q), table.scores[layer], alpha=self.config.query_decay,
+                  out=table.scores[layer])
         selected = select_rows(table.scores[layer], table.n_retrievable[layer],
                                self.row_budget[layer])
         self.slot_row[layer], self.slot_sentence[layer], self.slot_missing[layer] = assign_slots(
@@ -303,13 +306,11 @@ class SentenceKVCache:
         table.n_resident[layer] = selected
         torch.lt(self.slot_row[layer], NO_ROW, out=self.mask[layer, :, 0, : self.n_row_slots])
 
-    def add_scores(self, layer: int, q):
-        """Scores add up over the sentence being written, with less weight for older tokens. `seal`
-        sets them to zero: what stays open after it no longer counts."""
-        table, score = self.table, SCORES[self.config.score]
-        known = table.vectors[layer], table.variances[layer], table.lengths[layer]
-        scores = table.scores[layer]
-        torch.add(score(q, *known), scores, alpha=self.config.query_decay, out=scores)
+    def score(self, layer: int, q):
+        """How well each sentence matches one token's queries (H_kv, G, D) -> (H_kv, S)."""
+        table = self.table
+        return SCORES[self.config.score](
+            q, table.vectors[layer], table.variances[layer], table.lengths[layer])
 
     def seal(self, length: int):
         """Offload the first `length` tokens of the sentence being written, and make them a sentence

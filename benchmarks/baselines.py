@@ -277,12 +277,12 @@ class QuestDense(Quest):
 class ShadowKV(Paged):
     """Chunks of 8 tokens by their mean key, the *landmark*. 2410.21465, the choice of chunks alone.
 
-    Departures: keys are not of low rank; outliers and local chunks are in the softmax, too, and an
-    outlier may be a local chunk; the local chunks are the latest, not the prompt's.
+    Departures: keys are not of low rank; the local chunks are the latest, not the prompt's.
 
-    A chunk's score is its share of the softmax, the most of the group's heads. Always read are the
-    last 4 chunks and the outliers, with a key that is least like the landmark: 24 for 1,024 tokens
-    of the budget (in the CPU variant of the authors' code). Both are counted in the budget.
+    Always read are the local chunks, the last 4, and the outliers, with a key that is least like
+    the landmark: 24 for 1,024 tokens of the budget (in the CPU variant of the authors' code). Both
+    are counted in the budget. The score of another chunk is its share of the softmax over these
+    others, the most of the group's heads.
     """
 
     page, local_chunks = 8, 4
@@ -295,23 +295,24 @@ class ShadowKV(Paged):
         keys, landmarks = self.pages[layer][:, :, :, 0], self.summaries[layer][0]
         likeness = torch.cosine_similarity(keys, landmarks.unsqueeze(2), dim=-1).amin(dim=-1)
         n_outliers = round(self.budget * 24 / 1024)
-        outliers = likeness.argsort(dim=-1, stable=True)[:, :n_outliers]
-        always = torch.zeros_like(likeness, dtype=torch.bool).scatter_(-1, outliers, True)
+        earlier = likeness[:, : -self.local_chunks]
+        outliers = earlier.argsort(dim=-1, stable=True)[:, :n_outliers]
         if layer == 0:
-            self.always = []  # for each layer (H_kv, P)
-        self.always.append(always)
+            self.outliers = []  # for each layer (H_kv, n)
+        self.outliers.append(outliers)
 
     def scores(self, layer, q):
         logits = q @ self.summaries[layer][0].mT / math.sqrt(q.shape[-1])  # (H_kv, G, P)
-        scores = logits.softmax(dim=-1).amax(dim=1)
-        scores[:, : self.always[layer].shape[1]].masked_fill_(self.always[layer], math.inf)
-        scores[:, -self.local_chunks :] = math.inf
-        return scores
+        always = torch.zeros_like(logits[:, 0], dtype=torch.bool)
+        always.scatter_(-1, self.outliers[layer], True)[:, -self.local_chunks :] = True
+        shares = logits.masked_fill(always.unsqueeze(1), -math.inf).softmax(dim=-1).amax(dim=1)
+        return shares.masked_fill(always, math.inf)
 
 
 @shared
 def expected_attention(q, k, config, ahead: int = 512):
-    """What the next tokens pay to each token if their queries are Gaussian, before RoPE (H_kv, T).
+    """What the next tokens pay to each token but the first 4, if their queries are Gaussian before
+    RoPE, (H_kv, T - 4).
 
     Mean and covariance are those of the prompt's queries, without the first 4. Both are turned by
     the mean rotation of the next `ahead` positions.
@@ -324,15 +325,15 @@ def expected_attention(q, k, config, ahead: int = 512):
     later = cos[n_tokens:].mean(dim=0), sin[n_tokens:].mean(dim=0)
     mean = apply_rope(mean, *later)
     covariance = apply_rope(apply_rope(covariance, *later).mT, *later)  # R Σ Rᵀ
-    keys = k.repeat_interleave(len(q) // len(k), dim=0)  # (H, T, D)
+    keys = k[:, 4:].repeat_interleave(len(q) // len(k), dim=0)  # (H, T - 4, D)
     logits = (mean @ keys.mT).squeeze(1) / math.sqrt(dim)
     logits += ((keys @ covariance) * keys).sum(dim=-1) / (2 * dim)
-    return logits.softmax(dim=-1).view(len(k), -1, n_tokens).mean(dim=1)
+    return logits.softmax(dim=-1).unflatten(0, (len(k), -1)).mean(dim=1)
 
 
 class ExpectedAttention(Evicting):
     """The attention that later tokens are expected to pay, times the length of the value, and the
-    first 4 tokens. 2510.00636. Departures: the first 4 are in the softmax, and the last 32 stay."""
+    first 4 tokens. 2510.00636. Departure: the last 32 stay."""
 
     def __init__(self, model_config, budget):
         super().__init__(model_config, budget)
@@ -343,9 +344,8 @@ class ExpectedAttention(Evicting):
         super().prefill(layer, q, k, v)
 
     def importance(self, layer, q, k):
-        scores = expected_attention(q, k, self.model_config) * self.values.norm(dim=-1)
-        scores[:, :4] = math.inf
-        return scores
+        scores = expected_attention(q, k, self.model_config) * self.values[:, 4:].norm(dim=-1)
+        return torch.nn.functional.pad(scores, (4, 0), value=math.inf)
 
 
 class BestTokens(FullCache):
@@ -372,7 +372,7 @@ class TwoVectors(SentenceKVCache):
 
     The attention that the sentence receives is taken for (n - 1) exp(Gaussian) + exp(q · k*), of n
     keys; the score is again that of one token. Sentences that are alike differ in a token or two.
-    Mean and variance are still those of all n keys. All queries of a sentence count alike.
+    Mean and variance are still those of all n keys.
     """
 
     def __init__(self, *args):
@@ -396,33 +396,29 @@ class TwoVectors(SentenceKVCache):
     @staticmethod
     def choose(keys, bounds, vectors):
         """keys (H_kv, N, D), bounds (H_kv, S + 1), vectors (H_kv, S, D) -> (H_kv, S, D)"""
-        heads, n_rows, dim = keys.shape
-        rows = torch.arange(n_rows).expand(heads, -1).contiguous()
+        rows = torch.arange(keys.shape[1]).expand(len(keys), -1).contiguous()
         sentence = torch.searchsorted(bounds.contiguous(), rows, right=True)  # from 1; 0: none
         means = torch.nn.functional.pad(vectors, (0, 0, 1, 0))
         distances = (keys - means.gather(1, sentence[..., None].expand_as(keys))).norm(dim=-1)
-        least = distances.new_full((heads, means.shape[1]), -1)
-        most = least.scatter_reduce(1, sentence, distances, "amax")
-        farther = rows.masked_fill(distances < most.gather(1, sentence), n_rows)
-        last = torch.full_like(most, n_rows - 1, dtype=torch.long)  # of an empty sentence
-        farthest = last.scatter_reduce(1, sentence, farther, "amin")[:, 1:]
-        return keys.gather(1, farthest[..., None].expand(-1, -1, dim))
+        order = distances.argsort(dim=-1, descending=True, stable=True)
+        order = order.gather(-1, sentence.gather(-1, order).argsort(dim=-1, stable=True))
+        first = order.gather(-1, bounds[:, :-1].clamp(max=keys.shape[1] - 1))  # farthest of each
+        return keys.gather(1, first[..., None].expand_as(vectors))
 
-    def add_scores(self, layer, q):
+    def score(self, layer, q):
         table = self.table
         lengths, q = table.lengths[layer].unsqueeze(1), q / math.sqrt(q.shape[-1])
         squared_norms = q.square().sum(dim=-1, keepdim=True)
         others = q @ table.vectors[layer].mT + squared_norms * table.variances[layer, :, None] / 2
         farthest = (q @ self.stored(layer).mT).masked_fill(lengths == 0, -math.inf)
         attention = torch.logaddexp(others + (lengths - 1).clamp(min=0).log(), farthest).softmax(-1)
-        table.scores[layer] += attention.sum(dim=1) / table.lengths[layer].clamp(min=1)
+        return attention.sum(dim=1) / table.lengths[layer].clamp(min=1)
 
 
 class BestSentences(SentenceKVCache):
     """The ceiling: sentences ranked by the attention that this very token pays to a row of them.
 
     It looks at every key, which no method may; a choice of whole sentences can hardly do better.
-    Rows count that are attended to anyway, sinks and window, so it may waste a little room.
     """
 
     def __init__(self, *args):
@@ -439,23 +435,20 @@ class BestSentences(SentenceKVCache):
         """What is known of all keys (H_kv, N, D): here everything."""
         return keys
 
-    def attention(self, layer, q):
-        """What a row of each sentence receives from one token's queries, the mean (H_kv, S)."""
+    def score(self, layer, q):
+        """What a retrievable row of each sentence receives from one token's queries, the mean."""
         logits = (q @ self.keys(layer).mT).float() / math.sqrt(q.shape[-1])  # (H_kv, G, N)
         total = torch.nn.functional.pad(logits.softmax(-1).mean(dim=1).double().cumsum(-1), (1, 0))
-        bounds = self.table.bounds[layer]
-        return total.gather(-1, bounds).diff(dim=-1) / bounds.diff(dim=-1).clamp(min=1)
-
-    def add_scores(self, layer, q):
-        self.table.scores[layer] = self.attention(layer, q)
+        starts, lengths = self.table.starts[layer], self.table.n_retrievable[layer]
+        received = total.gather(-1, starts + lengths) - total.gather(-1, starts)
+        return (received / lengths.clamp(min=1)).float()
 
 
 class TwoBitKeys(BestSentences):
     """SentenceKV that knows every key at 2 bits a channel, in place of a vector a sentence.
 
-    A sentence's score is the attention that its rows would receive, added up over the sentence
-    being written; all of its queries count alike. It shows what a vector gives away. These keys
-    take an eighth of those of 16 bits.
+    A sentence's score is the attention that its rows would receive. It shows what a vector gives
+    away. These keys take an eighth of those of 16 bits.
     """
 
     # The four levels that lose least of a Gaussian channel, and where they meet, in deviations.
@@ -472,9 +465,6 @@ class TwoBitKeys(BestSentences):
         level = torch.bucketize(((keys - mean) / deviation).contiguous(), self.edges)
         return mean + deviation * self.levels[level]
 
-    def add_scores(self, layer, q):
-        self.table.scores[layer] += self.attention(layer, q)
-
 
 BASELINES = {
     "streamingllm": StreamingLLM, "l2norm": L2Norm, "h2o": H2O, "snapkv": SnapKV,
@@ -490,13 +480,13 @@ METHODS = ("full", *BASELINES, *SENTENCE_METHODS, "best_tokens")
 # What some names set, and `sentencekv` does not. `published` has the settings of the paper, where
 # keep_factor was 2 to 5; `plain` has the Gaussian score, and keeps everything.
 PLAIN = {"query_decay": 1.0, "secondary_sinks": 0, "sentence_limit": 128}
-SETTINGS = {"plain": PLAIN, "published": PLAIN | {
+SETTINGS = {"plain": PLAIN, "best_sentences": {"query_decay": 0.0}, "published": PLAIN | {
     "score": "mean_query", "sink_tokens": 32, "keep_factor": 2.0}}
 
 
 def settings_of(spec: str) -> dict:
-    """The settings of `method:name=value,name=value`, and those that the name itself sets: fields of
-    `SentenceKVConfig`, and `unit`."""
+    """The settings of `method:name=value,name=value`, and those that the name itself sets: fields
+    of `SentenceKVConfig`, and `unit`."""
     method, _, pairs = spec.partition(":")
     settings = dict(SETTINGS.get(method, {}))
     for pair in filter(None, pairs.split(",")):
@@ -526,6 +516,8 @@ def make_cache(method: str, model_config, budget: int, spans: list, max_new_toke
     """
     if settings and method not in SENTENCE_METHODS:
         raise ValueError(f"method {method!r} has no settings")
+    if "score" in settings and SENTENCE_METHODS[method] is not SentenceKVCache:
+        raise ValueError(f"method {method!r} has a score of its own")
     if method == "full":
         return generate.make_cache("full", None, model_config, spans, max_new_tokens, "cpu", dtype)
     if method in BASELINES:

@@ -117,15 +117,14 @@ def expected_attention(q, k, v, head):
     cos, sin = rope_table(TINY, torch.arange(N_PROMPT + 512), torch.float32)
     turns = [apply_rope(torch.eye(dim), *at).T for at in zip(cos[:, None], sin[:, None])]
     later = sum(turns[N_PROMPT:]) / 512
-    total = torch.zeros(N_PROMPT)
+    total = torch.zeros(N_PROMPT - 4)
     for query_head in range(head * group, (head + 1) * group):
         queries = torch.stack([turns[i].T @ q[query_head, i] for i in range(4, N_PROMPT)])
         mean, covariance = queries.mean(0), torch.cov(queries.T, correction=0)
         mean, covariance = later @ mean, later @ covariance @ later.T
         total += torch.stack([key @ mean / dim**0.5 + key @ covariance @ key / (2 * dim)
-                              for key in k[head]]).softmax(0) / group
-    scores = [a * b.norm().item() for a, b in zip(total.tolist(), v[head])]
-    return [math.inf] * 4 + scores[4:]
+                              for key in k[head, 4:]]).softmax(0) / group
+    return [math.inf] * 4 + [a * b.norm().item() for a, b in zip(total.tolist(), v[head, 4:])]
 
 
 @pytest.mark.parametrize("method", [
@@ -167,13 +166,15 @@ def test_shadowkv_reads_outliers_and_the_chunks_whose_landmarks_match(recording)
         n_chunks, last = N_PROMPT // 8, N_PROMPT // 8 * 8
         chunks = [keys[head, 8 * i : 8 * i + 8] for i in range(n_chunks)]
         landmarks = torch.stack([chunk.mean(0) for chunk in chunks])
-        logits = q[3 * head : 3 * head + 3, 0] @ landmarks.T / math.sqrt(keys.shape[-1])
-        shares = logits.softmax(dim=-1).amax(dim=0).tolist()
         least = [min(torch.cosine_similarity(key, landmark, dim=0).item() for key in chunk)
                  for chunk, landmark in zip(chunks, landmarks)]
-        always = [*best([-x for x in least], round(BUDGET * 24 / 1024)),
+        always = [*best([-x for x in least[:-4]], round(BUDGET * 24 / 1024)),
                   *range(n_chunks - 4, n_chunks)]
-        shares = [math.inf if i in always else x for i, x in enumerate(shares)]
+        others = [i for i in range(n_chunks) if i not in always]
+        logits = q[3 * head : 3 * head + 3, 0] @ landmarks[others].T / math.sqrt(keys.shape[-1])
+        shares = [math.inf] * n_chunks
+        for i, share in zip(others, logits.softmax(dim=-1).amax(dim=0).tolist()):
+            shares[i] = share
         expected = [i for c in best(shares, (BUDGET - (N_PROMPT + 1 - last)) // 8)
                     for i in range(8 * c, 8 * c + 8)]
         got = attended(cache, 0, head, keys, q, k, v)
@@ -214,6 +215,40 @@ def test_the_second_vector_is_the_key_farthest_from_the_mean(recording):
             assert torch.equal(cache.farthest[1][head, i], expected)
 
 
+def test_the_second_vector_counts_as_one_token(recording):
+    cache, (q, _, _) = recording.replay(new_cache("two_vectors")), random_token(3)
+    table, scale = cache.table, TINY.head_dim**0.5
+    for head, score in enumerate(cache.score(0, q.view(TINY.num_key_value_heads, 3, -1))):
+        lengths = table.lengths[0, head]
+        lengths = lengths[lengths > 0]  # empty sentences are last
+        expected = torch.zeros(len(lengths))
+        for one in q[3 * head : 3 * head + 3, 0] / scale:
+            attention = []
+            for s, n in enumerate(lengths):
+                mean = one @ table.vectors[0, head, s] + one @ one * table.variances[0, head, s] / 2
+                attention.append((n - 1) * mean.exp() + (one @ cache.farthest[0][head, s]).exp())
+            expected += torch.stack(attention) / sum(attention)
+        torch.testing.assert_close(score[: len(lengths)], expected / lengths)
+
+
+@pytest.mark.parametrize("method", ["best_sentences", "two_bit_keys"])
+def test_a_row_of_a_sentence_counts_if_it_can_be_selected(recording, method):
+    cache, (q, _, _) = recording.replay(new_cache(method)), random_token(3)
+    known = cache.known(0, recording.layers[0][1])
+    for head, score in enumerate(cache.score(0, q.view(TINY.num_key_value_heads, 3, -1))):
+        secondary = {tuple(row.tolist()) for row in cache.host.kv[
+            0, : cache.table.n_secondary[0, head], head, 0]}
+        keys = recording.layers[0][1][head]
+        sentences = [[i for i in range(a, b) if tuple(keys[i].tolist()) not in secondary]
+                     for a, b in random_spans(N_PROMPT)]
+        logits = q[3 * head : 3 * head + 3, 0] @ known[head].T / TINY.head_dim**0.5
+        attention = logits.softmax(dim=-1).mean(dim=0)
+        for got, rows in zip(score.tolist(), filter(None, sentences)):
+            rows = [i for i in rows if cache.n_sinks <= i < cache.recent_start]
+            expected = attention[rows].sum().item() / max(len(rows), 1)
+            assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
 def test_two_bits_a_channel_are_four_values(recording):
     cache = recording.replay(new_cache("two_bit_keys"))
     keys = recording.layers[0][1]
@@ -242,8 +277,9 @@ def test_no_head_attends_to_more_than_the_budget(recording, method):
         cache.advance(1)
         if step % 10 == 9:
             cache.seal(10)
-    mean = sum(map(max, counts)) / len(counts)
-    assert mean <= BUDGET
+    most = list(map(max, counts))
+    # A pyramid's layers share the budgets of all of them.
+    assert (sum(most) / len(most) if method == "pyramidkv" else max(most)) <= BUDGET
     assert min(map(min, counts)) >= (BUDGET - 16 if method in ("quest", "shadowkv") else WINDOW)
 
 
@@ -279,3 +315,5 @@ def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="method 'magic' is not one of full, streamingllm"):
         make_cache("magic", TINY, 100, [(0, 10)], 5)
     assert set(BASELINES) < set(METHODS)
+    with pytest.raises(ValueError, match="method 'two_vectors' has a score of its own"):
+        make_cache("two_vectors", TINY, 100, [(0, 10)], 5, score="gaussian")
