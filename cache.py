@@ -26,26 +26,52 @@ from sentencekv import (SCORES, SentenceKVConfig, find_secondary_sinks, keep_tok
 
 NO_ROW = 2**62  # the row of an empty slot; greater than any row
 SENTENCE_BLOCK = 64  # the table grows by this many sentences at a time
+ROW_BLOCK = 256  # the least room on the host for rows after the first text
 
 
 class HostTier:
-    """All kept rows in CPU memory: kv (L, N, H_kv, 2, D), and room for those to come.
+    """All kept rows in CPU memory: `first` (L, N, H_kv, 2, D) are those of the first text, `later`
+    those of what is read and written after it. The rows of `later` follow those of `first`.
 
-    For a GPU it is pinned: a copy runs beside the computation, and kernels can read it.
+    For a GPU both are pinned: a copy runs beside the computation, and kernels can read them.
     """
 
-    def __init__(self, kv_shape: tuple, n_rows: int, device: torch.device, dtype):
-        layers, heads, dim = kv_shape
-        on_gpu = device.type == "cuda"
-        self.kv = torch.empty(layers, n_rows, heads, 2, dim, dtype=dtype, pin_memory=on_gpu)
-        self.copy_stream = torch.cuda.Stream(device) if on_gpu else None
+    def __init__(self, kv_shape: tuple, device: torch.device, dtype):
+        self.kv_shape, self.device, self.dtype, self.n_moves = kv_shape, device, dtype, 0
+        self.first, self.later = self.empty(0), self.empty(0)
+        self.release = None  # of a mapped file: gives back the memory of a layer's rows
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.in_flight = None  # keeps the source of a copy alive until the copy is done
+
+    @torch.inference_mode(False)  # a tensor made in inference mode cannot be changed outside it
+    def empty(self, n_rows: int) -> torch.Tensor:
+        layers, heads, dim = self.kv_shape
+        return torch.empty(layers, n_rows, heads, 2, dim, dtype=self.dtype,
+                           pin_memory=self.device.type == "cuda")
+
+    def reserve(self, n_rows: int):
+        """Make room for so many rows in all. `later` doubles, so that it seldom moves."""
+        n_later = n_rows - self.first.shape[1]
+        if n_later > self.later.shape[1]:
+            if self.copy_stream is not None:
+                self.copy_stream.synchronize()
+            grown = self.empty(max(n_later, 2 * self.later.shape[1], ROW_BLOCK))
+            grown[:, : self.later.shape[1]] = self.later
+            self.later, self.n_moves = grown, self.n_moves + 1
+
+    def trim(self, n_rows: int):
+        """Keep only so many rows of the first text, and give back the memory of the others."""
+        if n_rows < self.first.shape[1]:
+            kept = self.empty(n_rows)
+            self.first = kept.copy_(self.first[:, :n_rows])
 
     def write(self, layer: int, first_row: int, kv):
         """Start to copy one layer's kv (H_kv, n, 2, D) to the rows from `first_row` on. At most one
         copy is in flight, so at most one layer is held back on the device by a slow bus."""
         kv = kv.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
-        target = self.kv[layer, first_row : first_row + len(kv)]
+        n_first = self.first.shape[1]
+        part, start = (self.first, 0) if first_row < n_first else (self.later, n_first)
+        target = part[layer, first_row - start : first_row - start + len(kv)]
         if self.copy_stream is None:
             target.copy_(kv)
             return
@@ -61,29 +87,49 @@ class HostTier:
             torch.cuda.current_stream(self.copy_stream.device).wait_stream(self.copy_stream)
             self.in_flight = None
 
+    def read(self, layer: int, begin: int, end: int, *after) -> torch.Tensor:
+        """Rows `begin` to `end` of a layer on the device, and kv (H_kv, n, 2, D) `after` them."""
+        if self.copy_stream is not None:
+            self.copy_stream.synchronize()
+        n_first, later = self.first.shape[1], self.later[layer]
+        parts = self.first[layer, begin:end], later[max(begin - n_first, 0) : max(end - n_first, 0)]
+        kv = torch.cat((*(p.to(self.device).transpose(0, 1) for p in parts), *after), dim=1)
+        if self.release:
+            self.release(layer)
+        return kv
+
     def load(self, layer: int, slots, rows, missing):
         """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D)."""
-        host = self.kv[layer]
+        first, later = self.first[layer], self.later[layer]
         if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):  # 1: in tests
             (heads, n_row_slots), size = rows.shape, slots[0, 0].numel()
-            copy_missing[n_row_slots, heads](host, slots, rows, missing, slots.shape[1], size,
-                                             triton.next_power_of_2(size), num_warps=1)
+            copy_missing[n_row_slots, heads](
+                first, later, len(first), slots, rows, missing, slots.shape[1], size,
+                triton.next_power_of_2(size), num_warps=1)
             return
-        head, slot = missing.nonzero(as_tuple=True)  # the CPU waits for a GPU, then gathers rows
-        found = host[rows[head, slot].to(host.device), head.to(host.device)]
-        slots[head, slot] = found.to(slots.device)
+        is_later = rows >= len(first)
+        for part, wanted, start in ((first, missing & ~is_later, 0),
+                                    (later, missing & is_later, len(first))):
+            if len(part):
+                head, slot = wanted.nonzero(as_tuple=True)  # the CPU waits for a GPU, then gathers
+                found = part[(rows[head, slot] - start).to(part.device), head.to(part.device)]
+                slots[head, slot] = found.to(slots.device)
 
 
 if triton:
     @triton.jit
-    def copy_missing(host, slots, rows, missing, n_slots, size, BLOCK: tl.constexpr):
+    def copy_missing(first, later, n_first, slots, rows, missing, n_slots, size,
+                     BLOCK: tl.constexpr):
         """One program for each of a head's B slots. It reads pinned host memory directly."""
         slot, head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
         here = head * tl.num_programs(0) + slot
         if tl.load(missing + here):
-            channel = tl.arange(0, BLOCK)
-            source = host + (tl.load(rows + here) * heads + head) * size + channel
+            channel, row = tl.arange(0, BLOCK), tl.load(rows + here)
             target = slots + (head * n_slots + slot) * size + channel
+            if row < n_first:
+                source = first + (row * heads + head) * size + channel
+            else:
+                source = later + ((row - n_first) * heads + head) * size + channel
             tl.store(target, tl.load(source, mask=channel < size), mask=channel < size)
 
 
@@ -103,7 +149,7 @@ class SentenceTable:
 
     def __init__(self, kv_shape: tuple, capacity: int, device, dtype):
         layers, heads, dim = kv_shape
-        self.n_sentences = self.n_rows = 0
+        self.n_sentences = self.n_rows = self.n_resizes = 0
         self.vectors = torch.zeros(layers, heads, capacity, dim, device=device, dtype=dtype)
         self.variances = torch.zeros(layers, heads, capacity, device=device)
         self.scores = torch.zeros_like(self.variances)
@@ -124,20 +170,42 @@ class SentenceTable:
         self.bounds[layer, :, first : last + 1] = self.n_rows + bounds
         self.bounds[layer, :, last + 1 :] = self.n_rows + keys.shape[1]
 
-    @torch.inference_mode(False)  # a tensor made in inference mode cannot be changed outside it
     def commit(self, n_rows: int):
         """All layers have put sentences, with `n_rows` rows a head. Count those with a kept token
-        in at least one head, and adjust the capacity. Only here are tensors reallocated."""
+        in at least one head, and adjust the capacity."""
         self.n_rows += n_rows
-        self.n_sentences = int((self.bounds.diff(dim=-1) > 0).sum(dim=-1).max())
+        self.n_sentences = self.count()
         free = self.capacity - self.n_sentences
-        if 0 < free <= SENTENCE_BLOCK:
+        if not 0 < free <= SENTENCE_BLOCK:
+            self.resize(self.n_sentences + SENTENCE_BLOCK)
+
+    def count(self) -> int:
+        return int((self.bounds.diff(dim=-1) > 0).sum(dim=-1).max())
+
+    @torch.inference_mode(False)  # as in `HostTier.empty`
+    def resize(self, capacity: int):
+        """Only here are tensors reallocated, and only for another capacity."""
+        more = capacity - self.capacity  # negative padding removes entries
+        if more == 0:
             return
-        more = SENTENCE_BLOCK - free  # negative padding removes entries
+        self.n_resizes += 1
         self.vectors = F.pad(self.vectors, (0, 0, 0, more))
         self.bounds = F.pad(self.bounds, (0, more), value=self.n_rows)
         for name in ("variances", "scores", "n_resident", "lengths", "starts", "n_retrievable"):
             setattr(self, name, F.pad(getattr(self, name), (0, more)))
+
+    def snapshot(self) -> dict:
+        """What is known of the sentences in use."""
+        return {name: getattr(self, name).clone() for name in ("vectors", "variances", "bounds")}
+
+    def restore(self, snapshot: dict, n_rows: int):
+        """Know the sentences of a snapshot, with `n_rows` rows, and no others."""
+        self.n_rows = n_rows
+        self.resize(snapshot["vectors"].shape[2])
+        for name in ("vectors", "variances", "bounds"):
+            getattr(self, name).copy_(snapshot[name])
+        self.n_sentences = self.count()
+        self.n_resident.zero_()
 
     @property
     def n_secondary(self) -> torch.Tensor:
@@ -168,7 +236,7 @@ class SentenceKVCache:
      4. All sinks, selected rows and window do not overlap: at most `token_budget` tokens.
      5. The window never moves back, so a retrievable row stays retrievable.
      6. Masked slots are finite: attention gives them weight 0, and 0 times NaN is NaN.
-     7. Tensors are reallocated only with the table's capacity: `decode` can be a CUDA graph.
+     7. Tensors are reallocated only with another `version`: `decode` can be a CUDA graph.
     The protocol is that of `model.FullCache`. `spans` are the prompt's sentences as positions."""
 
     def __init__(self, config: SentenceKVConfig, model_config, spans: list, max_new_tokens: int,
@@ -178,19 +246,20 @@ class SentenceKVCache:
         layers, heads, dim = kv_shape = model_config.kv_shape
         n_prompt = spans[-1][1]
         self.n_kept = config.n_kept(n_prompt)
-        max_rows = self.n_kept + max_new_tokens
-        self.host = HostTier(kv_shape, max_rows, device, dtype)
+        self.host = HostTier(kv_shape, device, dtype)
         self.table = SentenceTable(kv_shape, len(spans) + SENTENCE_BLOCK, device, dtype)
 
-        self.num_tokens = 0
+        self.num_tokens = self.open_start = 0  # tokens from `open_start` on are in no sentence yet
+        self.n_sinks = self.recent_start = min(config.sink_tokens, n_prompt)
+        queries = torch.empty(model_config.num_attention_heads, 0, dim, device=device, dtype=dtype)
+        self.last_queries = [queries] * layers  # of the text so far (H, at most W, D)
         self.sentence_ends = torch.tensor([end for _, end in spans], device=device)  # (S,)
-        self.n_sinks = min(config.sink_tokens, n_prompt)
-        self.recent_start = max(self.n_sinks, n_prompt + 1 - config.recent_window)  # invariant 2
-        self.open_start = n_prompt  # where the sentence being written begins
+        self.text_end = n_prompt  # of the text that is read
 
         # Recent slots hold the window, and then an open sentence of up to `sentence_limit` tokens.
         most = config.token_budget - config.sink_tokens - config.recent_window
-        self.sink_slot = self.n_row_slots = min(most, max_rows)  # B; sinks come next
+        self.n_row_slots = min(most, self.n_kept + max_new_tokens)  # B
+        self.sink_slot = self.n_row_slots
         self.recent_slot = self.sink_slot + config.sink_tokens
         longest = min(config.sentence_limit, max_new_tokens)
         n_slots = self.recent_slot + config.recent_window + longest
@@ -207,6 +276,10 @@ class SentenceKVCache:
         self.total_selected = torch.zeros((), device=device, dtype=torch.long)  # rows, all tokens
         self.total_loaded = torch.zeros_like(self.total_selected)
 
+    @property
+    def version(self) -> int:
+        return self.table.n_resizes + self.host.n_moves
+
     def row_of(self, position: int) -> int:
         """The row of a position from `recent_start` to `open_start`. Prefill drops and reorders
         nothing there, so rows and positions run in parallel: the last row is `open_start` - 1."""
@@ -217,46 +290,120 @@ class SentenceKVCache:
         """The slot of a position in the recent window."""
         return self.recent_slot + position - self.recent_start
 
-    def prefill(self, layer: int, q, k, v):
-        """Keep tokens, make sentence vectors, offload (Section 3.2)."""
-        kv, n_tokens = torch.stack((k, v), dim=2), k.shape[1]  # (H_kv, T, 2, D)
-        self.slots[layer, :, self.sink_slot : self.sink_slot + self.n_sinks] = kv[:, : self.n_sinks]
-        self.slots[layer, :, self.recent_slot : self.slot_of(n_tokens)] = kv[:, self.recent_start :]
+    def expect(self, spans: list):
+        """The next text to read has these sentences: spans (start, end) in its tokens. It is kept
+        whole, whatever the keep factor. A sentence that is open ends here."""
+        if self.num_tokens > self.open_start:
+            self.seal(self.num_tokens - self.open_start)
+        ends = [self.num_tokens + end for _, end in spans]
+        self.sentence_ends = torch.tensor(ends, device=self.slots.device)
+        self.text_end = ends[-1]
+        self.host.reserve(self.table.n_rows + spans[-1][1])
+        self.table.resize(max(self.table.capacity, self.table.n_sentences + len(ends) + 1))
+
+    def prefill(self, layer: int, q, k, v) -> tuple:
+        """Take the next part of a text and offload it. With the last part, make its sentences.
+
+        All earlier rows come back to the device, for as long as the layer computes."""
+        kv, n_text = torch.stack((k, v), dim=2), self.num_tokens - self.open_start  # read before
+        first_row = self.table.n_rows + n_text
+        if first_row > 0:
+            kv = self.host.read(layer, 0, first_row, kv)  # (H_kv, n, 2, D)
+        elif layer == 0:
+            self.host.first = self.host.empty(self.text_end)
+        rows, window = kv[:, first_row:], self.config.observation_window
+        q = torch.cat((self.last_queries[layer], q[:, -window:]), dim=1)[:, -window:]
+        self.last_queries[layer] = q
+        if self.num_tokens + k.shape[1] == self.text_end:
+            if self.table.n_rows == 0:
+                first_row, rows = 0, self.keep(layer, q, kv)
+            else:
+                bounds = F.pad(self.sentence_ends - self.open_start, (1, 0)).expand(len(k), -1)
+                self.table.put(layer, kv[:, self.table.n_rows :, 0], bounds)
+        with self.stage("offload"):
+            self.host.write(layer, first_row, rows)
+        return kv.unbind(dim=2)
+
+    def keep(self, layer: int, q, kv) -> torch.Tensor:
+        """Keep tokens and make sentence vectors, of the whole prompt (Section 3.2). q of its last W
+        tokens (H, W, D), kv (H_kv, T, 2, D) -> kv of the kept rows (H_kv, N, 2, D)"""
+        k, n_tokens = kv[:, :, 0], kv.shape[1]
         with self.stage("secondary sinks"):
             secondary = find_secondary_sinks(k, self.config)  # (H_kv, T)
         kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1)
         if self.n_kept < n_tokens:
             with self.stage("importance"):
-                importance = token_importance(q[:, -self.config.observation_window :], k)
+                importance = token_importance(q, k)
                 kept = keep_tokens(importance, secondary, self.config)  # (H_kv, N)
         with self.stage("sentence vectors"):
             kept, marked = order_rows(kept, secondary)
             kv = kv[torch.arange(len(k), device=k.device)[:, None], kept]  # (H_kv, N, 2, D)
             bounds = sentence_bounds(marked, self.sentence_ends)
             self.table.put(layer, kv[:, :, 0], bounds)
-        self.hold_secondary(layer, kv[:, : self.config.secondary_sinks])
-        with self.stage("offload"):
-            self.host.write(layer, 0, kv)
-
-    def hold_secondary(self, layer: int, kv):
-        """Put each head's secondary sinks into its first slots for good: `assign_slots` frees only
-        what a sentence selected. kv (H_kv, n, 2, D) is of a head's first n rows; the slots of those
-        after its secondary sinks count as empty."""
-        n = kv.shape[1]
-        row = torch.arange(n, device=kv.device)
-        self.slots[layer, :, :n] = kv
-        self.slot_row[layer, :, :n] = row.where(row < self.table.n_secondary[layer], NO_ROW)
+        return kv
 
     def advance(self, n_tokens: int):
-        """All layers have seen `n_tokens` more: the prompt, or one token."""
-        if self.num_tokens == 0:  # the prompt
-            self.host.wait()
-            self.table.commit(self.n_kept)
-        else:
+        """All layers have seen `n_tokens` more: a part of a text, or one token."""
+        reading = self.num_tokens < self.text_end
+        self.num_tokens += n_tokens
+        if not reading:
             self.total_selected += self.row_budget.sum()
             self.total_loaded += self.slot_missing.sum()
-        self.num_tokens += n_tokens
+            self.plan()
+            return
+        self.host.wait()
+        if self.num_tokens == self.text_end:
+            is_first = self.table.n_rows == 0
+            self.table.commit(self.n_kept if is_first else self.num_tokens - self.open_start)
+            if is_first:
+                self.host.trim(self.n_kept)
+                self.hold_sinks()
+            self.start_window()
+
+    def hold_sinks(self):
+        """Put each head's secondary sinks into its first slots for good: `assign_slots` frees only
+        what a sentence selected. The sinks, the rows after them, have slots of their own."""
+        n_secondary, n_most = self.table.n_secondary, self.config.secondary_sinks
+        row = torch.arange(min(n_most, self.n_kept), device=self.slots.device)
+        self.slot_row[:, :, : len(row)] = row.where(row < n_secondary, NO_ROW)
+        sinks = n_secondary + torch.arange(self.n_sinks, device=row.device)  # (L, H_kv, n_sinks)
+        for layer, slots in enumerate(self.slots):
+            kv = self.host.read(layer, 0, n_most + self.n_sinks)
+            slots[:, : len(row)] = kv[:, : len(row)]
+            heads = torch.arange(len(kv), device=row.device)[:, None]
+            slots[:, self.sink_slot : self.sink_slot + self.n_sinks] = kv[heads, sinks[layer]]
+
+    def start_window(self):
+        """After a text, its last tokens come from the host. One more makes the window full."""
+        n_recent = min(self.num_tokens - self.n_sinks, self.config.recent_window - 1)
+        self.open_start, self.recent_start = self.num_tokens, self.num_tokens - n_recent
+        n_rows = self.table.n_rows
+        for layer, slots in enumerate(self.slots):
+            slots[:, self.recent_slot : self.slot_of(self.num_tokens)] = self.host.read(
+                layer, n_rows - n_recent, n_rows)
+        self.last_queries = [queries[:, :0].clone() for queries in self.last_queries]
+        self.table.scores.zero_()
         self.plan()
+
+    def snapshot(self) -> dict:
+        """What is kept of the first text, in tensors. Nothing may have been read or written since.
+        The rows are not copied: `restore` also serves another cache, and another process."""
+        assert self.num_tokens == self.text_end == self.open_start
+        return {"num_tokens": torch.tensor(self.num_tokens), "kv": self.host.first,
+                **self.table.snapshot()}
+
+    def restore(self, snapshot: dict):
+        """Forget what was read and written, and go on from a snapshot, as if it had just been read.
+        The settings must be those of the snapshot, but for budget, score and decay."""
+        self.num_tokens = self.text_end = snapshot["num_tokens"].item()
+        self.host.first = snapshot["kv"]
+        self.table.restore(snapshot, self.host.first.shape[1])
+        self.slot_row.fill_(NO_ROW)
+        for tensor in (self.slot_sentence, self.slot_missing, self.total_selected,
+                       self.total_loaded):
+            tensor.zero_()
+        self.hold_sinks()
+        self.start_window()
 
     def window_start(self) -> int:
         """First position of the recent window, or of the sentence being written if earlier."""
@@ -319,6 +466,7 @@ class SentenceKVCache:
             first, end = self.open_start, self.open_start + length
             kv = self.slots[:, :, self.slot_of(first) : self.slot_of(end)]  # (L, H_kv, n, 2, D)
             bounds = torch.tensor([[0, length]], device=kv.device).repeat(kv.shape[1], 1)
+            self.host.reserve(self.table.n_rows + length)
             for layer in range(len(kv)):
                 self.table.put(layer, kv[layer, :, :, 0], bounds)
                 self.host.write(layer, self.table.n_rows, kv[layer])
@@ -337,7 +485,7 @@ class SentenceKVCache:
 
     def report(self) -> dict:
         """Bytes held, measured on the tensors themselves, and bytes selected and loaded so far."""
-        table, host = self.table, self.host.kv
+        table, host = self.table, self.host
         held = {"slots": [self.slots], "sentence vectors": [table.vectors], "bookkeeping": [
             table.variances, table.bounds, table.scores, table.n_resident, table.lengths,
             table.starts, table.n_retrievable, self.sentence_ends, self.slot_row, self.mask,
@@ -346,10 +494,10 @@ class SentenceKVCache:
         parts = {name: sum(tensor.untyped_storage().nbytes() for tensor in tensors)
                  for name, tensors in held.items()}
         selected, loaded = self.total_selected.item(), self.total_loaded.item()
-        row = host[0, 0, 0]
+        (layers, heads, _), row = host.kv_shape, self.slots[0, 0, 0]
         return {"device_kv_parts": parts, "device_kv_bytes": sum(parts.values()),
-                "host_kv_bytes": host.untyped_storage().nbytes(),
-                "full_kv_bytes": self.num_tokens * host[:, 0].nbytes,
+                "host_kv_bytes": host.first.nbytes + host.later.nbytes,
+                "full_kv_bytes": self.num_tokens * layers * heads * row.nbytes,
                 "selected_bytes": selected * row.nbytes, "loaded_bytes": loaded * row.nbytes,
                 "hit_rate": 1 - loaded / selected if selected else None}
 

@@ -12,6 +12,7 @@ Shapes, here and in all files (one prompt at a time, so there is no batch dimens
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -89,14 +90,13 @@ class Attention(nn.Module):
         return qk[: self.n_heads], qk[self.n_heads :], v
 
     def prefill(self, x, rope, cache):
-        """Causal attention over the whole prompt, x (T, hidden) -> (T, hidden)."""
+        """T tokens attend to all before them and to themselves, x (T, hidden) -> (T, hidden)."""
         q, k, v = self.qkv(x, rope)
+        keys, values = cache.prefill(self.layer, q, k, v)  # (H_kv, n, D), the T new ones last
         with cache.stage("attention"):
             # Every block of queries reads all keys: that is faster if they are contiguous.
-            k, v = k.contiguous(), v.contiguous()
-            out = F.scaled_dot_product_attention(
-                q[None], k[None], v[None], is_causal=True, enable_gqa=True)[0]  # (H, T, D)
-        cache.prefill(self.layer, q, k, v)
+            keys, values = keys.contiguous(), values.contiguous()
+            out = causal_attention(q, keys, values)  # (H, T, D)
         return project(out.transpose(0, 1).flatten(1), self.o_proj)
 
     def decode(self, x, rope, cache):
@@ -115,6 +115,22 @@ class Attention(nn.Module):
         return out.reshape(1, -1)  # not `view`: some kernels return it transposed
 
 
+def causal_attention(q, keys, values, block: int = 1024):
+    """q (H, T, D) of the last T of n tokens, keys and values (H_kv, n, D) -> (H, T, D)."""
+    n_tokens, n_earlier = keys.shape[1], keys.shape[1] - q.shape[1]
+    attend = partial(F.scaled_dot_product_attention, enable_gqa=True)
+    if n_earlier == 0:
+        return attend(q[None], keys[None], values[None], is_causal=True)[0]
+    # PyTorch's causal mask is for q and keys that begin together. Blocks bound the size of ours.
+    out = []
+    for start in range(n_earlier, n_tokens, block):
+        end = min(start + block, n_tokens)
+        mask = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
+        part = q[None, :, start - n_earlier : end - n_earlier]
+        out.append(attend(part, keys[None, :, :end], values[None, :, :end], attn_mask=mask)[0])
+    return torch.cat(out, dim=1)
+
+
 class MLP(nn.Module):  # SwiGLU, arXiv 2002.05202
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -128,8 +144,6 @@ class MLP(nn.Module):  # SwiGLU, arXiv 2002.05202
 
 
 class Block(nn.Module):
-    mlp_slice = 8192  # tokens
-
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -140,11 +154,7 @@ class Block(nn.Module):
     def forward(self, x, attention):
         """`attention` is `self_attn.prefill` or `.decode` with its other arguments bound."""
         x = x + attention(self.input_layernorm(x))
-        # A long prompt's activations take the most memory in the MLP. Slices bound it.
-        for start in range(0, x.shape[0], self.mlp_slice):
-            part = x[start : start + self.mlp_slice]
-            part += self.mlp(self.post_attention_layernorm(part))  # in place: `part` is a view
-        return x
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
@@ -160,9 +170,11 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, cache, progress=iter) -> torch.Tensor:
-        """Read the prompt, ids (T,) -> (T, hidden). `progress` wraps the layers, as tqdm does."""
+        """Read the next T tokens, a text or a part of one, ids (T,) -> (T, hidden). `progress`
+        wraps the layers, as tqdm does."""
         x = self.embed_tokens(ids)  # (T, hidden)
-        rope = rope_table(self.config, torch.arange(len(ids), device=ids.device), x.dtype)
+        positions = cache.num_tokens + torch.arange(len(ids), device=ids.device)
+        rope = rope_table(self.config, positions, x.dtype)
         for block in progress(self.layers):
             x = block(x, lambda h: block.self_attn.prefill(h, rope, cache))
         cache.advance(len(ids))
@@ -189,18 +201,48 @@ class Llama(nn.Module):
         return project(states, self.lm_head)
 
 
+class GraphedDecode:
+    """`Llama.decode` as one CUDA graph, replayed for every token: a token launches about a thousand
+    kernels, and launching takes longer than running them. The graph repeats them on the same
+    addresses, so it is captured again for another cache, and with another `version`."""
+
+    def __init__(self, model):
+        self.model = model
+        self.ids = torch.zeros(1, dtype=torch.long, device=model.embed_tokens.weight.device)
+        self.position = torch.zeros_like(self.ids)
+        self.warm, self.graph, self.captured, self.states = False, None, None, None
+
+    @torch.inference_mode()
+    def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
+        self.ids.copy_(ids)
+        self.position.fill_(cache.num_tokens)
+        if not self.warm:  # kernels are compiled while the first token is decoded
+            self.warm = True
+            return self.model.decode(self.ids, cache)
+        if self.captured != (cache, cache.table.n_resizes):
+            self.captured, self.graph = (cache, cache.table.n_resizes), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.states = self.model.step(self.ids, self.position, cache)
+        self.graph.replay()
+        cache.advance(1)
+        return self.states
+
+
 class FullCache:
     """The cache of a plain Llama: every key and value stays on the device. It also documents the
     protocol, what attention and `generate.py` expect of a cache:
 
     num_tokens                    tokens that all layers have seen: the position of the next one
-    prefill(layer, q, k, v)       takes q (H, T, D), k and v (H_kv, T, D) of a layer's whole prompt
+    prefill(layer, q, k, v)       takes q (H, T, D), k and v (H_kv, T, D) of the next T tokens,
+                                  returns keys and values (H_kv, n, D) of all, these last
     decode(layer, q, k, v)        takes q (H, 1, D), k and v (H_kv, 1, D) of one token, returns
                                   keys and values (H_kv, n, D) to attend to, the token's own among
                                   them, and a mask (H_kv, 1, n), True where to attend, or None
-    advance(n_tokens)             all layers have seen `n_tokens` more: the prompt, or one token
+    advance(n_tokens)             all layers have seen `n_tokens` more
     seal(length)                  called between two tokens: the next `length` tokens that are in
                                   no sentence yet form one
+    expect(spans)                 the next text to read has these sentences, (start, end)
+    snapshot(), restore(it)       go back to what was read when the snapshot was made
     report()                      bytes held and moved
     stage(name)                   a context manager around a stage to be timed
     """
@@ -210,8 +252,10 @@ class FullCache:
         layers, heads, dim = model_config.kv_shape  # kv (L, H_kv, max_tokens, 2, D)
         self.kv = torch.zeros(layers, heads, max_tokens, 2, dim, device=device, dtype=dtype)
 
-    def prefill(self, layer: int, q, k, v):
-        self.kv[layer, :, : k.shape[1]] = torch.stack((k, v), dim=2)
+    def prefill(self, layer: int, q, k, v) -> tuple:
+        end = self.num_tokens + k.shape[1]
+        self.kv[layer, :, self.num_tokens : end] = torch.stack((k, v), dim=2)
+        return self.kv[layer, :, :end].unbind(dim=2)
 
     def decode(self, layer: int, q, k, v) -> tuple:
         end = self.num_tokens + 1
@@ -223,6 +267,15 @@ class FullCache:
 
     def seal(self, length: int):
         """Nothing to do: a full cache does not know sentences."""
+
+    def expect(self, spans: list):
+        """Nothing to do."""
+
+    def snapshot(self) -> dict:
+        return {"num_tokens": torch.tensor(self.num_tokens)}
+
+    def restore(self, snapshot: dict):
+        self.num_tokens = snapshot["num_tokens"].item()
 
     def report(self) -> dict:
         n_bytes = self.kv.untyped_storage().nbytes()

@@ -12,6 +12,7 @@ their scores), as in `sentencekv`, and every layer has the same budget (but Pyra
 Shapes as in `cache.py`: H query heads, H_kv KV heads, T prompt tokens, D channels.
 """
 
+import copy
 import math
 from contextlib import nullcontext
 from functools import lru_cache
@@ -37,6 +38,7 @@ class Recording:
 
     def prefill(self, layer, q, k, v):
         self.layers.append((q, k, v))
+        return k, v
 
     def advance(self, n_tokens):
         self.num_tokens += n_tokens
@@ -47,6 +49,15 @@ class Recording:
             cache.prefill(layer, q, k, v)
         cache.advance(self.num_tokens)
         return cache
+
+    def document_and_last_queries(self, n_document: int) -> "Recording":
+        """What a method is shown that chooses what to keep of a document for a question after it:
+        the document's tokens, and the question's last ones as the observation window."""
+        shown = Recording()
+        parts = [*range(n_document), *range(self.num_tokens - WINDOW, self.num_tokens)]
+        shown.layers = [tuple(x[:, parts] for x in tensors) for tensors in self.layers]
+        shown.num_tokens = n_document
+        return shown
 
 
 class Evicting:
@@ -74,7 +85,11 @@ class Evicting:
         return self.layer_budget(layer) // 2
 
     def prefill(self, layer, q, k, v):
+        """The prompt, or a text after it, which attends to what is kept and makes no choice."""
         kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
+        if self.num_tokens > 0:
+            self.recent[layer] = torch.cat((self.recent[layer], kv), dim=1)
+            return torch.cat((self.kept[layer], self.recent[layer]), dim=1).unbind(dim=2)
         n_earlier = max(k.shape[1] - self.window, 0)
         scores = self.importance(layer, q, k)[:, :n_earlier]
         room = max(self.layer_budget(layer) - self.window, 0)
@@ -82,6 +97,7 @@ class Evicting:
         self.kept_at[layer] = chosen
         self.kept[layer] = kv[torch.arange(len(k))[:, None], chosen]
         self.recent[layer] = kv[:, n_earlier:]
+        return k, v
 
     def decode(self, layer, q, k, v):
         budget = self.layer_budget(layer)
@@ -96,6 +112,19 @@ class Evicting:
 
     def seal(self, length):
         """Nothing to do: these methods know no sentences."""
+
+
+    def forget_window(self):
+        """Only what was chosen stays."""
+        self.recent = [recent[:, :0] for recent in self.recent]
+
+    def fork(self):
+        """A copy that can go on by itself. Tensors are replaced, never changed."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                setattr(other, name, list(value))
+        return other
 
 
 class StreamingLLM(Evicting):
@@ -191,6 +220,7 @@ class H2O(Evicting):
             (received.gather(-1, self.kept_at[layer]), received[:, n_earlier:]), dim=-1)
         self.kept[layer] = torch.cat((self.kept[layer], self.recent[layer]), dim=1)
         self.recent[layer] = None  # one list, the latest last
+        return k, v
 
     def decode(self, layer, q, k, v):
         kv, received = self.make_room(self.kept[layer], self.received[layer])
@@ -233,11 +263,15 @@ class Paged(Evicting):
         raise NotImplementedError
 
     def prefill(self, layer, q, k, v):
+        """The prompt, or a text after it, which attends to everything."""
         kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
-        n_full = k.shape[1] // self.page
+        if self.num_tokens > 0:
+            kv = torch.cat((self.pages[layer].flatten(1, 2), self.recent[layer], kv), dim=1)
+        n_full = kv.shape[1] // self.page
         self.recent[layer] = kv[:, n_full * self.page :]
         self.pages[layer] = kv[:, : n_full * self.page].unflatten(1, (n_full, self.page))
         self.summaries[layer] = self.summary(self.pages[layer][:, :, :, 0])
+        return kv.unbind(dim=2)
 
     def decode(self, layer, q, k, v):
         recent = self.recent[layer]
@@ -291,7 +325,9 @@ class ShadowKV(Paged):
         return keys.mean(dim=2).unsqueeze(0)
 
     def prefill(self, layer, q, k, v):
-        super().prefill(layer, q, k, v)
+        everything = super().prefill(layer, q, k, v)
+        if self.num_tokens > 0:
+            return everything
         keys, landmarks = self.pages[layer][:, :, :, 0], self.summaries[layer][0]
         likeness = torch.cosine_similarity(keys, landmarks.unsqueeze(2), dim=-1).amin(dim=-1)
         n_outliers = round(self.budget * 24 / 1024)
@@ -300,6 +336,7 @@ class ShadowKV(Paged):
         if layer == 0:
             self.outliers = []  # for each layer (H_kv, n)
         self.outliers.append(outliers)
+        return everything
 
     def scores(self, layer, q):
         logits = q @ self.summaries[layer][0].mT / math.sqrt(q.shape[-1])  # (H_kv, G, P)
@@ -341,7 +378,7 @@ class ExpectedAttention(Evicting):
 
     def prefill(self, layer, q, k, v):
         self.values = v
-        super().prefill(layer, q, k, v)
+        return super().prefill(layer, q, k, v)
 
     def importance(self, layer, q, k):
         scores = expected_attention(q, k, self.model_config) * self.values[:, 4:].norm(dim=-1)
@@ -427,13 +464,17 @@ class BestSentences(SentenceKVCache):
 
     def keys(self, layer):
         if layer not in self.seen or self.seen[layer].shape[1] != self.table.n_rows:
-            keys = self.host.kv[layer, : self.table.n_rows, :, 0].transpose(0, 1)
+            keys = self.host.read(layer, 0, self.table.n_rows)[:, :, 0]
             self.seen[layer] = self.known(layer, keys).contiguous()
         return self.seen[layer]
 
     def known(self, layer, keys):
         """What is known of all keys (H_kv, N, D): here everything."""
         return keys
+
+    def restore(self, snapshot):
+        super().restore(snapshot)
+        self.seen = {}
 
     def score(self, layer, q):
         """What a retrievable row of each sentence receives from one token's queries, the mean."""
@@ -455,10 +496,11 @@ class TwoBitKeys(BestSentences):
     levels, edges = torch.tensor([-1.51, -0.453, 0.453, 1.51]), torch.tensor([-0.982, 0.0, 0.982])
 
     def prefill(self, layer, q, k, v):
-        super().prefill(layer, q, k, v)
-        if layer == 0:
-            self.channels = []  # for each layer mean and deviation (H_kv, 1, D)
-        self.channels.append((k.mean(dim=1, keepdim=True), k.std(dim=1, keepdim=True)))
+        if self.num_tokens == 0:
+            if layer == 0:
+                self.channels = []  # for each layer mean and deviation (H_kv, 1, D)
+            self.channels.append((k.mean(dim=1, keepdim=True), k.std(dim=1, keepdim=True)))
+        return super().prefill(layer, q, k, v)
 
     def known(self, layer, keys):
         mean, deviation = self.channels[layer]
@@ -486,16 +528,17 @@ SETTINGS = {"plain": PLAIN, "best_sentences": {"query_decay": 0.0}, "published":
 
 def settings_of(spec: str) -> dict:
     """The settings of `method:name=value,name=value`, and those that the name itself sets: fields
-    of `SentenceKVConfig`, and `unit`."""
+    of `SentenceKVConfig`, `unit`, and `sees`."""
     method, _, pairs = spec.partition(":")
     settings = dict(SETTINGS.get(method, {}))
     for pair in filter(None, pairs.split(",")):
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"method {spec!r}: settings are name=value,name=value")
-        if name != "unit" and name not in SentenceKVConfig.__dataclass_fields__:
+        text = name in ("unit", "sees")
+        if not text and name not in SentenceKVConfig.__dataclass_fields__:
             raise ValueError(f"method {spec!r}: there is no setting {name!r}")
-        kind = str if name == "unit" else type(getattr(SentenceKVConfig, name))
+        kind = str if text else type(getattr(SentenceKVConfig, name))
         settings[name] = kind(value)
     return settings
 

@@ -27,12 +27,28 @@ class SlowSentenceKV:
         self.num_tokens = 0
         self.selected = []  # positions selected, for every token, layer and head
 
+    def expect(self, spans):
+        """The next text to read has these sentences."""
+        start = self.spans[-1][1]
+        if self.num_tokens > start:
+            self.seal(self.num_tokens - start)
+        self.spans += [(self.num_tokens + a, self.num_tokens + b) for a, b in spans]
+        self.queries = [[] for _ in self.kv]
+
     def prefill(self, layer, q, k, v):
+        """A whole text. Its tokens attend to all that is kept and, causally, to themselves."""
         n_tokens = k.shape[1]
-        self.kv[layer] = [(k[:, i], v[:, i]) for i in range(n_tokens)]
+        self.kv[layer] += [(k[:, i], v[:, i]) for i in range(n_tokens)]
+        if self.num_tokens > 0:
+            kept = [[i for i in range(self.num_tokens + n_tokens)
+                     if i >= self.n_prompt or i in self.kept[layer, head]] for head in range(len(k))]
+            keys, values = (torch.stack([torch.stack([self.kv[layer][i][part][head] for i in kept[head]])
+                                         for head in range(len(k))]) for part in (0, 1))
+            return keys, values
         for head in range(len(k)):
             self.secondary[layer, head] = secondary = self.shortest(k[head])
             self.kept[layer, head] = self.keep(q, k, head, n_tokens, secondary)
+        return k, v
 
     def shortest(self, keys):
         """The positions of a head's shortest keys, if they are much shorter than most."""

@@ -205,7 +205,7 @@ def test_the_second_vector_is_the_key_farthest_from_the_mean(recording):
     cache, spans = recording.replay(new_cache("two_vectors")), random_spans(N_PROMPT)
     keys = recording.layers[1][1]
     for head in range(TINY.num_key_value_heads):
-        secondary = {tuple(row.tolist()) for row in cache.host.kv[
+        secondary = {tuple(row.tolist()) for row in cache.host.first[
             1, : cache.table.n_secondary[1, head], head, 0]}
         sentences = [[key for key in keys[head, a:b] if tuple(key.tolist()) not in secondary]
                      for a, b in spans]
@@ -236,7 +236,7 @@ def test_a_row_of_a_sentence_counts_if_it_can_be_selected(recording, method):
     cache, (q, _, _) = recording.replay(new_cache(method)), random_token(3)
     known = cache.known(0, recording.layers[0][1])
     for head, score in enumerate(cache.score(0, q.view(TINY.num_key_value_heads, 3, -1))):
-        secondary = {tuple(row.tolist()) for row in cache.host.kv[
+        secondary = {tuple(row.tolist()) for row in cache.host.first[
             0, : cache.table.n_secondary[0, head], head, 0]}
         keys = recording.layers[0][1][head]
         sentences = [[i for i in range(a, b) if tuple(keys[i].tolist()) not in secondary]

@@ -117,13 +117,97 @@ class AllResident(SentenceKVCache):
         self.host.load = self.load
 
     def load(self, layer, slots, rows, missing):
-        everything = self.host.kv.to(slots.device)  # (L, N, H_kv, 2, D)
+        everything = self.host.read(layer, 0, self.table.n_rows)  # (H_kv, N, 2, D)
         heads = torch.arange(len(rows), device=rows.device)[:, None]
         wanted = rows < NO_ROW
-        filled = everything[layer][rows.where(wanted, 0), heads]  # (H_kv, B, 2, D)
+        filled = everything[heads, rows.where(wanted, 0)]  # (H_kv, B, 2, D)
         row_slots = slots[:, : rows.shape[1]]
         row_slots.copy_(filled.where(wanted[..., None, None], row_slots))
         HostTier.load(self.host, layer, slots, rows, missing)
+
+
+@pytest.mark.parametrize("keep_factor", [2.5, math.inf, None])
+@pytest.mark.parametrize("sizes", [[1, 299], [100, 100, 100], [290, 5, 5], [7] * 42 + [6]])
+def test_a_prompt_in_parts_is_the_prompt_at_once(tiny, device, keep_factor, sizes):
+    """Whatever the parts are; `None` stands for the full cache. In float64: rounding would choose
+    between scores that are almost equal."""
+    model = tiny.double()
+
+    def new_cache():
+        if keep_factor is None:
+            return FullCache(TINY, 300 + N_NEW, device, torch.float64)
+        config = SentenceKVConfig(**SMALL, keep_factor=keep_factor)
+        return SentenceKVCache(config, TINY, random_spans(300), N_NEW, device, torch.float64)
+
+    class Model:
+        embed_tokens, decode = model.embed_tokens, model.decode
+
+        def prefill(self, ids, cache):
+            parts = [ids] if cache is whole else ids.split(sizes)
+            return torch.cat([model.prefill(part, cache) for part in parts])
+
+    parts, whole = new_cache(), new_cache()
+    for ours, expected in write(Model(), [parts, whole], 300):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def read_on(model, cache, ids, parts=1):
+    """A text after what was read and written. Returns the state of its last token."""
+    cache.expect(random_spans(len(ids)))
+    return [model.prefill(part, cache)[-1] for part in ids.chunk(parts)][-1]
+
+
+@pytest.mark.parametrize("budget, keep_factor", [(40, math.inf), (40, 2.5), (1024, math.inf)])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_second_text_is_read_and_remembered(tiny, device, budget, keep_factor, parts):
+    """With text written before it, in the middle of a sentence, and after it."""
+    config = SentenceKVConfig(**SMALL | {"token_budget": budget}, keep_factor=keep_factor)
+    caches = [sentencekv_cache(config, 300, device, new=300),
+              SlowSentenceKV(config, TINY, random_spans(300))]
+    if budget == 1024:
+        caches.append(FullCache(TINY, 600, device, torch.float32))
+    ids = random_ids(600, device)
+    for expected in zip(*([*steps] for steps in (read_and_write(tiny, cache, ids, parts if i == 0 else 1)
+                                                 for i, cache in enumerate(caches)))):
+        for ours in expected[1:]:
+            torch.testing.assert_close(expected[0], ours, rtol=0, atol=1e-4)
+
+
+def read_and_write(model, cache, ids, parts=1):
+    """A text of 300 tokens, 20 written, one of 50, 20 written, one of 3, 40 written."""
+    yield model.prefill(ids[:300], cache)[-1]
+    at = 300
+    for n_written, n_read in ((20, 50), (20, 3), (40, 0)):
+        for i in range(n_written):
+            yield model.decode(ids[at : at + 1], cache)[0]
+            at += 1
+            if i % 9 == 8:
+                cache.seal(9)
+        if n_read:
+            yield read_on(model, cache, ids[at : at + n_read], parts)
+            at += n_read
+
+
+@pytest.mark.parametrize("keep_factor", [2.5, math.inf, None])
+def test_after_a_rewind_all_is_as_the_first_time(tiny, device, keep_factor, monkeypatch):
+    monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)
+    if keep_factor is None:
+        cache = FullCache(TINY, 600, device, torch.float32)
+    else:
+        cache = sentencekv_cache(SentenceKVConfig(**SMALL, keep_factor=keep_factor), 300, device,
+                                 new=300)
+    ids = random_ids(600, device)
+    tiny.prefill(ids[:300], cache)
+    snapshot, runs = cache.snapshot(), []
+    for text in (ids[300:350], ids[350:420], ids[300:350]):
+        runs.append([read_on(tiny, cache, text)])
+        for i in range(60):
+            runs[-1].append(tiny.decode(ids[420 + i : 421 + i], cache)[0])
+            if i % 9 == 8:
+                cache.seal(9)
+        cache.restore(snapshot)
+    assert torch.equal(torch.stack(runs[0]), torch.stack(runs[2]))
+    assert not torch.equal(runs[0][-1], runs[1][-1])
 
 
 @pytest.mark.parametrize("keep_factor", [1, math.inf])
@@ -173,8 +257,8 @@ class Traced(GraphedDecode):
     def __call__(self, ids, cache):
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        if self.captured != cache.table.capacity:
-            self.captured = cache.table.capacity
+        if self.captured != cache.version:
+            self.captured = cache.version
             tensors = tensors_of(cache)
             before = [t.clone() for t in tensors]
             self.graph = make_fx(lambda a, b: self.model.step(a, b, cache))(self.ids, self.position)
@@ -187,7 +271,8 @@ class Traced(GraphedDecode):
 
 def load_in_static_shapes(self, layer, slots, rows, missing):
     head, slots = torch.arange(len(rows), device=rows.device)[:, None], slots[:, : rows.shape[1]]
-    loaded = self.kv[layer][rows.where(missing, 0), head]
+    kv = torch.cat((self.first[layer], self.later[layer]))
+    loaded = kv[rows.where(missing, 0), head]
     slots.copy_(loaded.where(missing[..., None, None], slots))
 
 
@@ -214,6 +299,26 @@ def test_a_step_captured_once_serves_every_later_token(
     assert captured.total_loaded == plain.total_loaded > 0
 
 
+def test_a_captured_step_survives_a_rewind(tiny, device, monkeypatch):
+    """The table grows with every text, shrinks to what it was, and grows to the same size again."""
+    monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)
+    if device.type == "cpu":
+        monkeypatch.setattr(HostTier, "load", load_in_static_shapes)
+    plain, captured = (sentencekv_cache(SentenceKVConfig(**SMALL), 100, device) for _ in range(2))
+    decode, ids = (Traced if device.type == "cpu" else GraphedDecode)(tiny), random_ids(170, device)
+    for cache in (plain, captured):
+        tiny.prefill(ids[:100], cache)
+    snapshots = plain.snapshot(), captured.snapshot()
+    for _ in range(3):
+        for cache, step in ((plain, tiny.decode), (captured, decode)):
+            read_on(tiny, cache, ids[100:150])
+            cache.states = [step(token[None], cache).clone() for token in ids[150:]]
+        torch.testing.assert_close(torch.cat(captured.states), torch.cat(plain.states), rtol=0,
+                                   atol=1e-5)
+        for cache, snapshot in zip((plain, captured), snapshots):
+            cache.restore(snapshot)
+
+
 @pytest.mark.parametrize("heads, dim", [(1, 64), (3, 12)])
 def test_the_kernel_copies_what_plain_torch_copies(heads, dim):
     """Under Triton's interpreter, where there is no GPU."""
@@ -221,15 +326,16 @@ def test_the_kernel_copies_what_plain_torch_copies(heads, dim):
     test = f"""
 import torch, cache
 torch.manual_seed(0)
-host = cache.HostTier((1, {heads}, {dim}), 40, torch.device("cpu"), torch.float32)
-host.kv.normal_()
+host = cache.HostTier((1, {heads}, {dim}), torch.device("cpu"), torch.float32)
+host.first, host.later = torch.randn(1, 30, {heads}, 2, {dim}), torch.randn(1, 10, {heads}, 2, {dim})
+kv = torch.cat((host.first, host.later), dim=1)
 slots = torch.randn({heads}, 30, 2, {dim})
 rows = torch.stack([torch.randperm(40)[:20] for _ in range({heads})])
 missing = torch.rand({heads}, 20) < 0.5
 rows[:, 7], missing[:, 7] = cache.NO_ROW, False
 expected = slots.clone()
 for h, i in missing.nonzero().tolist():
-    expected[h, i] = host.kv[0, rows[h, i], h]
+    expected[h, i] = kv[0, rows[h, i], h]
 host.load(0, slots, rows, missing)
 assert torch.equal(slots, expected)
 """
@@ -258,15 +364,18 @@ class Poisoned(SentenceKVCache):
         self.host.load = self.load
 
     def load(self, layer, slots, rows, missing):
-        kept = self.host.kv[layer].clone()
+        parts = self.host.first[layer], self.host.later[layer]
+        kept = [part.clone() for part in parts]
         heads, i = missing.nonzero(as_tuple=True)
-        selected = torch.zeros(kept.shape[:2], dtype=torch.bool)
+        selected = torch.zeros(sum(map(len, parts)), len(rows), dtype=torch.bool)
         selected[rows[heads, i].cpu(), heads.cpu()] = True
-        self.host.kv[layer][~selected] = math.nan
+        for part, chosen in zip(parts, selected.split([*map(len, parts)])):
+            part[~chosen] = math.nan
         HostTier.load(self.host, layer, slots, rows, missing)
         if slots.is_cuda:
             torch.cuda.synchronize()  # the GPU reads these very rows
-        self.host.kv[layer] = kept
+        for part, rows in zip(parts, kept):
+            part.copy_(rows)
 
     def decode(self, layer, q, k, v):
         keys, values, mask = super().decode(layer, q, k, v)
@@ -297,9 +406,9 @@ def test_offloaded_keys_and_values_leave_the_device(device):
             assert not any(ref() is not None for ref in given), "the cache holds on to its input"
         cache.advance(n_prompt)
         device_bytes = sum(t.untyped_storage().nbytes() for t in tensors_of(cache)
-                           if t is not cache.host.kv)
+                           if t is not cache.host.first and t is not cache.host.later)
         assert device_bytes == cache.report()["device_kv_bytes"]
-        host = cache.host.kv
+        host = cache.host.first
         assert host.device.type == "cpu" and host.is_pinned() == (device.type == "cuda")
         sizes.append(device_bytes)
     assert sizes[0] == sizes[1]
@@ -404,7 +513,7 @@ def test_half_precision_keys_and_values_stay_half(device, dtype):
               for kind in (SentenceKVCache, AllResident)]
     for ours, resident in write(model, caches, 300):
         assert ours.dtype == dtype and ours.isfinite().all() and torch.equal(ours, resident)
-    held = caches[0].host.kv, caches[0].slots, caches[0].table.vectors
+    held = caches[0].host.first, caches[0].host.later, caches[0].slots, caches[0].table.vectors
     assert {x.dtype for x in held} == {dtype} and caches[0].table.n_secondary.max() == 6
 
 
@@ -464,11 +573,18 @@ class Watched(SentenceKVCache):
         super().__init__(*args)
         self.seen = [[] for _ in range(TINY.num_hidden_layers)]  # of (H_kv, n, 2, D)
         self.ends, self.before = self.sentence_ends.tolist(), None
-        self.window_read = self.recent_start
+
+    def start_window(self):
+        super().start_window()
+        self.window_read = self.start_of_window()
+
+    def expect(self, spans):
+        super().expect(spans)
+        self.ends += self.sentence_ends.tolist()
 
     def prefill(self, layer, q, k, v):
         self.seen[layer].append(torch.stack((k, v), dim=2))
-        super().prefill(layer, q, k, v)
+        return super().prefill(layer, q, k, v)
 
     def decode(self, layer, q, k, v):
         self.seen[layer].append(torch.stack((k, v), dim=2))
@@ -501,7 +617,7 @@ class Watched(SentenceKVCache):
         self.check_what_moves()
 
     def positions_of_rows(self, layer, head, seen):
-        rows = self.host.kv[layer, : self.table.n_rows, head].to(seen.device)  # (N, 2, D)
+        rows = self.host.read(layer, 0, self.table.n_rows)[head]  # (N, 2, D)
         same = (rows[:, None] == seen[None]).all(-1).all(-1)  # (N, T)
         assert (same.sum(dim=1) == 1).all(), "a row is no token's"
         positions = same.long().argmax(dim=1).tolist()
@@ -537,7 +653,7 @@ class Watched(SentenceKVCache):
     def check_what_moves(self):
         tensors = {id(t): t.data_ptr() for t in tensors_of(self)}
         lengths = self.table.n_retrievable
-        where = self.table.capacity, tensors, self.recent_start, lengths
+        where = self.version, tensors, self.recent_start, lengths
         if self.before and self.before[0] == where[0]:
             assert self.before[1] == tensors, "a tensor has moved"
             assert (lengths >= self.before[3]).all(), "a row is no longer retrievable"
@@ -546,8 +662,16 @@ class Watched(SentenceKVCache):
 
 
 def check_every_step(model, config, n_prompt):
-    cache = sentencekv_cache(config, n_prompt, model.embed_tokens.weight.device, cls=Watched)
+    """Of a prompt, a text that is written, one that is read in two parts, and one that is written."""
+    device = model.embed_tokens.weight.device
+    cache = sentencekv_cache(config, n_prompt, device, cls=Watched, new=2 * N_NEW)
     for _ in write(model, [cache], n_prompt):
+        cache.check()
+    ids = 260 - 1 - random_ids(50, device)  # other tokens than before
+    read_on(model, cache, ids[:40], parts=2)
+    cache.check()
+    for token in ids[40:]:
+        model.decode(token[None], cache)
         cache.check()
 
 

@@ -1,12 +1,13 @@
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REFERENCE, TINY, random_ids, random_llama
 
-from model import Block, FullCache
+from model import FullCache, causal_attention
 from weights.checkpoint import load_model
 from weights.tokenizer import Tokenizer
 
@@ -41,11 +42,16 @@ def test_decoding_one_by_one_equals_one_forward(tiny, device):
         torch.testing.assert_close(tiny.logits(torch.cat(states)), expected, rtol=0, atol=1e-4)
 
 
-def test_slices_of_the_mlp_change_nothing(tiny, device, monkeypatch):
-    ids = random_ids(50, device)
-    whole = all_logits(tiny, ids)
-    monkeypatch.setattr(Block, "mlp_slice", 7)
-    torch.testing.assert_close(all_logits(tiny, ids), whole, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("n_new", [1, 5, 39, 40])
+def test_new_tokens_attend_to_all_before_them_and_to_themselves(n_new):
+    """In blocks, the last one shorter; two query heads share a key."""
+    generator = torch.Generator().manual_seed(n_new)
+    q, keys, values = (torch.randn(h, 40, 8, generator=generator) for h in (4, 2, 2))
+    found = causal_attention(q[:, 40 - n_new :], keys, values, block=16)
+    for head, i in product(range(4), range(40 - n_new, 40)):
+        weights = (keys[head // 2, : i + 1] @ q[head, i] / 8**0.5).softmax(0)
+        expected = weights @ values[head // 2, : i + 1]
+        torch.testing.assert_close(found[head, i - (40 - n_new)], expected)
 
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
