@@ -1,13 +1,15 @@
 """Answer a prompt of several thousand tokens: `python generate.py --prompt file.txt`.
 
-The loop comes first: prefill, then decode token by token. Then the sampler, the stage timer and the
-command line. This file joins the others.
+The loop comes first: prefill, then decode token by token. Then the sampler, the stage timer, a
+session that reads a text once and answers questions about it, and the command line. This file joins
+the others.
 """
 
 import argparse
 import json
 import os
 import re
+import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -21,10 +23,11 @@ import torch
 from tqdm import tqdm
 
 from cache import SentenceKVCache, triton
-from model import FullCache, LlamaConfig
+from model import FullCache, GraphedDecode, LlamaConfig
 from segment import SentenceStream, token_spans
 from sentencekv import SCORES, SentenceKVConfig
 from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
+from weights.document import Document, load_document, save_document
 from weights.download import download
 from weights.tokenizer import Tokenizer
 
@@ -41,12 +44,27 @@ SETTINGS = {  # of SentenceKVConfig: the flags, and what --help says
 }
 
 
-def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=iter) -> int:
-    """Read the prompt into the cache. Returns the first token after it."""
-    device = model.embed_tokens.weight.device
+def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=iter,
+            part_ends=()) -> int:
+    """Read a text into the cache, in parts if it is long. Returns the first token after it."""
+    ids = torch.tensor(ids, device=model.embed_tokens.weight.device)
     with timer("prefill"):
-        states = model.prefill(torch.tensor(ids, device=device), cache, progress)
+        for part in ids.tensor_split(part_ends):
+            states = model.prefill(part, cache, progress)
         return sample(model.logits(states[-1:])[0])
+
+
+def split_at_sentences(spans: list, size: int) -> list[int]:
+    """Where to split a text, so that a part has at most `size` tokens or is one sentence.
+
+    >>> split_at_sentences([(0, 3), (3, 4), (4, 9), (9, 10)], size=4)
+    [4, 9]
+    """
+    starts = [0]
+    for start, end in spans:
+        if end - starts[-1] > size and start > starts[-1]:
+            starts.append(start)
+    return starts[1:]
 
 
 def generate(model, cache, token: int, detokenize, sample, stop: set, max_new_tokens: int,
@@ -101,33 +119,6 @@ def sampler(temperature: float, top_p: float, seed: int, device):
     return sample
 
 
-class GraphedDecode:
-    """`Llama.decode` as one CUDA graph, replayed for every token: a token launches about a thousand
-    kernels, and launching takes longer than running them. The graph repeats them on the same
-    addresses, so it is captured again for another cache, and when the table of sentences grows."""
-
-    def __init__(self, model):
-        self.model = model
-        self.ids = torch.zeros(1, dtype=torch.long, device=model.embed_tokens.weight.device)
-        self.position = torch.zeros_like(self.ids)
-        self.warm, self.graph, self.captured, self.states = False, None, None, None
-
-    @torch.inference_mode()
-    def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
-        self.ids.copy_(ids)
-        self.position.fill_(cache.num_tokens)
-        if not self.warm:  # kernels are compiled while the first token is decoded
-            self.warm = True
-            return self.model.decode(self.ids, cache)
-        if self.captured != (cache, cache.table.capacity):
-            self.captured, self.graph = (cache, cache.table.capacity), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.states = self.model.step(self.ids, self.position, cache)
-        self.graph.replay()
-        cache.advance(1)
-        return self.states
-
-
 class StageTimer:
     """Milliseconds by stage: CUDA events on a GPU, read once at the end; a clock on a CPU.
 
@@ -157,7 +148,7 @@ class StageTimer:
             self.intervals.append((path, start, self.mark()))
 
     def totals(self) -> dict:
-        """Stage -> {part: ms}, with OTHER and `total`."""
+        """Stage -> {part: ms}, with OTHER and `total`, since the last call."""
         if self.cuda:
             torch.cuda.synchronize()
         totals = {}
@@ -167,7 +158,210 @@ class StageTimer:
             stage[part] = stage.get(part, 0.0) + ms
         for stage in totals.values():
             stage[OTHER] = 2 * stage["total"] - sum(stage.values())  # the sum has the total once
+        self.intervals = []
         return totals
+
+
+def times(timer: StageTimer, steps: int) -> dict:
+    """Time to first token, from the prompt's text on, and time per token after it."""
+    stages = {"decode": {"total": 0.0}} | timer.totals()
+    ttft = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
+    return {"ttft_ms": ttft, "decode_ms_per_token": stages["decode"]["total"] / max(steps, 1),
+            "decode_steps": steps, "stages_ms": stages}
+
+
+class Session:
+    """A model and the cache of what it has read: it reads texts, and writes answers after them."""
+
+    def __init__(self, args, config: SentenceKVConfig, tokenizer: Tokenizer, model, max_tokens):
+        self.args, self.config, self.tokenizer, self.model = args, config, tokenizer, model
+        self.weight, self.max_tokens = model.embed_tokens.weight, max_tokens
+        self.timer, self.stop = StageTimer(self.weight.device), tokenizer.stop_tokens()
+        self.decode = GraphedDecode(model) if args.cuda_graph else None
+        self.new_sampler = partial(sampler, args.temperature, args.top_p, args.seed,
+                                   self.weight.device)
+        self.sample = self.new_sampler()
+        self.cache, self.spans = None, []  # of all texts
+        self.unread = []  # the last token written, if the cache has not seen it
+
+    def begin(self, spans: list):
+        """The first text has these sentences."""
+        self.cache = make_cache(
+            self.args.cache, self.config, self.model.config, spans, self.max_tokens - spans[-1][1],
+            self.weight.device, self.weight.dtype, self.timer)
+
+    def read(self, ids: list[int]) -> int:
+        """Read a text, the first or a later one. Returns the first token after it."""
+        with self.timer("segment"):
+            spans = token_spans(self.tokenizer.pieces(ids), self.config.sentence_limit)
+        self.cache.expect(spans) if self.cache else self.begin(spans)
+        self.cache.stage, self.spans = self.timer, self.spans + spans
+        progress = partial(tqdm, desc="prefill", unit="layer", leave=False, disable=None)
+        return prefill(self.model, self.cache, ids, self.sample, self.timer, progress,
+                       split_at_sentences(spans, self.args.prefill_chunk))
+
+    def go_back(self, document: Document):
+        """Go on from the end of a document, read before or loaded: forget what came after it."""
+        if self.cache is None:
+            self.begin(document.spans)
+            self.cache.host.release = document.release
+        self.cache.restore(document.snapshot)
+        self.spans, self.unread, self.sample = document.spans, [], self.new_sampler()
+
+    def answer(self, tokens, stopped=None) -> dict:
+        """Read what `tokens()` returns and print the answer, until `stopped()`. Returns a report."""
+        with self.timer("tokenize"):
+            ids = self.unread + tokens()
+        n_prompt = len(ids) + (self.cache.num_tokens if self.cache else 0)
+        check_positions(n_prompt, 1, self.model.config)
+        token, text, n_new = self.read(ids), "", 0
+        if self.decode:
+            self.cache.stage = nullcontext  # stages inside a graph cannot be timed
+        room = min(self.args.max_new_tokens, self.max_tokens - n_prompt)
+        with nullcontext(stopped) if stopped else interrupts() as stopped:
+            for token, piece in generate(
+                    self.model, self.cache, token, self.tokenizer.detokenizer(), self.sample,
+                    self.stop, room, self.config.sentence_limit, self.timer, self.decode):
+                n_new += 1
+                if token not in self.tokenizer.special:
+                    text += piece
+                    print(piece, end="", flush=True)
+                if stopped():
+                    break
+        print(flush=True)
+        self.unread = [] if token in self.stop else [token]
+        return {"text": text, "interrupted": stopped(), "prompt_tokens": n_prompt,
+                "new_tokens": n_new, "sentences": len(self.spans),
+                "sentence_limit": self.config.sentence_limit, **times(self.timer, n_new - 1),
+                **self.cache.report(), "cache": self.args.cache, "clock": self.timer.clock,
+                "device": str(self.weight.device),
+                "dtype": str(self.weight.dtype).removeprefix("torch."), "torch": torch.__version__}
+
+
+@contextmanager
+def interrupts():
+    """In here Ctrl-C raises nothing: the function that this yields tells whether it was pressed."""
+    pressed = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run(args) -> int:
+    config = SentenceKVConfig(**{name: getattr(args, name) for name in SETTINGS})
+    device = pick_device(args.device)
+    if args.cuda_graph:
+        check_cuda_graph(device)
+    folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
+    tokenizer, model_config = Tokenizer(folder), load_config(folder)
+    document = load_document(args.load, folder, config, device, dtype) if args.load else None
+    text = document.text if document else read_text(args.prompt)
+
+    def prompt(question: str = "") -> list[int]:
+        return tokenizer.prompt_ids(f"{text}\n\n{question}" if question else text, args.raw)
+
+    longest = max(map(prompt, args.ask or [""]), key=len)
+    n_new, most = args.max_new_tokens, len(longest) + args.max_new_tokens
+    if args.chat:
+        n_new, most = 1, model_config.max_position_embeddings
+    check_positions(len(longest), n_new, model_config)
+    if max(longest) >= (size := model_config.vocab_size):
+        raise ValueError(f"the prompt has token {max(longest)}, the vocabulary of the model {size}")
+    session = Session(args, config, tokenizer, load_model(folder, device, dtype), most)
+    if not (args.ask or args.chat or args.save or args.load):
+        return finish(session.answer(prompt), print_report, args.json)
+    if document is None:  # what a prompt with a question and one without have in common
+        ids = os.path.commonprefix([prompt()[:-1], prompt("?")])
+        document = read_document(session, text, ids)
+    if args.save:
+        save_document(args.save, document, folder, config, dtype)
+    return (chat if args.chat else ask)(session, document, prompt)
+
+
+def read_document(session: Session, text: str, ids: list[int]) -> Document:
+    """Read what the prompts of all questions begin with."""
+    if not ids:
+        raise ValueError("the text is too short to be read before the questions")
+    session.read(ids)
+    print(f"{len(ids)} tokens in {len(session.spans)} sentences, read in"
+          f" {session.timer.totals()['prefill']['total'] / 1e3:.1f} s", file=sys.stderr)
+    return Document(text, ids, session.spans, session.cache.snapshot())
+
+
+def ask(session: Session, document: Document, prompt) -> int:
+    """Answer each question as if it were the only one."""
+    for question in session.args.ask or [""]:
+        session.go_back(document)
+        if question:
+            print(f"\n> {question}", flush=True)
+        report = session.answer(lambda: document.rest(prompt(question)))
+        if finish({"question": question, **report}, print_times, session.args.json):
+            return 130
+    return 0
+
+
+def chat(session: Session, document: Document, prompt) -> int:
+    """Answer questions from the terminal. All earlier ones and their answers stay in the cache."""
+    session.go_back(document)
+    tokens = lambda question: document.rest(prompt(question))
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            print()
+            return 0
+        if not question:
+            continue
+        try:
+            with interrupts() as stopped:
+                report = session.answer(lambda: tokens(question), stopped)
+        except ValueError as error:  # there is no room left
+            print(f"generate.py: {error}", file=sys.stderr)
+            continue
+        finish({"question": question, **report}, print_times, session.args.json)
+        tokens = session.tokenizer.turn_ids
+
+
+def finish(report: dict, show, as_json: bool) -> int:
+    """Print the report. Returns the exit status."""
+    show(report)
+    if as_json:
+        print(json.dumps(report))
+    return 130 if report["interrupted"] else 0
+
+
+def print_report(report: dict):
+    """The tables for people, on standard error: standard output holds the answer alone."""
+    stages, steps = report["stages_ms"], max(report["decode_steps"], 1)
+    before, after = stages["prefill"], stages["decode"]
+    rows = [("stage", "ttft ms", "decode ms/token")]
+    rows += [(name, f"{stages[name]['total']:.1f}", "") for name in ("tokenize", "segment")]
+    for name in [n for n in {**before, **after} if n not in (OTHER, "total")] + [OTHER]:
+        rows.append((name, f"{before[name]:.1f}" if name in before else "",
+                     f"{after[name] / steps:.2f}" if name in after else ""))
+    rows.append(("total", f"{report['ttft_ms']:.1f}", f"{report['decode_ms_per_token']:.2f}"))
+    sizes = {f"device: {name}": size for name, size in report["device_kv_parts"].items()}
+    sizes |= {"device: everything": report["device_kv_bytes"], "host": report["host_kv_bytes"],
+              "full cache": report["full_kv_bytes"], "selected in all": report["selected_bytes"],
+              "loaded in all": report["loaded_bytes"]}
+    rows.append(("\nmemory", "MiB", "of the full cache"))
+    rows += [(name, f"{size / 2**20:.2f}", f"{size / report['full_kv_bytes']:.1%}")
+             for name, size in sizes.items()]
+    print("\n{prompt_tokens} prompt tokens in {sentences} sentences of at most {sentence_limit}"
+          " tokens, {new_tokens} new tokens\n"
+          "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}\n".format(**report),
+          *("{:<26}{:>14}{:>20}".format(*row) for row in rows), sep="\n", file=sys.stderr)
+    if report["hit_rate"] is not None:
+        print(f"{report['hit_rate']:.1%} of the selected rows were on the device", file=sys.stderr)
+
+
+def print_times(report: dict):
+    print("{ttft_ms:.0f} ms to the first token, {decode_ms_per_token:.1f} ms/token".format(
+        **report), file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -182,11 +376,16 @@ def options() -> Parser:
         help = f"{help} (%(default)s)"
         parser.add_argument(name, default=default, type=type(default), help=help, **how)
 
-    parser.add_argument("--prompt", required=True, help="text file; - is standard input")
+    parser.add_argument("--prompt", metavar="FILE", help="text file; - is standard input")
+    parser.add_argument("--ask", action="append", default=[], metavar="QUESTION",
+                        help="about the text, which is read once; may be given several times")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep what was read of the text")
+    parser.add_argument("--load", type=Path, metavar="FILE", help="go on from it: no --prompt")
     parser.add_argument("--model", type=Path, help="Llama folder (SmolLM2-135M-Instruct)")
     add("--cache", "sentencekv", "where keys and values are kept", choices=("sentencekv", "full"))
     for name, help in SETTINGS.items():
         add("--" + name.replace("_", "-"), getattr(SentenceKVConfig, name), help)
+    add("--prefill-chunk", 8192, "tokens read at a time: fewer take less memory, and more time")
     add("--max-new-tokens", 256, "write no more than this")
     add("--temperature", 0.0, "0 takes the most likely token")
     add("--top-p", 1.0, "nucleus sampling: up to this cumulative probability")
@@ -196,7 +395,8 @@ def options() -> Parser:
         choices=("auto", "float32", "bfloat16", "float16"))
     for name, help in (("--cuda-graph", "replay each token as one CUDA graph: faster, not timed"),
                        ("--raw", "no chat template: continue the text as it is"),
-                       ("--json", "print the report as one JSON line, last")):
+                       ("--chat", "questions from the terminal; Ctrl-C ends an answer, Ctrl-D all"),
+                       ("--json", "print the report of each answer as one JSON line, last")):
         parser.add_argument(name, action="store_true", help=help)
     return parser
 
@@ -205,12 +405,25 @@ def parse(arguments=None) -> argparse.Namespace:
     """Raises ValueError for a value that is out of range."""
     args = options().parse_args(arguments)
     for name, good in (("max_new_tokens", args.max_new_tokens >= 1),
+                       ("prefill_chunk", args.prefill_chunk >= 1),
                        ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1e3),
                        ("top_p", 0 < args.top_p <= 1), ("seed", 0 <= args.seed < 2**63)):
         if not good:
             raise ValueError(f"--{name.replace('_', '-')} cannot be {getattr(args, name)}")
-    if args.cuda_graph and args.cache == "full":
-        raise ValueError("--cuda-graph needs --cache sentencekv: a full cache grows at every token")
+    for wrong, message in (
+        ((args.prompt is None) == (args.load is None), "either --prompt or --load is needed"),
+        ((args.ask or args.chat) and args.raw, "--ask and --chat need a chat template, not --raw"),
+        (not all(map(str.strip, args.ask)), "--ask is empty"),
+        (args.chat and (args.ask or args.prompt == "-"),
+         "--chat takes questions from standard input: no --ask and no --prompt -"),
+        (args.cache == "full" and (args.save or args.load), "--save and --load need --cache"
+         " sentencekv"),
+        (args.save and (args.save.is_dir() or not os.access(args.save.parent, os.W_OK)),
+         f"cannot write {args.save}"),
+        (args.cuda_graph and args.cache == "full",
+         "--cuda-graph needs --cache sentencekv: a full cache grows at every token")):
+        if wrong:
+            raise ValueError(message)
     return args
 
 
@@ -244,91 +457,6 @@ def check_positions(n_prompt: int, n_new: int, config: LlamaConfig):
     if needed > positions:
         raise ValueError(f"{n_prompt} prompt tokens + {n_new} new ones = {needed}, and the model"
                          f" has {positions} positions: shorten one or the other")
-
-
-def stream(tokens, special: set) -> tuple[str, int, bool]:
-    """Print the text as it is written. Returns it, its tokens, and whether Ctrl-C ended it."""
-    text, count, interrupted = "", 0, False
-    try:
-        for token, piece in tokens:
-            count += 1
-            if token not in special:
-                text += piece
-                print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        interrupted = True
-    print(flush=True)
-    return text, count, interrupted
-
-
-def run(args) -> int:
-    config = SentenceKVConfig(**{name: getattr(args, name) for name in SETTINGS})
-    text, device = read_text(args.prompt), pick_device(args.device)
-    if args.cuda_graph:
-        check_cuda_graph(device)
-    dtype, folder = pick_dtype(args.dtype, device), args.model or download()
-    tokenizer, timer = Tokenizer(folder), StageTimer(device)
-    with timer("tokenize"):
-        ids = tokenizer.prompt_ids(text, args.raw)
-    with timer("segment"):
-        spans = token_spans(tokenizer.pieces(ids), config.sentence_limit)
-    model_config = load_config(folder)
-    check_positions(len(ids), args.max_new_tokens, model_config)
-    if max(ids) >= (size := model_config.vocab_size):
-        raise ValueError(f"the prompt has token {max(ids)}, the vocabulary of the model {size}")
-    stop, model = tokenizer.stop_tokens(), load_model(folder, device, dtype)
-    cache = make_cache(args.cache, config, model_config, spans, args.max_new_tokens, device, dtype,
-                       timer)
-    sample, decode = sampler(args.temperature, args.top_p, args.seed, device), None
-    progress = partial(tqdm, desc="prefill", unit="layer", leave=False, disable=None)
-    first = prefill(model, cache, ids, sample, timer, progress)
-    if args.cuda_graph:  # stages inside a graph cannot be timed
-        cache.stage, decode = nullcontext, GraphedDecode(model)
-    text, new_tokens, interrupted = stream(
-        generate(model, cache, first, tokenizer.detokenizer(), sample, stop, args.max_new_tokens,
-                 config.sentence_limit, timer, decode), tokenizer.special)
-    report = {"text": text, "prompt_tokens": len(ids), "new_tokens": new_tokens,
-              "sentences": len(spans), "sentence_limit": config.sentence_limit,
-              **times(timer, max(new_tokens - 1, 0)), **cache.report(), "cache": args.cache,
-              "clock": timer.clock, "device": str(device),
-              "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__}
-    print_report(report)
-    if args.json:
-        print(json.dumps(report))
-    return 130 if interrupted else 0
-
-
-def times(timer: StageTimer, steps: int) -> dict:
-    """Time to first token, from the prompt's text on, and time per token after it."""
-    stages = {"decode": {"total": 0.0}} | timer.totals()
-    ttft = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
-    return {"ttft_ms": ttft, "decode_ms_per_token": stages["decode"]["total"] / max(steps, 1),
-            "decode_steps": steps, "stages_ms": stages}
-
-
-def print_report(report: dict):
-    """The tables for people, on standard error: standard output holds the answer alone."""
-    stages, steps = report["stages_ms"], max(report["decode_steps"], 1)
-    before, after = stages["prefill"], stages["decode"]
-    rows = [("stage", "ttft ms", "decode ms/token")]
-    rows += [(name, f"{stages[name]['total']:.1f}", "") for name in ("tokenize", "segment")]
-    for name in [n for n in {**before, **after} if n not in (OTHER, "total")] + [OTHER]:
-        rows.append((name, f"{before[name]:.1f}" if name in before else "",
-                     f"{after[name] / steps:.2f}" if name in after else ""))
-    rows.append(("total", f"{report['ttft_ms']:.1f}", f"{report['decode_ms_per_token']:.2f}"))
-    sizes = {f"device: {name}": size for name, size in report["device_kv_parts"].items()}
-    sizes |= {"device: everything": report["device_kv_bytes"], "host": report["host_kv_bytes"],
-              "full cache": report["full_kv_bytes"], "selected in all": report["selected_bytes"],
-              "loaded in all": report["loaded_bytes"]}
-    rows.append(("\nmemory", "MiB", "of the full cache"))
-    rows += [(name, f"{size / 2**20:.2f}", f"{size / report['full_kv_bytes']:.1%}")
-             for name, size in sizes.items()]
-    print("\n{prompt_tokens} prompt tokens in {sentences} sentences of at most {sentence_limit}"
-          " tokens, {new_tokens} new tokens\n"
-          "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}\n".format(**report),
-          *("{:<26}{:>14}{:>20}".format(*row) for row in rows), sep="\n", file=sys.stderr)
-    if report["hit_rate"] is not None:
-        print(f"{report['hit_rate']:.1%} of the selected rows were on the device", file=sys.stderr)
 
 
 def main(arguments=None) -> int:

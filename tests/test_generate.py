@@ -1,6 +1,15 @@
+import doctest
+import fcntl
 import io
 import json
+import math
+import os
+import pty
+import select
+import signal
+import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -30,6 +39,18 @@ def prompt(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text(TEXT, encoding="utf-8")
     return path
+
+
+def test_docstrings():
+    assert doctest.testmod(generate).failed == 0
+
+
+@pytest.mark.parametrize("cache", ["full", "sentencekv"])
+def test_a_prompt_read_in_chunks_is_answered_as_at_once(capfd, tiny_folder, prompt, cache):
+    whole, parts = (run_json(capfd, "--prompt", prompt, "--model", tiny_folder, "--cache", cache,
+                             "--token-budget", 80, "--prefill-chunk", size, "--device", "cpu",
+                             "--max-new-tokens", 20) for size in (8192, 50))
+    assert parts["text"] == whole["text"] and parts["device_kv_bytes"] == whole["device_kv_bytes"]
 
 
 @pytest.mark.parametrize("cache", ["full", "sentencekv"])
@@ -131,14 +152,137 @@ def test_ctrl_c_ends_with_what_was_written(capfd, tiny_folder, prompt, monkeypat
     steps = iter(range(7))
 
     def sample(logits):
-        if next(steps, None) is None:
-            raise KeyboardInterrupt
+        if next(steps) == 6:
+            signal.raise_signal(signal.SIGINT)
         return 65
 
     monkeypatch.setattr(generate, "sampler", lambda *a: sample)
     status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, "--json")
     assert status == 130 and "Traceback" not in err
     assert json.loads(out.splitlines()[-1])["new_tokens"] == 7
+
+
+QUESTIONS = ("Where had they gone?", "Who slept?", "Where had they gone?")
+
+
+def asked(capfd, *arguments, questions=QUESTIONS):
+    """The report of every question."""
+    status, out, err = run(capfd, *arguments, "--max-new-tokens", 30, "--device", "cpu", "--json",
+                           *(word for question in questions for word in ("--ask", question)))
+    assert status == 0, err
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture
+def chat_folder(tiny_folder):
+    """The tiny model with a chat template, in which every turn ends with a stop token."""
+    (tiny_folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}assistant: ")
+    return tiny_folder
+
+
+@pytest.mark.parametrize("cache", ["full", "sentencekv"])
+@pytest.mark.parametrize("template", [True, False])
+def test_a_question_is_answered_as_in_a_prompt_of_its_own(capfd, chat_folder, prompt, tmp_path,
+                                                          cache, template):
+    if not template:
+        (chat_folder / "chat_template.jinja").unlink()
+    reports = asked(capfd, "--prompt", prompt, "--model", chat_folder, "--cache", cache)
+    for question, report in zip(QUESTIONS, reports):
+        alone = tmp_path / "alone"
+        alone.write_text(f"{TEXT}\n\n{question}", encoding="utf-8")
+        expected = run_json(capfd, "--prompt", alone, "--model", chat_folder, "--cache", cache,
+                            "--max-new-tokens", 30, "--device", "cpu")
+        for name in ("text", "prompt_tokens", "new_tokens", "full_kv_bytes"):
+            assert report[name] == expected[name]
+        assert report["question"] == question and report["text"]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("keep_factor", [1, math.inf])
+def test_asked_again_the_answer_is_the_same(capfd, chat_folder, prompt, temperature, keep_factor):
+    first, second, again = asked(
+        capfd, "--prompt", prompt, "--model", chat_folder, "--token-budget", 80, "--keep-factor",
+        keep_factor, "--temperature", temperature)
+    assert first["text"] == again["text"]
+    for name in ("selected_bytes", "loaded_bytes", "device_kv_bytes", "sentences"):
+        assert first[name] == again[name]
+
+
+@pytest.mark.parametrize("keep_factor", [2, math.inf])
+def test_a_loaded_document_is_the_one_saved(capfd, chat_folder, prompt, tmp_path, keep_factor):
+    """Under another budget and score too."""
+    path, common = tmp_path / "document", ["--model", chat_folder, "--keep-factor", keep_factor]
+    never, first = (asked(capfd, "--prompt", prompt, *common, "--token-budget", 80, *save)
+                    for save in ([], ["--save", path]))
+    loaded = asked(capfd, "--load", path, *common, "--token-budget", 80)
+    names = ("text", "selected_bytes", "loaded_bytes", "host_kv_bytes", "prompt_tokens")
+    for reports in zip(never, first, loaded):
+        for name in names:
+            assert len({report[name] for report in reports}) == 1
+    if keep_factor == math.inf:  # else the budget decides what is kept
+        other = ["--token-budget", 60, "--score", "mean_query"]
+        loaded = asked(capfd, "--load", path, *common, *other)
+        never = asked(capfd, "--prompt", prompt, *common, *other)
+        assert [[r[n] for n in names] for r in loaded] == [[r[n] for n in names] for r in never]
+
+
+def test_a_prompt_saved_without_a_question_is_answered_too(capfd, chat_folder, prompt, tmp_path):
+    common = ["--model", chat_folder, "--max-new-tokens", 30, "--device", "cpu"]
+    for raw in ([], ["--raw"]):
+        expected = run_json(capfd, "--prompt", prompt, *common, *raw)["text"]
+        path = tmp_path / "document"
+        saved = run_json(capfd, "--prompt", prompt, *common, *raw, "--save", path)
+        loaded = run_json(capfd, "--load", path, *common, *raw)
+        assert saved["text"] == loaded["text"] == expected
+
+
+def test_a_conversation_in_a_terminal(chat_folder, prompt, tmp_path):
+    """Two questions, Ctrl-C in an answer and at the prompt, a question too long, Ctrl-D."""
+    config = json.loads((chat_folder / "config.json").read_text())
+    del config["eos_token_id"]  # the model never stops by itself
+    (chat_folder / "config.json").write_text(json.dumps(config))
+    terminal, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, generate.__file__, "--prompt", str(prompt), "--model", str(chat_folder),
+         "--chat", "--max-new-tokens", "600", "--device", "cpu"],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(theirs)
+    seen = b""
+
+    def wait_for(text, start=0):
+        nonlocal seen
+        while text not in seen[start:]:
+            assert select.select([terminal], [], [], 60)[0], seen
+            seen += os.read(terminal, 4096)
+        return len(seen)
+
+    def send(text):
+        os.write(terminal, text)
+
+    at = wait_for(b"\n> ")
+    send(b"Who slept?\n")
+    at = wait_for(b"?\r\n", at)
+    while len(seen) < at + 20:  # the answer has begun
+        seen += os.read(terminal, 4096)
+    send(b"\x03")
+    at = wait_for(b"ms/token", at)
+    at = wait_for(b"\n> ", at - 20)
+    while b"\n> " not in seen[at:]:  # again, as it is lost if it comes just before the reading
+        send(b"\x03")
+        if select.select([terminal], [], [], 0.5)[0]:
+            seen += os.read(terminal, 4096)
+    at = len(seen)
+    send(b"Where?\n")
+    at = wait_for(b"ms/token", at)
+    at = wait_for(b"\n> ", at - 20)
+    send(b"x" * 1000 + b"\n")
+    at = wait_for(b"positions", at)
+    wait_for(b"\n> ", at - 20)
+    send(b"\x04")
+    assert process.wait(60) == 0
+    os.close(terminal)
 
 
 def test_stages_nest_and_their_rest_is_what_is_left(monkeypatch):
@@ -199,6 +343,18 @@ def test_a_bad_prompt_is_one_line(capfd, tiny_folder, tmp_path, content, message
     (["--cuda-graph", "--cache", "full"],
      "--cuda-graph needs --cache sentencekv: a full cache grows at every token"),
     (["--colour", "red"], "unrecognized arguments: --colour red"),
+    (["--load", "file"], "either --prompt or --load is needed"),
+    (["--ask", " "], "--ask is empty"),
+    (["--ask", "Who?", "--raw"], "--ask and --chat need a chat template, not --raw"),
+    (["--ask", "Who? " * 400], f"{len(TEXT) + 2 + 2000} prompt tokens + 256 new ones ="
+     f" {len(TEXT) + 2258}, and the model has {TINY.max_position_embeddings} positions:"
+     " shorten one or the other"),
+    (["--chat", "--ask", "Who?"],
+     "--chat takes questions from standard input: no --ask and no --prompt -"),
+    (["--save", "file", "--cache", "full"], "--save and --load need --cache sentencekv"),
+    (["--save", "."], "cannot write ."),
+    (["--save", "nowhere/file"], "cannot write nowhere/file"),
+    (["--prefill-chunk", "0"], "--prefill-chunk cannot be 0"),
 ])
 def test_a_bad_option_is_one_line(capfd, tiny_folder, prompt, arguments, message):
     status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, *arguments)

@@ -105,3 +105,19 @@ def test_templates_see_tools_and_absent_tokens_as_transformers_shows_them(tiny_f
                 "{% endif %}{{ 'é<' | tojson(ensure_ascii=False) }}"}
     (tiny_folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert Tokenizer(tiny_folder).render_chat("hello") == '"é<"'
+
+
+def test_the_next_turn_follows_an_answer(default_folder):
+    tokenizer = Tokenizer(default_folder)
+    turns = "Who slept?", "A fox.", "Where?"
+    parts = tokenizer.prompt_ids(turns[0]), tokenizer.encode(turns[1], add_bos=False)
+    assert sum(parts, []) + tokenizer.turn_ids(turns[2]) == tokenizer.encode(
+        tokenizer.render_chat(*turns), add_bos=False)
+
+
+def test_without_a_template_there_is_no_next_turn(tiny_folder):
+    with pytest.raises(ValueError, match="has no chat template"):
+        Tokenizer(tiny_folder).turn_ids("Where?")
+    (tiny_folder / "chat_template.jinja").write_text("{{ messages[-1].content }}")
+    with pytest.raises(ValueError, match="leaves out its answers"):
+        Tokenizer(tiny_folder).turn_ids("Where?")

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from datetime import datetime
+from itertools import cycle
 from pathlib import Path
 
 import sentencepiece
@@ -13,6 +14,9 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from weights.checkpoint import read_json
+
+
+ANSWER = "⟪answer⟫"  # in place of one, to see what a template puts after it
 
 
 class HuggingFaceTokens:
@@ -97,8 +101,9 @@ class Tokenizer:
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         self.chat_template = template
 
-    def render_chat(self, message: str) -> str:
-        """`message` as the user's turn, and the beginning of the model's. ValueError if it fails.
+    def render_chat(self, *turns: str) -> str:
+        """The turns of user and model, and the beginning of the model's next. ValueError if it
+        fails.
 
         A template comes with the weights, from anywhere: it runs in jinja2's sandbox.
         """
@@ -110,7 +115,8 @@ class Tokenizer:
         environment.filters["tojson"] = lambda value, **how: json.dumps(value, **how)
         try:
             return environment.from_string(self.chat_template).render(
-                messages=[{"role": "user", "content": message}],
+                messages=[{"role": role, "content": turn}
+                          for role, turn in zip(cycle(("user", "assistant")), turns)],
                 add_generation_prompt=True, tools=None, documents=None, **self.special_strings,
             )
         except Exception as error:  # it is somebody else's program
@@ -129,6 +135,16 @@ class Tokenizer:
         if not ids:
             raise ValueError("the prompt has no tokens")
         return ids
+
+    def turn_ids(self, question: str) -> list[int]:
+        """What comes between an answer and the next: its end, the user's turn, the beginning of the
+        model's. ValueError without a chat template that can do it."""
+        if self.chat_template is None:
+            raise ValueError(f"{self.folder} has no chat template: there can be no second question")
+        before, answer, after = self.render_chat("?", ANSWER, question).partition(ANSWER)
+        if not answer:
+            raise ValueError("the model's chat template leaves out its answers")
+        return self.encode(after, add_bos=False)
 
     def stop_tokens(self) -> set[int]:
         """The ids that end an answer, wherever the folder's files name them."""

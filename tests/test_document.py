@@ -1,0 +1,104 @@
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import generate
+from sentencekv import SentenceKVConfig
+from weights import document as module
+from weights.document import Document, load_document, map_rows, save_document
+
+CPU = torch.device("cpu")
+DOCUMENT = Document("It is späť.", [3, 1, 2], [(0, 2), (2, 3)], {
+    "kv": torch.randn(2, 3, 1, 2, 2048), "vectors": torch.randn(2, 1, 4, 2048)})
+
+
+def save(path, folder, config=SentenceKVConfig()):
+    save_document(path, DOCUMENT, folder, config, torch.float32)
+    return path
+
+
+def load(path, folder, dtype=torch.float32, **settings):
+    return load_document(path, folder, SentenceKVConfig(**settings), CPU, dtype)
+
+
+def test_what_is_loaded_is_what_was_saved(tiny_folder, tmp_path):
+    loaded = load(save(tmp_path / "document", tiny_folder), tiny_folder, token_budget=99,
+                  score="mean_query", recent_window=8)
+    assert (loaded.text, loaded.ids, loaded.spans) == (DOCUMENT.text, DOCUMENT.ids, DOCUMENT.spans)
+    for name, tensor in DOCUMENT.snapshot.items():
+        assert torch.equal(loaded.snapshot[name], tensor)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["document"]
+
+
+def test_rows_given_back_are_read_again(tiny_folder, tmp_path):
+    path, rows = save(tmp_path / "document", tiny_folder), DOCUMENT.snapshot["kv"]
+    mapped, release = map_rows(path, rows.shape, torch.float32)
+    for layer in (1, 0):
+        assert torch.equal(mapped, rows)
+        release(layer)
+    assert torch.equal(mapped, rows)
+
+
+def test_the_rest_of_a_prompt_follows_the_document():
+    assert DOCUMENT.rest([3, 1, 2, 7]) == [7]
+    with pytest.raises(ValueError, match="does not begin with the tokens of the document"):
+        DOCUMENT.rest([3, 1])
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(dtype=torch.bfloat16), "was saved with dtype float32, not bfloat16"),
+    (dict(keep_factor=2), "was saved with keep_factor inf, not 2"),
+    (dict(sink_tokens=5), "was saved with sink_tokens 4, not 5"),
+    (dict(sentence_limit=128), "was saved with sentence_limit 16, not 128"),
+    (dict(recent_window=40), "recent_window is 40, and .* was saved with 32 last tokens"),
+])
+def test_other_settings_are_refused(tiny_folder, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        load(save(tmp_path / "document", tiny_folder), tiny_folder, **settings)
+
+
+def test_another_model_is_refused(tiny_folder, tmp_path):
+    path, weights = save(tmp_path / "document", tiny_folder), tiny_folder / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, weights)
+    with pytest.raises(ValueError, match="was saved with another model"):
+        load(path, tiny_folder)
+
+
+def test_a_file_that_is_no_document_is_refused(tiny_folder, tmp_path):
+    path = save(tmp_path / "document", tiny_folder)
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[:100], whole[:4], b"", b"text", os.urandom(1000)):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is not a saved document"):
+            load(path, tiny_folder)
+    with pytest.raises(ValueError, match="was saved with no sentencekv document"):
+        load(tiny_folder / "model.safetensors", tiny_folder)
+    with pytest.raises(ValueError, match="cannot read .*nowhere"):
+        load(tmp_path / "nowhere", tiny_folder)
+    with pytest.raises(ValueError, match="cannot read"):
+        load(tmp_path, tiny_folder)
+
+
+def test_a_full_disk_leaves_what_was_there(tiny_folder, tmp_path, monkeypatch):
+    path = save(tmp_path / "document", tiny_folder)
+    before = path.read_bytes()
+
+    def save_file(tensors, part, metadata):
+        part.write_bytes(b"half of it")
+        raise module.SafetensorError("No space left on device")
+
+    monkeypatch.setattr(module, "save_file", save_file)
+    with pytest.raises(ValueError, match="cannot write .*document: No space left"):
+        save(path, tiny_folder)
+    assert path.read_bytes() == before and len([*tmp_path.glob("*document*")]) == 1
+
+
+def test_the_command_line_says_it_in_one_line(capfd, tiny_folder, tmp_path):
+    path = tmp_path / "document"
+    path.write_bytes(b"")
+    status = generate.main(["--load", str(path), "--model", str(tiny_folder)])
+    out, err = capfd.readouterr()
+    assert (status, out) == (2, "") and err.count("\n") == 1 and "not a saved document" in err

@@ -1,0 +1,130 @@
+"""A document that was read, in one safetensors file: read once, asked whenever.
+
+The file holds the rows of the host tier, what the device knows of the sentences, the text, its
+tokens and its sentences. Its metadata say which model and which settings made it.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from weights.checkpoint import weight_files
+
+FORMAT = "sentencekv document 1"
+SAME = ("keep_factor", "sink_tokens", "secondary_sinks", "secondary_ratio", "sentence_limit")
+SAMPLE = 2**16  # bytes, of which a fingerprint reads 64 times
+
+
+@dataclass
+class Document:
+    text: str
+    ids: list[int]  # the tokens that were read: the prompt up to the end of the text
+    spans: list  # their sentences, (start, end)
+    snapshot: dict  # of the cache after them
+    release: Callable[[int], None] | None = None  # gives back the memory of a layer's rows
+
+    def rest(self, ids: list[int]) -> list[int]:
+        """The tokens of a prompt that begins with the document, without those of the document."""
+        n = len(self.ids)
+        if ids[:n] != self.ids:
+            raise ValueError("the prompt does not begin with the tokens of the document")
+        return ids[n:]
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the model's configuration and of 64 samples of every file of weights."""
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", *weight_files(folder)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for i in range(64):
+                file.seek(size * i // 64)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def identity(folder: Path, config, dtype) -> dict:
+    """What must be the same where a document is saved and where it is loaded, as strings."""
+    return {"format": FORMAT, "model": fingerprint(folder),
+            "dtype": str(dtype).removeprefix("torch."),
+            **{name: str(getattr(config, name)) for name in SAME}}
+
+
+def save_document(path: Path, document: Document, folder: Path, config, dtype):
+    """Write beside `path` and rename, so that the file is whole or absent."""
+    tensors = {name: tensor.contiguous() for name, tensor in document.snapshot.items()}
+    tensors |= {"ids": torch.tensor(document.ids), "spans": torch.tensor(document.spans),
+                "text": torch.frombuffer(bytearray(document.text.encode()), dtype=torch.uint8)}
+    metadata = identity(folder, config, dtype) | {"protected": str(config.protected_tokens)}
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, part, metadata)
+        os.replace(part, path)
+    except SafetensorError as error:  # of the disk
+        raise ValueError(f"cannot write {path}: {error}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_document(path: Path, folder: Path, config, device, dtype) -> Document:
+    """The document in a file. Its rows are mapped: they are read from disk when they are asked for.
+    For a GPU they are read and pinned.
+
+    ValueError for a file that is no whole document, or one of another model or other settings.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            check_identity(path, metadata, identity(folder, config, dtype))
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name != "kv"}
+            shape = file.get_slice("kv").get_shape()
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a saved document: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+    if config.protected_tokens > int(metadata["protected"]):
+        raise ValueError(f"recent_window is {config.recent_window}, and {path} was saved with"
+                         f" {metadata['protected']} last tokens: at most these")
+    ids, spans, text = (tensors.pop(name).tolist() for name in ("ids", "spans", "text"))
+    tensors["kv"], release = map_rows(path, shape, dtype)
+    if device.type == "cuda":
+        tensors["kv"], release = tensors["kv"].pin_memory(), None
+    return Document(bytes(text).decode(), ids, [tuple(span) for span in spans], tensors, release)
+
+
+def check_identity(path: Path, found: dict, expected: dict):
+    for name, value in expected.items():
+        if found.get(name) != value:
+            what = f"{name} {found.get(name)}, not {value}"
+            what = {"model": "another model", "format": f"no {FORMAT}"}.get(name, what)
+            raise ValueError(f"{path} was saved with {what}")
+
+
+def map_rows(path: Path, shape: list, dtype) -> tuple:
+    """The rows (L, N, H_kv, 2, D) as a mapping of the file, and a function that gives the memory of
+    a layer's rows back: they are read again from the file when they are asked for again."""
+    with open(path, "rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(header_size))["kv"]["data_offsets"]
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    begin, layer_size = 8 + header_size + begin, (end - begin) // shape[0]
+    rows = torch.frombuffer(mapping, dtype=dtype, count=math.prod(shape), offset=begin).view(shape)
+
+    def release(layer: int):
+        first = begin + layer * layer_size
+        start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
+        size = (first + layer_size) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if size > 0:
+            mapping.madvise(mmap.MADV_DONTNEED, start, size)
+
+    return rows, release
