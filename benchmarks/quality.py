@@ -8,16 +8,21 @@
     python -m benchmarks.quality recall --data BOOK.txt --length 3000 --new-tokens 64
     python -m benchmarks.quality jaccard --data BOOK.txt --length 3000
     python -m benchmarks.quality sinks --data BOOK.txt --length 3000
+    python -m benchmarks.quality requests --data BOOK.txt --count 12 --budgets 256,512
 
 The prompt is read once, and its keys and values are replayed into a cache for every method and
 budget. A method may carry settings of SentenceKVConfig, and the unit that it remembers by:
 `sentencekv:score=votes,keep_factor=3,unit=chunk16`. Results go to --out, one JSON line each; what
 is there already is not done again. Runs on the CPU in float32.
+
+`requests` asks eight questions of one document, each as if it were the only one after it. Methods
+that choose what to keep once choose it for the first question; with `sees=nothing` for none.
 """
 
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -34,6 +39,8 @@ from benchmarks import tasks
 from benchmarks.baselines import (
     METHODS,
     SENTENCE_METHODS,
+    Evicting,
+    Paged,
     Recording,
     attention_received,
     expected_attention,
@@ -78,6 +85,7 @@ class Method:
 
     def new_cache(self, model, pieces: list[str], max_new_tokens: int):
         settings = self.settings
+        settings.pop("sees", None)
         if "unit" in settings and self.name not in SENTENCE_METHODS:
             raise ValueError(f"method {self.name!r} remembers by no unit")
         spans = units(pieces, settings.pop("unit", "sentence"), self.sentence_limit)
@@ -193,15 +201,54 @@ class Bench:
         for group in batched(methods):
             writers = [Writer(m, recording.replay(m.new_cache(self.model, pieces, max_new_tokens)),
                               self.tokenizer.detokenizer()) for m in group]
-            live, tokens = writers, [first] * len(writers)
-            for _ in range(max_new_tokens):
-                for writer, token in zip(live, tokens):
-                    writer.read_on(token)
-                live = [w for w in live if w.tokens[-1] not in self.stop]
-                if not live or len(live[0].tokens) == max_new_tokens:
-                    break
-                tokens = decode_together(self.model, live).argmax(dim=-1).tolist()
-            yield from writers
+            yield from self.write(writers, [first] * len(writers), max_new_tokens)
+
+    def requests(self, questions: list, methods: list[Method]):
+        """Yield (question, `Writer`) for every question of one document and every method."""
+        prompts = [self.prompt_ids(example) for example in questions]
+        text = questions[0].message.rpartition("\n\n")[0]
+        n = len(os.path.commonprefix([*prompts, self.tokenizer.prompt_ids(text)]))
+        pieces = self.tokenizer.pieces(prompts[0])[:n]
+        seen = self.record(prompts[0])[0].document_and_last_queries(n)
+        blind, states = self.record(prompts[0][:n])[0], []
+        for method in methods:
+            cache = method.new_cache(self.model, pieces, len(prompts[0]) - n + 99)
+            evicts = isinstance(cache, Evicting) and not isinstance(cache, Paged)
+            sees = evicts and method.settings.get("sees") != "nothing"
+            (seen if sees else blind).replay(cache)
+            if sees:
+                cache.forget_window()
+            states.append((cache, None if isinstance(cache, Evicting) else cache.snapshot()))
+        for example, ids in zip(questions, prompts):
+            writers, tokens = [], []
+            for method, (cache, snapshot) in zip(methods, states):
+                if snapshot:
+                    cache.restore(snapshot)
+                else:
+                    cache = cache.fork()
+                writers.append(Writer(method, cache, self.tokenizer.detokenizer()))
+                tokens.append(self.read_question(cache, ids[n:], method))
+            yield from zip([example] * len(writers), self.write(writers, tokens,
+                                                                example.max_new_tokens))
+
+    def read_question(self, cache, ids: list[int], method: Method) -> int:
+        """Returns the first token of the answer."""
+        if hasattr(cache, "expect"):
+            cache.expect(token_spans(self.tokenizer.pieces(ids), method.sentence_limit))
+        states = self.model.prefill(torch.tensor(ids), cache)
+        return self.model.logits(states[-1:])[0].argmax().item()
+
+    def write(self, writers: list[Writer], tokens: list[int], max_new_tokens: int) -> list[Writer]:
+        """All writers go on from their first tokens, until each has ended its answer."""
+        live = writers
+        for _ in range(max_new_tokens):
+            for writer, token in zip(live, tokens):
+                writer.read_on(token)
+            live = [w for w in live if w.tokens[-1] not in self.stop]
+            if not live or len(live[0].tokens) == max_new_tokens:
+                break
+            tokens = decode_together(self.model, live).argmax(dim=-1).tolist()
+        return writers
 
     def text(self, writer: Writer) -> str:
         pairs = zip(writer.tokens, writer.pieces)
@@ -297,7 +344,7 @@ class Witness:
     num_tokens = property(lambda self: self.full.num_tokens)
 
     def prefill(self, *args):
-        self.full.prefill(*args)
+        return self.full.prefill(*args)
 
     def advance(self, n_tokens):
         decoding = self.full.num_tokens > 0
@@ -417,6 +464,19 @@ def book_tokens(args, bench) -> list[tuple[str, list[int]]]:
     return books
 
 
+def run_requests(args, bench, methods, results):
+    methods = [m for m in methods if m.name != "h2o"]  # it cannot read a second text
+    paragraphs = haystack(bench, "\n\n".join(map(read_text, args.data)), args.length)
+    for questions in tqdm(list(tasks.requests(paragraphs, args.count, args.seed)),
+                          unit="document", disable=None):
+        left = results.missing(questions[-1].task, questions[-1].index, methods)
+        for example, writer in bench.requests(questions, left) if left else ():
+            text, method = bench.text(writer), writer.method
+            results.add(task=example.task, index=example.index, method=method.spec,
+                        budget=method.budget, score=example.score(text), text=text,
+                        answers=example.answers, model=bench.name)
+
+
 def run_perplexity(args, bench, methods, results):
     for name, ids in tqdm(book_tokens(args, bench), unit="book", disable=None):
         task = f"nll {name}"
@@ -515,7 +575,7 @@ def parse(arguments):
 
     add = parser.add_argument
     add("task", choices=("ruler", "needle", "longbench", "perplexity", "recall", "jaccard",
-                          "sinks"))
+                          "sinks", "requests"))
     add("--data", type=Path, nargs="+", required=True, help="task files, or books as haystacks")
     add("--model", type=Path, help="Llama folder (default: SmolLM2-135M-Instruct)")
     add("--methods", help="separated by blanks or semicolons; default: all",
@@ -557,10 +617,10 @@ def main(arguments=None) -> int:
     try:
         methods, results = asked_methods(args), Results(args.out)
         bench = Bench(args.model or download())
-        run = {"perplexity": run_perplexity, "recall": run_recall,
-               "jaccard": run_jaccard, "sinks": run_sinks}.get(args.task, run_answers)
+        run = {"perplexity": run_perplexity, "recall": run_recall, "jaccard": run_jaccard,
+               "sinks": run_sinks, "requests": run_requests}.get(args.task, run_answers)
         run(args, bench, methods, results)
-        percent = args.task in ("ruler", "needle", "longbench")
+        percent = args.task in ("ruler", "needle", "longbench", "requests")
         rows = at_every_budget(results.rows)
         report = table(rows, percent, above_full=args.task == "perplexity")
         if args.pair:

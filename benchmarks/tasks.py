@@ -173,6 +173,22 @@ def ruler_generate(family: str, paragraphs: list[str], count: int, seed: int = 0
         yield Example(family, index, f"{text}\n\n{ask(about)}", tuple(answers), prefix(about))
 
 
+def requests(paragraphs: list[str], count: int, seed: int = 0) -> Iterator[list[Example]]:
+    """For each of `count` documents eight facts in it, and a question about each."""
+    draw = random.Random(f"requests {seed}")
+    for index in range(count):
+        cities = draw.sample(CITIES, 8)
+        values = [str(draw.randrange(1000000, 9999999)) for _ in cities]
+        needles = [f"One of the special magic numbers for {city} is {value}."
+                   for city, value in zip(cities, values)]
+        text = spread(paragraphs, needles, [draw.random() for _ in cities])
+        yield [Example(
+            f"question {number}", index,
+            f"{text}\n\nWhat is the special magic number for {city} mentioned in the text above?",
+            (value,), f"The special magic number for {city} mentioned in the text above is",
+            max_new_tokens=16) for number, (city, value) in enumerate(zip(cities, values), 1)]
+
+
 FAMILIES = ("single", "multikey", "multivalue", "multiquery", "vt")
 
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from conftest import TINY
 
 from benchmarks import compare, quality, tasks
@@ -102,6 +103,43 @@ def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, t
     assert out.with_suffix(".png").stat().st_size > 1000
     assert run(*arguments) == 0
     assert results(out) == first
+
+
+def test_every_question_of_a_document_is_answered_as_alone(tiny_folder, book, tmp_path):
+    """By the full cache. All methods take part, and not twice."""
+    out = tmp_path / "requests.jsonl"
+    arguments = ("requests", "--data", book, "--model", tiny_folder, "--length", 300, "--budgets",
+                 "128", "--count", 1, "--out", out, "--methods",
+                 " ".join({*quality.METHODS} - {"h2o"}) + " snapkv:sees=nothing")
+    assert run(*arguments) == 0
+    rows = results(out)
+    assert len(rows) == 8 * len(quality.METHODS)
+    bench = quality.Bench(tiny_folder)
+    paragraphs = quality.haystack(bench, BOOK, 300)
+    (questions,) = tasks.requests(paragraphs, 1)
+    for example in questions:
+        (alone,) = bench.answers(bench.prompt_ids(example), example.max_new_tokens,
+                                 [quality.Method("full", 128)])
+        (row,) = [r for r in rows if r["task"] == example.task and r["method"] == "full"]
+        assert row["text"] == bench.text(alone) and row["answers"] == list(example.answers)
+    assert run(*arguments) == 0
+    assert results(out) == rows
+
+
+def test_a_choice_for_the_first_question_forgets_the_question(tiny_folder, book):
+    bench = quality.Bench(tiny_folder)
+    (questions,) = tasks.requests(quality.haystack(bench, BOOK, 300), 1)
+    ids, n = bench.prompt_ids(questions[0]), 400
+    shown = bench.record(ids)[0].document_and_last_queries(n)
+    cache = shown.replay(quality.Method("snapkv", 96).new_cache(bench.model, ["a"] * n, 50))
+    cache.forget_window()
+    assert cache.num_tokens == n and cache.kept_at[0].max() < n
+    assert cache.kept[0].shape[1] == 64 and cache.recent[0].shape[1] == 0
+    before = cache.kept[0].clone()
+    copy = cache.fork()
+    bench.model.prefill(torch.tensor(ids[n:]), copy)
+    assert cache.recent[0].shape[1] == 0 and copy.recent[0].shape[1] == len(ids) - n
+    assert torch.equal(cache.kept[0], before)
 
 
 def test_methods_together_write_what_each_writes_alone(tiny_folder, book):
