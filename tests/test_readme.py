@@ -43,13 +43,24 @@ def test_every_flag_that_is_mentioned_exists(capsys):
 
 
 def test_the_first_command_answers_as_the_readme_shows(default_folder):
-    (command,) = re.findall(r"generate\.py --prompt .*", README)
+    command, *_ = re.findall(r"generate\.py --prompt .*", README)
     done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT,
                           capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     answer = done.stdout.strip()
     assert "8.03" in answer
     assert answer in README
+
+
+def test_questions_are_answered_as_the_readme_shows(default_folder, tmp_path):
+    (command,) = re.findall(r"^head .*", README, re.MULTILINE)
+    command = command.replace(".venv/bin/python", shlex.quote(sys.executable))
+    command = command.replace("--save ", f"--save {tmp_path}/")
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True,
+                          encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    *_, question, answer = done.stdout.strip().splitlines()
+    assert f"{question}\n{answer}\n" in README and (tmp_path / "walden.kv").exists()
 
 
 @pytest.mark.parametrize("cache", ["full", "sentencekv"])
