@@ -173,20 +173,31 @@ def ruler_generate(family: str, paragraphs: list[str], count: int, seed: int = 0
         yield Example(family, index, f"{text}\n\n{ask(about)}", tuple(answers), prefix(about))
 
 
+FACTS = {  # what is asked for, and what the answer is drawn from
+    "secret password of the lighthouse keeper":
+        "marmalade compass lantern juniper velvet saffron harbour thimble",
+    "name of the captain's parrot": "Pepper Nestor Mango Sultan Biscuit Rollo Figaro Domino",
+    "hiding place of the mill key": "teapot chimney haystack wardrobe beehive birdcage umbrella",
+    "favourite colour of the doctor": "crimson turquoise ivory amber indigo scarlet maroon",
+    "number of the locker at the station": " ".join(map(str, range(113, 990, 37))),
+    "birthplace of the clockmaker": " ".join(CITIES),
+    "favourite flower of the widow": "tulip foxglove jasmine peony orchid dahlia magnolia",
+    "instrument of the mayor": "violin trombone harp bassoon flute accordion mandolin",
+}
+
+
 def requests(paragraphs: list[str], count: int, seed: int = 0) -> Iterator[list[Example]]:
     """For each of `count` documents eight facts in it, and a question about each."""
     draw = random.Random(f"requests {seed}")
     for index in range(count):
-        cities = draw.sample(CITIES, 8)
-        values = [str(draw.randrange(1000000, 9999999)) for _ in cities]
-        needles = [f"One of the special magic numbers for {city} is {value}."
-                   for city, value in zip(cities, values)]
-        text = spread(paragraphs, needles, [draw.random() for _ in cities])
-        yield [Example(
-            f"question {number}", index,
-            f"{text}\n\nWhat is the special magic number for {city} mentioned in the text above?",
-            (value,), f"The special magic number for {city} mentioned in the text above is",
-            max_new_tokens=16) for number, (city, value) in enumerate(zip(cities, values), 1)]
+        facts = [(what, draw.choice(values.split())) for what, values in FACTS.items()]
+        draw.shuffle(facts)
+        needles = [f"The {what} is {value}." for what, value in facts]
+        text = spread(paragraphs, needles, [draw.random() for _ in facts])
+        yield [Example(f"question {number}", index,
+                       f"{text}\n\nWhat is the {what} mentioned in the text above?", (value,),
+                       f"The {what} mentioned in the text above is", max_new_tokens=16)
+               for number, (what, value) in enumerate(facts, 1)]
 
 
 FAMILIES = ("single", "multikey", "multivalue", "multiquery", "vt")
