@@ -389,14 +389,17 @@ class SentenceKVCache:
         """What is kept of the first text, in tensors. Nothing may have been read or written since.
         The rows are not copied: `restore` also serves another cache, and another process."""
         assert self.num_tokens == self.text_end == self.open_start
+        assert self.table.n_rows == self.host.first.shape[1]
         return {"num_tokens": torch.tensor(self.num_tokens), "kv": self.host.first,
                 **self.table.snapshot()}
 
     def restore(self, snapshot: dict):
-        """Forget what was read and written, and go on from a snapshot, as if it had just been read.
-        The settings must be those of the snapshot, but for budget, score and decay."""
+        """Forget what was read and written, and go on from a snapshot as if it had just been read.
+        The settings must be those of the snapshot, but for budget, score, decay, and a recent window
+        that is not longer."""
         self.num_tokens = self.text_end = snapshot["num_tokens"].item()
-        self.host.first = snapshot["kv"]
+        if self.host.first is not snapshot["kv"]:
+            self.host.first, self.host.n_moves = snapshot["kv"], self.host.n_moves + 1
         self.table.restore(snapshot, self.host.first.shape[1])
         self.slot_row.fill_(NO_ROW)
         for tensor in (self.slot_sentence, self.slot_missing, self.total_selected,
@@ -484,7 +487,8 @@ class SentenceKVCache:
         self.slots[:, :, self.slot_of(start) : self.slot_of(self.num_tokens)] = kept
 
     def report(self) -> dict:
-        """Bytes held, measured on the tensors themselves, and bytes selected and loaded so far."""
+        """Bytes held, measured on the tensors themselves, and bytes selected and loaded so far. On
+        the host, rows of a mapped file count whether they have been read or not."""
         table, host = self.table, self.host
         held = {"slots": [self.slots], "sentence vectors": [table.vectors], "bookkeeping": [
             table.variances, table.bounds, table.scores, table.n_resident, table.lengths,

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cache import SentenceKVCache, triton
 from model import FullCache, GraphedDecode, LlamaConfig
-from segment import SentenceStream, token_spans
+from segment import SentenceStream, split_at_sentences, token_spans
 from sentencekv import SCORES, SentenceKVConfig
 from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
 from weights.document import Document, load_document, save_document
@@ -52,19 +52,6 @@ def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=it
         for part in ids.tensor_split(part_ends):
             states = model.prefill(part, cache, progress)
         return sample(model.logits(states[-1:])[0])
-
-
-def split_at_sentences(spans: list, size: int) -> list[int]:
-    """Where to split a text, so that a part has at most `size` tokens or is one sentence.
-
-    >>> split_at_sentences([(0, 3), (3, 4), (4, 9), (9, 10)], size=4)
-    [4, 9]
-    """
-    starts = [0]
-    for start, end in spans:
-        if end - starts[-1] > size and start > starts[-1]:
-            starts.append(start)
-    return starts[1:]
 
 
 def generate(model, cache, token: int, detokenize, sample, stop: set, max_new_tokens: int,
@@ -194,7 +181,7 @@ class Session:
         """Read a text, the first or a later one. Returns the first token after it."""
         with self.timer("segment"):
             spans = token_spans(self.tokenizer.pieces(ids), self.config.sentence_limit)
-        self.cache.expect(spans) if self.cache else self.begin(spans)
+            self.cache.expect(spans) if self.cache else self.begin(spans)
         self.cache.stage, self.spans = self.timer, self.spans + spans
         progress = partial(tqdm, desc="prefill", unit="layer", leave=False, disable=None)
         return prefill(self.model, self.cache, ids, self.sample, self.timer, progress,
@@ -212,8 +199,9 @@ class Session:
         """Read what `tokens()` returns and print the answer, until `stopped()`. Returns a report."""
         with self.timer("tokenize"):
             ids = self.unread + tokens()
-        n_prompt = len(ids) + (self.cache.num_tokens if self.cache else 0)
-        check_positions(n_prompt, 1, self.model.config)
+        n_before = self.cache.num_tokens if self.cache else 0
+        check_prompt(ids, n_before, 1, self.model.config)
+        n_prompt = n_before + len(ids)
         token, text, n_new = self.read(ids), "", 0
         if self.decode:
             self.cache.stage = nullcontext  # stages inside a graph cannot be timed
@@ -258,20 +246,23 @@ def run(args) -> int:
     tokenizer, model_config = Tokenizer(folder), load_config(folder)
     document = load_document(args.load, folder, config, device, dtype) if args.load else None
     text = document.text if document else read_text(args.prompt)
+    if document:
+        tokenizer.now = document.now
+    if args.chat:
+        tokenizer.turn_ids("?")  # refuses a model that cannot go on
 
     def prompt(question: str = "") -> list[int]:
         return tokenizer.prompt_ids(f"{text}\n\n{question}" if question else text, args.raw)
 
-    longest = max(map(prompt, args.ask or [""]), key=len)
-    n_new, most = args.max_new_tokens, len(longest) + args.max_new_tokens
+    prompts = [prompt(clean(question)) for question in args.ask or [""]]
+    most = max(map(len, prompts)) + args.max_new_tokens
     if args.chat:
-        n_new, most = 1, model_config.max_position_embeddings
-    check_positions(len(longest), n_new, model_config)
-    if max(longest) >= (size := model_config.vocab_size):
-        raise ValueError(f"the prompt has token {max(longest)}, the vocabulary of the model {size}")
+        most = model_config.max_position_embeddings
+    for ids in prompts:
+        check_prompt(ids, 0, 1 if args.chat else args.max_new_tokens, model_config)
     session = Session(args, config, tokenizer, load_model(folder, device, dtype), most)
     if not (args.ask or args.chat or args.save or args.load):
-        return finish(session.answer(prompt), print_report, args.json)
+        return finish(session.answer(prompt), args.json)
     if document is None:  # what a prompt with a question and one without have in common
         ids = os.path.commonprefix([prompt()[:-1], prompt("?")])
         document = read_document(session, text, ids)
@@ -287,17 +278,17 @@ def read_document(session: Session, text: str, ids: list[int]) -> Document:
     session.read(ids)
     print(f"{len(ids)} tokens in {len(session.spans)} sentences, read in"
           f" {session.timer.totals()['prefill']['total'] / 1e3:.1f} s", file=sys.stderr)
-    return Document(text, ids, session.spans, session.cache.snapshot())
+    return Document(text, ids, session.spans, session.cache.snapshot(), session.tokenizer.now)
 
 
 def ask(session: Session, document: Document, prompt) -> int:
     """Answer each question as if it were the only one."""
-    for question in session.args.ask or [""]:
+    for question in map(clean, session.args.ask or [""]):
         session.go_back(document)
         if question:
             print(f"\n> {question}", flush=True)
         report = session.answer(lambda: document.rest(prompt(question)))
-        if finish({"question": question, **report}, print_times, session.args.json):
+        if finish({"question": question, **report}, session.args.json):
             return 130
     return 0
 
@@ -308,27 +299,32 @@ def chat(session: Session, document: Document, prompt) -> int:
     tokens = lambda question: document.rest(prompt(question))
     while True:
         try:
-            question = input("\n> ").strip()
+            if question := clean(input("\n> ")).strip():
+                with interrupts() as stopped:
+                    report = session.answer(lambda: tokens(question), stopped)
+                tokens = session.tokenizer.turn_ids
+                finish({"question": question, **report}, session.args.json)
         except KeyboardInterrupt:
-            continue
+            pass
         except EOFError:
             print()
             return 0
-        if not question:
-            continue
-        try:
-            with interrupts() as stopped:
-                report = session.answer(lambda: tokens(question), stopped)
         except ValueError as error:  # there is no room left
             print(f"generate.py: {error}", file=sys.stderr)
-            continue
-        finish({"question": question, **report}, print_times, session.args.json)
-        tokens = session.tokenizer.turn_ids
 
 
-def finish(report: dict, show, as_json: bool) -> int:
-    """Print the report. Returns the exit status."""
-    show(report)
+def clean(text: str) -> str:
+    """Without halves of characters, which a terminal or a command line can hand over."""
+    return text.encode(errors="replace").decode()
+
+
+def finish(report: dict, as_json: bool) -> int:
+    """Print times and memory. Returns the exit status."""
+    if "question" in report:
+        print("{ttft_ms:.0f} ms to the first token, {decode_ms_per_token:.1f} ms/token".format(
+            **report), file=sys.stderr)
+    else:
+        print_report(report)
     if as_json:
         print(json.dumps(report))
     return 130 if report["interrupted"] else 0
@@ -359,11 +355,6 @@ def print_report(report: dict):
         print(f"{report['hit_rate']:.1%} of the selected rows were on the device", file=sys.stderr)
 
 
-def print_times(report: dict):
-    print("{ttft_ms:.0f} ms to the first token, {decode_ms_per_token:.1f} ms/token".format(
-        **report), file=sys.stderr)
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # which would exit
         raise ValueError(message)
@@ -379,7 +370,7 @@ def options() -> Parser:
     parser.add_argument("--prompt", metavar="FILE", help="text file; - is standard input")
     parser.add_argument("--ask", action="append", default=[], metavar="QUESTION",
                         help="about the text, which is read once; may be given several times")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="keep what was read of the text")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep what was read of it")
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on from it: no --prompt")
     parser.add_argument("--model", type=Path, help="Llama folder (SmolLM2-135M-Instruct)")
     add("--cache", "sentencekv", "where keys and values are kept", choices=("sentencekv", "full"))
@@ -416,6 +407,7 @@ def parse(arguments=None) -> argparse.Namespace:
         (not all(map(str.strip, args.ask)), "--ask is empty"),
         (args.chat and (args.ask or args.prompt == "-"),
          "--chat takes questions from standard input: no --ask and no --prompt -"),
+        (args.chat and sys.stdin is None, "standard input is closed"),
         (args.cache == "full" and (args.save or args.load), "--save and --load need --cache"
          " sentencekv"),
         (args.save and (args.save.is_dir() or not os.access(args.save.parent, os.W_OK)),
@@ -459,6 +451,14 @@ def check_positions(n_prompt: int, n_new: int, config: LlamaConfig):
                          f" has {positions} positions: shorten one or the other")
 
 
+def check_prompt(ids: list[int], n_before: int, n_new: int, config: LlamaConfig):
+    """The same, after `n_before` tokens, and if the model knows no such token."""
+    check_positions(n_before + len(ids), n_new, config)
+    if max(ids) >= config.vocab_size:
+        raise ValueError(f"the prompt has token {max(ids)}, the vocabulary of the model"
+                         f" {config.vocab_size}")
+
+
 def main(arguments=None) -> int:
     try:
         return run(parse(arguments))
@@ -479,5 +479,7 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
+    if sys.stdin is not None:
+        sys.stdin.reconfigure(errors="replace")
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     sys.exit(main())

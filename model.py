@@ -12,7 +12,6 @@ Shapes, here and in all files (one prompt at a time, so there is no batch dimens
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -118,17 +117,20 @@ class Attention(nn.Module):
 def causal_attention(q, keys, values, block: int = 1024):
     """q (H, T, D) of the last T of n tokens, keys and values (H_kv, n, D) -> (H, T, D)."""
     n_tokens, n_earlier = keys.shape[1], keys.shape[1] - q.shape[1]
-    attend = partial(F.scaled_dot_product_attention, enable_gqa=True)
     if n_earlier == 0:
-        return attend(q[None], keys[None], values[None], is_causal=True)[0]
+        return F.scaled_dot_product_attention(
+            q[None], keys[None], values[None], is_causal=True, enable_gqa=True)[0]
     # PyTorch's causal mask is for q and keys that begin together. Blocks bound the size of ours.
-    out = []
+    out, grouped = [], q.unflatten(0, (len(keys), -1))  # (H_kv, G, T, D)
     for start in range(n_earlier, n_tokens, block):
         end = min(start + block, n_tokens)
         mask = torch.ones(end - start, end, dtype=torch.bool, device=q.device).tril(start)
-        part = q[None, :, start - n_earlier : end - n_earlier]
-        out.append(attend(part, keys[None, :, :end], values[None, :, :end], attn_mask=mask)[0])
-    return torch.cat(out, dim=1)
+        part = grouped[:, :, start - n_earlier : end - n_earlier]
+        found = F.scaled_dot_product_attention(
+            part.flatten(1, 2)[None], keys[None, :, :end], values[None, :, :end],
+            attn_mask=mask.repeat(part.shape[1], 1))[0]  # (H_kv, G * T, D), as in `attend`
+        out.append(found.unflatten(1, part.shape[1:3]))
+    return torch.cat(out, dim=2).flatten(0, 1)
 
 
 class MLP(nn.Module):  # SwiGLU, arXiv 2002.05202
@@ -219,8 +221,8 @@ class GraphedDecode:
         if not self.warm:  # kernels are compiled while the first token is decoded
             self.warm = True
             return self.model.decode(self.ids, cache)
-        if self.captured != (cache, cache.table.n_resizes):
-            self.captured, self.graph = (cache, cache.table.n_resizes), torch.cuda.CUDAGraph()
+        if self.captured != (cache, cache.version):
+            self.captured, self.graph = (cache, cache.version), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.states = self.model.step(self.ids, self.position, cache)
         self.graph.replay()

@@ -28,6 +28,19 @@ def token_spans(pieces: Iterable[str], limit: int = 128) -> list[tuple[int, int]
     return list(pairwise(accumulate(lengths, initial=0)))
 
 
+def split_at_sentences(spans: list, size: int) -> list[int]:
+    """Where to split a text, so that a part has at most `size` tokens or is one sentence.
+
+    >>> split_at_sentences([(0, 3), (3, 4), (4, 9), (9, 10)], size=4)
+    [4, 9]
+    """
+    starts = [0]
+    for start, end in spans:
+        if end - starts[-1] > size and start > starts[-1]:
+            starts.append(start)
+    return starts[1:]
+
+
 class SentenceStream:
     """The same sentences, one token at a time.
 

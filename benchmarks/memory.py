@@ -13,11 +13,13 @@ import os
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from generate import generate, make_cache, prefill, sampler, split_at_sentences
+from generate import generate, make_cache, prefill, sampler
+from segment import split_at_sentences
 from sentencekv import SentenceKVConfig
 from weights.checkpoint import load_model
 from weights.document import Document, load_document, save_document
@@ -68,7 +70,8 @@ def measure_reading(folder: Path, n_tokens: int, chunk: int, document: Path | No
     print(f"| {n_tokens} | {min(chunk, n_tokens)} | {time.perf_counter() - start:.1f} |"
           f" {resident('VmHWM') - before:.0f} | {resident() - before:.0f} |")
     if document:
-        saved = Document("-", random_ids(n_tokens), sentences(n_tokens), cache.snapshot())
+        saved = Document("-", random_ids(n_tokens), sentences(n_tokens), cache.snapshot(),
+                         datetime.now())
         save_document(document, saved, folder, config, torch.float32)
 
 

@@ -1,4 +1,5 @@
 import os
+from datetime import datetime
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from weights.document import Document, load_document, map_rows, save_document
 
 CPU = torch.device("cpu")
 DOCUMENT = Document("It is späť.", [3, 1, 2], [(0, 2), (2, 3)], {
-    "kv": torch.randn(2, 3, 1, 2, 2048), "vectors": torch.randn(2, 1, 4, 2048)})
+    "kv": torch.randn(2, 3, 1, 2, 2048), "vectors": torch.randn(2, 1, 4, 2048)},
+    datetime(2024, 2, 29, 12))
 
 
 def save(path, folder, config=SentenceKVConfig()):
@@ -26,7 +28,8 @@ def load(path, folder, dtype=torch.float32, **settings):
 def test_what_is_loaded_is_what_was_saved(tiny_folder, tmp_path):
     loaded = load(save(tmp_path / "document", tiny_folder), tiny_folder, token_budget=99,
                   score="mean_query", recent_window=8)
-    assert (loaded.text, loaded.ids, loaded.spans) == (DOCUMENT.text, DOCUMENT.ids, DOCUMENT.spans)
+    for name in ("text", "ids", "spans", "now"):
+        assert getattr(loaded, name) == getattr(DOCUMENT, name)
     for name, tensor in DOCUMENT.snapshot.items():
         assert torch.equal(loaded.snapshot[name], tensor)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["document"]

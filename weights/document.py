@@ -11,6 +11,7 @@ import mmap
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ class Document:
     ids: list[int]  # the tokens that were read: the prompt up to the end of the text
     spans: list  # their sentences, (start, end)
     snapshot: dict  # of the cache after them
+    now: datetime  # when it was read: some chat templates print the date
     release: Callable[[int], None] | None = None  # gives back the memory of a layer's rows
 
     def rest(self, ids: list[int]) -> list[int]:
@@ -61,11 +63,12 @@ def identity(folder: Path, config, dtype) -> dict:
 
 
 def save_document(path: Path, document: Document, folder: Path, config, dtype):
-    """Write beside `path` and rename, so that the file is whole or absent."""
+    """Write beside `path` and rename, so that the file is whole, or what it was."""
     tensors = {name: tensor.contiguous() for name, tensor in document.snapshot.items()}
     tensors |= {"ids": torch.tensor(document.ids), "spans": torch.tensor(document.spans),
                 "text": torch.frombuffer(bytearray(document.text.encode()), dtype=torch.uint8)}
-    metadata = identity(folder, config, dtype) | {"protected": str(config.protected_tokens)}
+    metadata = identity(folder, config, dtype) | {
+        "protected": str(config.protected_tokens), "now": document.now.isoformat()}
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, part, metadata)
@@ -99,7 +102,8 @@ def load_document(path: Path, folder: Path, config, device, dtype) -> Document:
     tensors["kv"], release = map_rows(path, shape, dtype)
     if device.type == "cuda":
         tensors["kv"], release = tensors["kv"].pin_memory(), None
-    return Document(bytes(text).decode(), ids, [tuple(span) for span in spans], tensors, release)
+    return Document(bytes(text).decode(), ids, [tuple(span) for span in spans], tensors,
+                    datetime.fromisoformat(metadata["now"]), release)
 
 
 def check_identity(path: Path, found: dict, expected: dict):

@@ -75,7 +75,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path):
         """Raises ValueError if `folder` holds no tokenizer, or one that cannot be read."""
-        self.folder = folder
+        self.folder, self.now = folder, datetime.now()
         try:
             self.load(folder)
         except Exception as error:  # which is all that the two libraries promise to raise
@@ -111,7 +111,7 @@ class Tokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.globals["strftime_now"] = self.now.strftime
         environment.filters["tojson"] = lambda value, **how: json.dumps(value, **how)
         try:
             return environment.from_string(self.chat_template).render(
