@@ -271,7 +271,7 @@ def test_a_conversation_in_a_terminal(chat_folder, prompt, tmp_path):
     at = wait_for(b"\n> ", at - 20)
     while b"\n> " not in seen[at:]:  # again, as it is lost if it comes just before the reading
         send(b"\x03")
-        if select.select([terminal], [], [], 0.5)[0]:
+        while select.select([terminal], [], [], 0.5)[0]:
             seen += os.read(terminal, 4096)
     at = len(seen)
     send(b"Where?\n")
