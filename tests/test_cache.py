@@ -24,6 +24,7 @@ from generate import GraphedDecode
 from model import FullCache
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig, select_rows
+from weights.document import Document, load_document, save_document
 from weights.tokenizer import Tokenizer
 
 N_NEW = 90
@@ -246,6 +247,49 @@ def test_on_the_default_weights_too(default_model, default_folder):
         torch.testing.assert_close(everything, full, rtol=0, atol=2e-3)
         assert torch.equal(small, resident) and not torch.equal(small, full)
     assert caches[2].table.n_sentences > len(spans)
+
+
+def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tmp_path):
+    """A document in parts and then a question: one prompt, at once. And again after a rewind, and in
+    another cache that loads the document from a file."""
+    text = (REFERENCE / "walden_passage.txt").read_text(encoding="utf-8")
+    tokenizer, device = Tokenizer(default_folder), torch.device("cpu")
+    ids = tokenizer.encode(text, add_bos=False)[:355]
+    spans = token_spans(tokenizer.pieces(ids[:300]), 16)
+    prompt, question = torch.tensor(ids[:300]), torch.tensor(ids[300:340])
+
+    def new_cache(budget):
+        return SentenceKVCache(SentenceKVConfig(token_budget=budget), default_model.config, spans,
+                               100, "cpu", torch.float32)
+
+    def answer(cache):
+        cache.expect([(0, 15), (15, 40)])
+        states = [default_model.prefill(question, cache)[-1:]]
+        states += [default_model.decode(torch.tensor([token]), cache) for token in ids[340:]]
+        return default_model.logits(torch.cat(states))
+
+    full = FullCache(default_model.config, 355, "cpu", torch.float32)
+    states = [default_model.prefill(torch.tensor(ids[:340]), full)[-1:]]
+    states += [default_model.decode(torch.tensor([token]), full) for token in ids[340:]]
+    expected = default_model.logits(torch.cat(states))
+    for budget in (1024, 96):
+        cache = new_cache(budget)
+        for part in prompt.split([100, 150, 50]):
+            default_model.prefill(part, cache)
+        snapshot, first = cache.snapshot(), answer(cache)
+        if budget == 1024:
+            torch.testing.assert_close(first, expected, rtol=0, atol=2e-3)
+        cache.restore(snapshot)
+        assert torch.equal(answer(cache), first)
+        save_document(tmp_path / "document", Document(text, ids[:300], spans, snapshot,
+                                                      tokenizer.now),
+                      default_folder, cache.config, torch.float32)
+        loaded = new_cache(budget)
+        document = load_document(tmp_path / "document", default_folder, cache.config, device,
+                                 torch.float32)
+        loaded.host.release = document.release
+        loaded.restore(document.snapshot)
+        assert torch.equal(answer(loaded), first)
 
 
 class Traced(GraphedDecode):
