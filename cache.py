@@ -395,8 +395,8 @@ class SentenceKVCache:
 
     def restore(self, snapshot: dict):
         """Forget what was read and written, and go on from a snapshot as if it had just been read.
-        The settings must be those of the snapshot, but for budget, score, decay, and a recent window
-        that is not longer."""
+        The settings must be those of the snapshot, but for budget, score, decay, and a recent
+        window that is not longer."""
         self.num_tokens = self.text_end = snapshot["num_tokens"].item()
         if self.host.first is not snapshot["kv"]:
             self.host.first, self.host.n_moves = snapshot["kv"], self.host.n_moves + 1

@@ -196,7 +196,7 @@ class Session:
         self.spans, self.unread, self.sample = document.spans, [], self.new_sampler()
 
     def answer(self, tokens, stopped=None) -> dict:
-        """Read what `tokens()` returns and print the answer, until `stopped()`. Returns a report."""
+        """Read what `tokens()` returns, print the answer until `stopped()`, return a report."""
         with self.timer("tokenize"):
             ids = self.unread + tokens()
         n_before = self.cache.num_tokens if self.cache else 0

@@ -40,15 +40,20 @@ class SlowSentenceKV:
         n_tokens = k.shape[1]
         self.kv[layer] += [(k[:, i], v[:, i]) for i in range(n_tokens)]
         if self.num_tokens > 0:
-            kept = [[i for i in range(self.num_tokens + n_tokens)
-                     if i >= self.n_prompt or i in self.kept[layer, head]] for head in range(len(k))]
-            keys, values = (torch.stack([torch.stack([self.kv[layer][i][part][head] for i in kept[head]])
-                                         for head in range(len(k))]) for part in (0, 1))
-            return keys, values
+            return self.known(layer, 0, len(k)), self.known(layer, 1, len(k))
         for head in range(len(k)):
             self.secondary[layer, head] = secondary = self.shortest(k[head])
             self.kept[layer, head] = self.keep(q, k, head, n_tokens, secondary)
         return k, v
+
+    def known(self, layer, part, n_heads):
+        """Keys (part 0) or values (1) of all tokens but those that prefill dropped."""
+        heads = []
+        for head in range(n_heads):
+            heads.append(torch.stack([
+                kv[part][head] for i, kv in enumerate(self.kv[layer])
+                if i >= self.n_prompt or i in self.kept[layer, head]]))
+        return torch.stack(heads)
 
     def shortest(self, keys):
         """The positions of a head's shortest keys, if they are much shorter than most."""

@@ -168,10 +168,10 @@ def test_a_second_text_is_read_and_remembered(tiny, device, budget, keep_factor,
     if budget == 1024:
         caches.append(FullCache(TINY, 600, device, torch.float32))
     ids = random_ids(600, device)
-    for expected in zip(*([*steps] for steps in (read_and_write(tiny, cache, ids, parts if i == 0 else 1)
-                                                 for i, cache in enumerate(caches)))):
-        for ours in expected[1:]:
-            torch.testing.assert_close(expected[0], ours, rtol=0, atol=1e-4)
+    runs = [read_and_write(tiny, cache, ids, parts if cache is caches[0] else 1) for cache in caches]
+    for ours, *others in zip(*runs):
+        for expected in others:
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
 def read_and_write(model, cache, ids, parts=1):
@@ -706,7 +706,7 @@ class Watched(SentenceKVCache):
 
 
 def check_every_step(model, config, n_prompt):
-    """Of a prompt, a text that is written, one that is read in two parts, and one that is written."""
+    """Of a prompt, a text that is written, one read in two parts, and another that is written."""
     device = model.embed_tokens.weight.device
     cache = sentencekv_cache(config, n_prompt, device, cls=Watched, new=2 * N_NEW)
     for _ in write(model, [cache], n_prompt):
