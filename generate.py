@@ -311,6 +311,7 @@ def chat(session: Session, document: Document, prompt) -> int:
             return 0
         except ValueError as error:  # there is no room left
             print(f"generate.py: {error}", file=sys.stderr)
+            session.timer.totals()  # the times of what was refused
 
 
 def clean(text: str) -> str:
