@@ -243,11 +243,15 @@ def test_a_conversation_in_a_terminal(chat_folder, prompt, tmp_path):
     del config["eos_token_id"]  # the model never stops by itself
     (chat_folder / "config.json").write_text(json.dumps(config))
     terminal, theirs = pty.openpty()
+
+    def start():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+
     process = subprocess.Popen(
         [sys.executable, generate.__file__, "--prompt", str(prompt), "--model", str(chat_folder),
          "--chat", "--max-new-tokens", "600", "--device", "cpu"],
-        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=start)
     os.close(theirs)
     seen = b""
 
@@ -265,14 +269,17 @@ def test_a_conversation_in_a_terminal(chat_folder, prompt, tmp_path):
     send(b"Who slept?\n")
     at = wait_for(b"?\r\n", at)
     while len(seen) < at + 20:  # the answer has begun
+        assert select.select([terminal], [], [], 60)[0], seen
         seen += os.read(terminal, 4096)
     send(b"\x03")
     at = wait_for(b"ms/token", at)
     at = wait_for(b"\n> ", at - 20)
-    while b"\n> " not in seen[at:]:  # again, as it is lost if it comes just before the reading
-        send(b"\x03")
-        while select.select([terminal], [], [], 0.5)[0]:
-            seen += os.read(terminal, 4096)
+    for _ in range(20):  # again, as it is lost if it comes just before the reading
+        if b"\n> " not in seen[at:]:
+            send(b"\x03")
+            while select.select([terminal], [], [], 0.5)[0]:
+                seen += os.read(terminal, 4096)
+    assert b"\n> " in seen[at:]
     at = len(seen)
     send(b"Where?\n")
     at = wait_for(b"ms/token", at)
