@@ -278,6 +278,7 @@ class SentenceKVCache:
 
     @property
     def version(self) -> int:
+        """Changes when a tensor is reallocated: a graph captured before must not be replayed."""
         return self.table.n_resizes + self.host.n_moves
 
     def row_of(self, position: int) -> int:

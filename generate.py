@@ -315,7 +315,7 @@ def chat(session: Session, document: Document, prompt) -> int:
 
 
 def clean(text: str) -> str:
-    """Without halves of characters, which a terminal or a command line can hand over."""
+    """Replace lone surrogates: a command line can hold bytes that are not UTF-8."""
     return text.encode(errors="replace").decode()
 
 
@@ -453,7 +453,7 @@ def check_positions(n_prompt: int, n_new: int, config: LlamaConfig):
 
 
 def check_prompt(ids: list[int], n_before: int, n_new: int, config: LlamaConfig):
-    """The same, after `n_before` tokens, and if the model knows no such token."""
+    """Raises ValueError if there is no room after `n_before` tokens, or no embedding for a token."""
     check_positions(n_before + len(ids), n_new, config)
     if max(ids) >= config.vocab_size:
         raise ValueError(f"the prompt has token {max(ids)}, the vocabulary of the model"

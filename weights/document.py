@@ -1,4 +1,4 @@
-"""A document that was read, in one safetensors file: read once, asked whenever.
+"""A document that was read, in one safetensors file.
 
 The file holds the rows of the host tier, what the device knows of the sentences, the text, its
 tokens and its sentences. Its metadata say which model and which settings made it.
