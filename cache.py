@@ -254,6 +254,7 @@ class SentenceKVCache:
         queries = torch.empty(model_config.num_attention_heads, 0, dim, device=device, dtype=dtype)
         self.last_queries = [queries] * layers  # of the text so far (H, at most W, D)
         self.sentence_ends = torch.tensor([end for _, end in spans], device=device)  # (S,)
+        self.positions = None  # if a list: `keep` adds each layer's, of the rows (H_kv, N)
         self.text_end = n_prompt  # of the text that is read
 
         # Recent slots hold the window, and then an open sentence of up to `sentence_limit` tokens.
@@ -338,6 +339,8 @@ class SentenceKVCache:
                 kept = keep_tokens(importance, secondary, self.config)  # (H_kv, N)
         with self.stage("sentence vectors"):
             kept, marked = order_rows(kept, secondary)
+            if self.positions is not None:
+                self.positions.append(kept.int().cpu())
             kv = kv[torch.arange(len(k), device=k.device)[:, None], kept]  # (H_kv, N, 2, D)
             bounds = sentence_bounds(marked, self.sentence_ends)
             self.table.put(layer, kv[:, :, 0], bounds)
@@ -383,7 +386,8 @@ class SentenceKVCache:
             slots[:, self.recent_slot : self.slot_of(self.num_tokens)] = self.host.read(
                 layer, n_rows - n_recent, n_rows)
         self.last_queries = [queries[:, :0].clone() for queries in self.last_queries]
-        self.table.scores.zero_()
+        for tensor in (self.table.scores, self.total_selected, self.total_loaded):
+            tensor.zero_()
         self.plan()
 
     def snapshot(self) -> dict:
@@ -391,41 +395,49 @@ class SentenceKVCache:
         The rows are not copied: `restore` also serves another cache, and another process."""
         assert self.num_tokens == self.text_end == self.open_start
         assert self.table.n_rows == self.host.first.shape[1]
-        return {"num_tokens": torch.tensor(self.num_tokens), "kv": self.host.first,
-                **self.table.snapshot()}
+        snapshot = {"num_tokens": torch.tensor(self.num_tokens), "kv": self.host.first,
+                    **self.table.snapshot()}
+        if self.positions is not None:
+            snapshot["positions"] = torch.stack(tuple(self.positions))
+        return snapshot
 
-    def restore(self, snapshot: dict):
+    def restore(self, snapshot: dict, release=None):
         """Forget what was read and written, and go on from a snapshot as if it had just been read.
         The settings must be those of the snapshot, but for budget, score, decay, and a recent
-        window that is not longer."""
+        window that is not longer. `release(layer)` gives back the memory of mapped rows."""
         self.num_tokens = self.text_end = snapshot["num_tokens"].item()
         if self.host.first is not snapshot["kv"]:
             self.host.first, self.host.n_moves = snapshot["kv"], self.host.n_moves + 1
+        self.host.release, self.positions = release, snapshot.get("positions")
         self.table.restore(snapshot, self.host.first.shape[1])
         self.slot_row.fill_(NO_ROW)
-        for tensor in (self.slot_sentence, self.slot_missing, self.total_selected,
-                       self.total_loaded):
-            tensor.zero_()
+        self.slot_sentence.zero_()
+        self.slot_missing.zero_()
         self.hold_sinks()
         self.start_window()
 
-    def window_start(self) -> int:
-        """First position of the recent window, or of the sentence being written if earlier."""
-        start = min(self.num_tokens + 1 - self.config.recent_window, self.open_start)
-        return max(start, self.n_sinks)
+    def window_start(self, end: int) -> int:
+        """First position of the recent window of the token at `end` - 1, or of the sentence being
+        written if that is earlier."""
+        return max(min(end - self.config.recent_window, self.open_start), self.n_sinks)
+
+    def attended_from(self, end: int) -> int:
+        """First position after the sinks that the token at `end` - 1 attends to without selecting
+        it. Of a very long sentence only the end fits. It is the same for all heads: there is room
+        for the most secondary sinks."""
+        room = self.config.token_budget - self.config.sink_tokens - self.config.secondary_sinks
+        return max(self.window_start(end), end - room)
 
     def plan(self):
         """Decide what the token at position `num_tokens` attends to: the sinks, the positions from
         `start` to the token itself, and how many rows each head may select besides."""
         end, n_secondary = self.num_tokens + 1, self.table.n_secondary
-        room = self.config.token_budget - self.config.sink_tokens
-        # Of a very long sentence, only the end fits. `start` is the same for all heads: it leaves
-        # room for the most secondary sinks.
-        start = max(self.window_start(), end - room + self.config.secondary_sinks)
+        start = self.attended_from(end)
         assert self.slot_of(end) <= self.slots.shape[2], "a sentence is too long: call `seal`"
         end_row = self.row_of(min(start, self.open_start))
         first_row = n_secondary + self.n_sinks  # rows: secondary sinks, sinks, the rest
-        n_free = min(room - (end - start), self.n_row_slots) - n_secondary
+        n_free = self.config.token_budget - self.config.sink_tokens - (end - start)
+        n_free = min(n_free, self.n_row_slots) - n_secondary
         self.row_budget.copy_(n_free.minimum(end_row - first_row))
         self.next_slot.fill_(self.slot_of(end - 1))
         self.table.limit(first_row, end_row)
@@ -478,7 +490,7 @@ class SentenceKVCache:
             self.table.commit(length)
             self.table.scores.zero_()
             self.open_start = end
-            self.move_window(self.window_start())
+            self.move_window(self.window_start(self.num_tokens + 1))
             self.plan()
 
     def move_window(self, start: int):

@@ -27,7 +27,7 @@ from model import FullCache, GraphedDecode, LlamaConfig
 from segment import SentenceStream, split_at_sentences, token_spans
 from sentencekv import SCORES, SentenceKVConfig
 from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
-from weights.document import Document, load_document, save_document
+from weights.document import Document, load_document, read_text, save_document
 from weights.download import download
 from weights.tokenizer import Tokenizer
 
@@ -168,21 +168,30 @@ class Session:
         self.new_sampler = partial(sampler, args.temperature, args.top_p, args.seed,
                                    self.weight.device)
         self.sample = self.new_sampler()
-        self.cache, self.spans = None, []  # of all texts
+        self.cache = None
+        self.ids, self.spans = [], []  # of all tokens in the cache, and of the texts among them
         self.unread = []  # the last token written, if the cache has not seen it
+        self.trace = None
+        if args.trace or args.show_sentences:
+            from course.trace.record import Trace
+            self.trace = Trace()
 
     def begin(self, spans: list):
         """The first text has these sentences."""
         self.cache = make_cache(
             self.args.cache, self.config, self.model.config, spans, self.max_tokens - spans[-1][1],
             self.weight.device, self.weight.dtype, self.timer)
+        if self.trace or self.args.save:
+            self.cache.positions = []
 
     def read(self, ids: list[int]) -> int:
         """Read a text, the first or a later one. Returns the first token after it."""
         with self.timer("segment"):
             spans = token_spans(self.tokenizer.pieces(ids), self.config.sentence_limit)
             self.cache.expect(spans) if self.cache else self.begin(spans)
-        self.cache.stage, self.spans = self.timer, self.spans + spans
+        n = self.cache.num_tokens
+        self.spans = self.spans + [(start + n, end + n) for start, end in spans]
+        self.ids, self.cache.stage = self.ids + ids, self.timer
         progress = partial(tqdm, desc="prefill", unit="layer", leave=False, disable=None)
         return prefill(self.model, self.cache, ids, self.sample, self.timer, progress,
                        split_at_sentences(spans, self.args.prefill_chunk))
@@ -191,11 +200,11 @@ class Session:
         """Go on from the end of a document, read before or loaded: forget what came after it."""
         if self.cache is None:
             self.begin(document.spans)
-            self.cache.host.release = document.release
-        self.cache.restore(document.snapshot)
-        self.spans, self.unread, self.sample = document.spans, [], self.new_sampler()
+        self.cache.restore(document.snapshot, document.release)
+        self.ids, self.spans, self.unread = list(document.ids), document.spans, []
+        self.sample = self.new_sampler()
 
-    def answer(self, tokens, stopped=None) -> dict:
+    def answer(self, tokens, question: str = "", stopped=None) -> dict:
         """Read what `tokens()` returns, print the answer until `stopped()`, return a report."""
         with self.timer("tokenize"):
             ids = self.unread + tokens()
@@ -207,9 +216,11 @@ class Session:
             self.cache.stage = nullcontext  # stages inside a graph cannot be timed
         room = min(self.args.max_new_tokens, self.max_tokens - n_prompt)
         with nullcontext(stopped) if stopped else interrupts() as stopped:
-            for token, piece in generate(
-                    self.model, self.cache, token, self.tokenizer.detokenizer(), self.sample,
-                    self.stop, room, self.config.sentence_limit, self.timer, self.decode):
+            written = generate(
+                self.model, self.cache, token, self.tokenizer.detokenizer(), self.sample,
+                self.stop, room, self.config.sentence_limit, self.timer, self.decode)
+            for token, piece in self.trace.watch(self.cache, written) if self.trace else written:
+                self.ids.append(token)
                 n_new += 1
                 if token not in self.tokenizer.special:
                     text += piece
@@ -218,12 +229,19 @@ class Session:
                     break
         print(flush=True)
         self.unread = [] if token in self.stop else [token]
-        return {"text": text, "interrupted": stopped(), "prompt_tokens": n_prompt,
+        report = {"question": question} if question else {}
+        report |= {"text": text, "interrupted": stopped(), "prompt_tokens": n_prompt,
                 "new_tokens": n_new, "sentences": len(self.spans),
                 "sentence_limit": self.config.sentence_limit, **times(self.timer, n_new - 1),
                 **self.cache.report(), "cache": self.args.cache, "clock": self.timer.clock,
                 "device": str(self.weight.device),
                 "dtype": str(self.weight.dtype).removeprefix("torch."), "torch": torch.__version__}
+        if self.trace:
+            pieces = self.tokenizer.pieces(self.ids)
+            self.trace.add(question, self.cache, pieces, self.spans, report)
+            report["most_asked"] = self.trace.most_asked()
+        self.ids.pop()  # the cache has not seen it
+        return report
 
 
 @contextmanager
@@ -262,7 +280,7 @@ def run(args) -> int:
         check_prompt(ids, 0, 1 if args.chat else args.max_new_tokens, model_config)
     session = Session(args, config, tokenizer, load_model(folder, device, dtype), most)
     if not (args.ask or args.chat or args.save or args.load):
-        return finish(session.answer(prompt), args.json)
+        return finish(session, session.answer(prompt))
     if document is None:  # what a prompt with a question and one without have in common
         ids = os.path.commonprefix([prompt()[:-1], prompt("?")])
         document = read_document(session, text, ids)
@@ -287,8 +305,7 @@ def ask(session: Session, document: Document, prompt) -> int:
         session.go_back(document)
         if question:
             print(f"\n> {question}", flush=True)
-        report = session.answer(lambda: document.rest(prompt(question)))
-        if finish({"question": question, **report}, session.args.json):
+        if finish(session, session.answer(lambda: document.rest(prompt(question)), question)):
             return 130
     return 0
 
@@ -301,9 +318,9 @@ def chat(session: Session, document: Document, prompt) -> int:
         try:
             if question := clean(input("\n> ")).strip():
                 with interrupts() as stopped:
-                    report = session.answer(lambda: tokens(question), stopped)
+                    report = session.answer(lambda: tokens(question), question, stopped)
                 tokens = session.tokenizer.turn_ids
-                finish({"question": question, **report}, session.args.json)
+                finish(session, report)
         except KeyboardInterrupt:
             pass
         except EOFError:
@@ -319,15 +336,21 @@ def clean(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def finish(report: dict, as_json: bool) -> int:
-    """Print times and memory. Returns the exit status."""
+def finish(session: Session, report: dict) -> int:
+    """Print times and memory, and write the trace. Returns the exit status."""
     if "question" in report:
         print("{ttft_ms:.0f} ms to the first token, {decode_ms_per_token:.1f} ms/token".format(
             **report), file=sys.stderr)
     else:
         print_report(report)
-    if as_json:
+    if session.args.show_sentences:
+        print("\nattention  place  sentences of the text that received most", file=sys.stderr)
+        for sentence in report["most_asked"]:
+            print("{share:9.1%} {place:6.0%}  {text}".format(**sentence), file=sys.stderr)
+    if session.args.json:
         print(json.dumps(report))
+    if session.args.trace:
+        session.trace.write(session.args.trace)
     return 130 if report["interrupted"] else 0
 
 
@@ -373,6 +396,8 @@ def options() -> Parser:
                         help="about the text, which is read once; may be given several times")
     parser.add_argument("--save", type=Path, metavar="FILE", help="keep what was read of it")
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on from it: no --prompt")
+    parser.add_argument("--trace", type=Path, metavar="FILE",
+                        help="write a page that shows what each token asked for; or a .json file")
     parser.add_argument("--model", type=Path, help="Llama folder (SmolLM2-135M-Instruct)")
     add("--cache", "sentencekv", "where keys and values are kept", choices=("sentencekv", "full"))
     for name, help in SETTINGS.items():
@@ -388,6 +413,7 @@ def options() -> Parser:
     for name, help in (("--cuda-graph", "replay each token as one CUDA graph: faster, not timed"),
                        ("--raw", "no chat template: continue the text as it is"),
                        ("--chat", "questions from the terminal; Ctrl-C ends an answer, Ctrl-D all"),
+                       ("--show-sentences", "print what the answer asked for most"),
                        ("--json", "print the report of each answer as one JSON line, last")):
         parser.add_argument(name, action="store_true", help=help)
     return parser
@@ -411,30 +437,18 @@ def parse(arguments=None) -> argparse.Namespace:
         (args.chat and sys.stdin is None, "standard input is closed"),
         (args.cache == "full" and (args.save or args.load), "--save and --load need --cache"
          " sentencekv"),
-        (args.save and (args.save.is_dir() or not os.access(args.save.parent, os.W_OK)),
-         f"cannot write {args.save}"),
+        *((path and (path.is_dir() or not os.access(path.parent, os.W_OK)), f"cannot write {path}")
+          for path in (args.save, args.trace)),
+        (args.cache == "full" and (args.trace or args.show_sentences),
+         "a full cache selects nothing to show: --trace and --show-sentences need --cache"
+         " sentencekv"),
+        (args.cuda_graph and (args.trace or args.show_sentences),
+         "--trace and --show-sentences look into every step: no --cuda-graph"),
         (args.cuda_graph and args.cache == "full",
          "--cuda-graph needs --cache sentencekv: a full cache grows at every token")):
         if wrong:
             raise ValueError(message)
     return args
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a file, or of standard input for "-". ValueError if it is not UTF-8 or blank."""
-    name = "standard input" if path == "-" else path
-    if path == "-" and sys.stdin is None:
-        raise ValueError("standard input is closed")
-    try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is wrong") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {name}: {error.strerror}") from None
-    if not text.strip():
-        raise ValueError(f"{name} is empty")
-    return text.removesuffix("\n").removesuffix("\r")  # an editor's last newline
 
 
 def check_cuda_graph(device: torch.device):

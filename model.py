@@ -276,7 +276,7 @@ class FullCache:
     def snapshot(self) -> dict:
         return {"num_tokens": torch.tensor(self.num_tokens)}
 
-    def restore(self, snapshot: dict):
+    def restore(self, snapshot: dict, release=None):
         self.num_tokens = snapshot["num_tokens"].item()
 
     def report(self) -> dict:

@@ -472,8 +472,8 @@ class BestSentences(SentenceKVCache):
         """What is known of all keys (H_kv, N, D): here everything."""
         return keys
 
-    def restore(self, snapshot):
-        super().restore(snapshot)
+    def restore(self, snapshot, release=None):
+        super().restore(snapshot, release)
         self.seen = {}
 
     def score(self, layer, q):

@@ -14,7 +14,7 @@ from statistics import mean
 
 from benchmarks.baselines import METHODS, device_bytes
 from benchmarks.quality import Bench, Method, asked_methods
-from generate import read_text
+from weights.document import read_text
 from weights.download import download
 
 

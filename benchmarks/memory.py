@@ -81,8 +81,7 @@ def measure_loading(folder: Path, document: Path):
     before, start = resident(), time.perf_counter()
     loaded = load_document(document, folder, config, CPU, torch.float32)
     cache = make_cache("sentencekv", config, model.config, loaded.spans, 100, CPU, torch.float32)
-    cache.host.release = loaded.release
-    cache.restore(loaded.snapshot)
+    cache.restore(loaded.snapshot, loaded.release)
     print(f"file: {document.stat().st_size / 2**20:.0f} MiB")
     print(f"loaded after {time.perf_counter() - start:.2f} s, {resident() - before:.0f} MiB")
     forget_peak()

@@ -50,11 +50,12 @@ from benchmarks.baselines import (
 )
 from benchmarks.segmentation import old_spans
 from cache import NO_ROW
-from generate import check_positions, prefill, read_text, seal_finished
+from generate import check_positions, prefill, seal_finished
 from model import LlamaConfig, rope_table
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig, find_secondary_sinks
 from weights.checkpoint import load_model
+from weights.document import read_text
 from weights.download import download
 from weights.tokenizer import Tokenizer
 

@@ -26,8 +26,8 @@ from statistics import median
 import regex
 
 from benchmarks import tasks
-from generate import read_text
 from segment import sentence_ends, token_spans
+from weights.document import read_text
 from weights.download import download
 from weights.tokenizer import Tokenizer
 

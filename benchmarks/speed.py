@@ -41,12 +41,12 @@ from generate import (
     make_cache,
     next_logits,
     prefill,
-    read_text,
 )
 from model import Llama
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
 from weights.checkpoint import load_model, parse_config, pick_device, pick_dtype
+from weights.document import read_text
 from weights.download import download
 from weights.tokenizer import Tokenizer
 

@@ -287,8 +287,7 @@ def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tm
         loaded = new_cache(budget)
         document = load_document(tmp_path / "document", default_folder, cache.config, device,
                                  torch.float32)
-        loaded.host.release = document.release
-        loaded.restore(document.snapshot)
+        loaded.restore(document.snapshot, document.release)
         assert torch.equal(answer(loaded), first)
 
 

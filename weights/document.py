@@ -1,6 +1,6 @@
-"""A document that was read, in one safetensors file.
+"""A document: its text in a file, and what was read of it in one safetensors file.
 
-The file holds the rows of the host tier, what the device knows of the sentences, the text, its
+The latter holds the rows of the host tier, what the device knows of the sentences, the text, its
 tokens and its sentences. Its metadata say which model and which settings made it.
 """
 
@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 
 from weights.checkpoint import weight_files
 
-FORMAT = "sentencekv document 1"
+FORMAT = "sentencekv document 2"
 SAME = ("keep_factor", "sink_tokens", "secondary_sinks", "secondary_ratio", "sentence_limit")
 SAMPLE = 2**16  # bytes, of which a fingerprint reads 64 times
 
@@ -40,6 +41,23 @@ class Document:
         if ids[:n] != self.ids:
             raise ValueError("the prompt does not begin with the tokens of the document")
         return ids[n:]
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, or of standard input for "-". ValueError if it is not UTF-8 or blank."""
+    name = "standard input" if path == "-" else path
+    if path == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed")
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text: byte {error.start} is wrong") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {name}: {error.strerror}") from None
+    if not text.strip():
+        raise ValueError(f"{name} is empty")
+    return text.removesuffix("\n").removesuffix("\r")  # an editor's last newline
 
 
 def fingerprint(folder: Path) -> str:
