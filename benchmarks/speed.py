@@ -33,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.baselines import SETTINGS, settings_of
+from course.trace.record import Trace
 from generate import (
     GraphedDecode,
     StageTimer,
@@ -51,7 +52,7 @@ from weights.download import download
 from weights.tokenizer import Tokenizer
 
 WARM_UP = 4  # tokens that are not timed
-GRAPHED = "sentencekv, graph"
+GRAPHED, TRACED = "sentencekv, graph", "sentencekv, traced"
 LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5,
            "max_position_embeddings": 131072, "rope_theta": 500000.0, "num_attention_heads": 32,
            "num_key_value_heads": 8}
@@ -147,7 +148,7 @@ class Ours:
 
     def forget(self):
         """Let go of the cache."""
-        self.cache = self.decode = None
+        self.cache = self.decode = self.tokens = None
 
     def prefill(self):
         dtype = self.model.embed_tokens.weight.dtype
@@ -160,11 +161,18 @@ class Ours:
         self.decode = self.model.decode
         if self.method == GRAPHED:
             self.decode = GraphedDecode(self.model)
+        self.tokens = self.read_on()
+        if self.method == TRACED:
+            self.tokens = Trace().watch(self.cache, self.tokens)
+
+    def read_on(self):
+        while True:
+            yield next_logits(self.model, self.cache, self.sentences, self.text.ids[self.at],
+                              self.text.pieces[self.at], self.decode).argmax().item()
+            self.at += 1
 
     def step(self):
-        next_logits(self.model, self.cache, self.sentences, self.text.ids[self.at],
-                    self.text.pieces[self.at], self.decode).argmax().item()
-        self.at += 1
+        next(self.tokens)
 
     def warm(self):
         """What came from the host is counted from here on."""
@@ -348,6 +356,7 @@ def parse(arguments):
     add("--device", default="auto")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--cuda-graph", action="store_true", help=f"measure {GRAPHED!r} too")
+    add("--trace", action="store_true", help=f"measure {TRACED!r} too")
     add("--out", type=Path, help="JSON lines; a table and a picture beside it")
     args = parser.parse_args(arguments)
     for name, least in (("new_tokens", 2), ("repeats", 1)):
@@ -369,6 +378,8 @@ def run(args) -> list[dict]:
     if args.cuda_graph:
         check_cuda_graph(device)
         methods.append(GRAPHED)
+    if args.trace:
+        methods.append(TRACED)
     if args.compare:
         methods += ["transformers"] + ["transformers offloaded"] * (device.type == "cuda")
     if args.config:

@@ -642,7 +642,7 @@ class Watched(SentenceKVCache):
 
     def start_of_window(self):
         room = self.config.token_budget - self.config.sink_tokens - self.config.secondary_sinks
-        return max(self.window_start(), self.num_tokens + 1 - room)
+        return max(self.window_start(self.num_tokens + 1), self.num_tokens + 1 - room)
 
     def seal(self, length):
         self.ends.append(self.ends[-1] + length)

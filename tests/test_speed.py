@@ -36,8 +36,9 @@ def test_a_real_shape_with_random_weights(monkeypatch, capsys):
     monkeypatch.setitem(speed.CONFIGS, "smollm2-135m", small)
     assert run("--config", "smollm2-135m", "--random-weights", "--lengths", 300, "--token-budget",
                96, "--new-tokens", 4, "--repeats", 1, "--device", "cpu", "--dtype",
-               "bfloat16") == 0
-    assert "smollm2-135m, bfloat16" in capsys.readouterr().out
+               "bfloat16", "--trace") == 0
+    out = capsys.readouterr().out
+    assert "smollm2-135m, bfloat16" in out and "| 300 | sentencekv, traced |" in out
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "llama-3.1-8b", "smollm2-135m"])

@@ -101,7 +101,7 @@ class Trace:
             "question": question, "pieces": pieces[n_tokens:], "n_written": self.n_written,
             "ends": (bounds[0, 0, n_first + 1 :] - n_rows + n_tokens).tolist(),
             "windows": self.windows, "shape": list(shape), "bytes": self.selected.element_size(),
-            "rows": pack(np.diff(self.selected.numpy(), axis=0, prepend=0)),
+            "rows": pack(np.diff(self.selected.numpy(), axis=0, prepend=np.uint8(0))),
             "attention": pack((self.shares.sqrt() * 255).round().byte().numpy()),
             "report": report})
 
