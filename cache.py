@@ -254,7 +254,7 @@ class SentenceKVCache:
         queries = torch.empty(model_config.num_attention_heads, 0, dim, device=device, dtype=dtype)
         self.last_queries = [queries] * layers  # of the text so far (H, at most W, D)
         self.sentence_ends = torch.tensor([end for _, end in spans], device=device)  # (S,)
-        self.positions = None  # if a list: `keep` adds each layer's, of the rows (H_kv, N)
+        self.positions = None  # or a list, for a trace: by layer, each row's position (H_kv, N)
         self.text_end = n_prompt  # of the text that is read
 
         # Recent slots hold the window, and then an open sentence of up to `sentence_limit` tokens.
@@ -274,7 +274,7 @@ class SentenceKVCache:
         self.row_budget = torch.zeros(layers, heads, 1, device=device, dtype=torch.long)
         self.next_slot = torch.zeros(1, device=device, dtype=torch.long)  # of the token itself
         self.mask = torch.zeros(layers, heads, 1, n_slots, device=device, dtype=torch.bool)
-        self.total_selected = torch.zeros((), device=device, dtype=torch.long)  # rows, all tokens
+        self.total_selected = torch.zeros((), device=device, dtype=torch.long)  # since a text
         self.total_loaded = torch.zeros_like(self.total_selected)
 
     @property
@@ -422,9 +422,9 @@ class SentenceKVCache:
         return max(min(end - self.config.recent_window, self.open_start), self.n_sinks)
 
     def attended_from(self, end: int) -> int:
-        """First position after the sinks that the token at `end` - 1 attends to without selecting
-        it. Of a very long sentence only the end fits. It is the same for all heads: there is room
-        for the most secondary sinks."""
+        """The token at `end` - 1 attends to the sinks and to all positions from this one on. If the
+        sentence being written is very long, only its end fits. All heads have the same start, which
+        leaves room for the most secondary sinks."""
         room = self.config.token_budget - self.config.sink_tokens - self.config.secondary_sinks
         return max(self.window_start(end), end - room)
 
@@ -500,8 +500,8 @@ class SentenceKVCache:
         self.slots[:, :, self.slot_of(start) : self.slot_of(self.num_tokens)] = kept
 
     def report(self) -> dict:
-        """Bytes held, measured on the tensors themselves, and bytes selected and loaded so far. On
-        the host, rows of a mapped file count whether they have been read or not."""
+        """Bytes held, measured on the tensors themselves, and bytes selected and loaded since the
+        last text. On the host, rows of a mapped file count whether they have been read or not."""
         table, host = self.table, self.host
         held = {"slots": [self.slots], "sentence vectors": [table.vectors], "bookkeeping": [
             table.variances, table.bounds, table.scores, table.n_resident, table.lengths,

@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from cache import SentenceKVCache, triton
+from course.trace.record import Trace
 from model import FullCache, GraphedDecode, LlamaConfig
 from segment import SentenceStream, split_at_sentences, token_spans
 from sentencekv import SCORES, SentenceKVConfig
@@ -169,20 +170,16 @@ class Session:
                                    self.weight.device)
         self.sample = self.new_sampler()
         self.cache = None
-        self.ids, self.spans = [], []  # of all tokens in the cache, and of the texts among them
-        self.unread = []  # the last token written, if the cache has not seen it
-        self.trace = None
-        if args.trace or args.show_sentences:
-            from course.trace.record import Trace
-            self.trace = Trace()
+        self.ids, self.spans = [], []  # all tokens in the cache; sentences of the texts among them
+        self.unread = []  # the last token written, unless it ended the answer: it is read next
+        self.trace = Trace() if args.trace or args.show_sentences else None
 
     def begin(self, spans: list):
         """The first text has these sentences."""
         self.cache = make_cache(
             self.args.cache, self.config, self.model.config, spans, self.max_tokens - spans[-1][1],
             self.weight.device, self.weight.dtype, self.timer)
-        if self.trace or self.args.save:
-            self.cache.positions = []
+        self.cache.positions = [] if self.trace or self.args.save else None
 
     def read(self, ids: list[int]) -> int:
         """Read a text, the first or a later one. Returns the first token after it."""
@@ -191,7 +188,8 @@ class Session:
             self.cache.expect(spans) if self.cache else self.begin(spans)
         n = self.cache.num_tokens
         self.spans = self.spans + [(start + n, end + n) for start, end in spans]
-        self.ids, self.cache.stage = self.ids + ids, self.timer
+        self.ids = self.ids + ids
+        self.cache.stage = self.timer
         progress = partial(tqdm, desc="prefill", unit="layer", leave=False, disable=None)
         return prefill(self.model, self.cache, ids, self.sample, self.timer, progress,
                        split_at_sentences(spans, self.args.prefill_chunk))
@@ -201,17 +199,17 @@ class Session:
         if self.cache is None:
             self.begin(document.spans)
         self.cache.restore(document.snapshot, document.release)
-        self.ids, self.spans, self.unread = list(document.ids), document.spans, []
+        self.ids, self.spans, self.unread = document.ids, document.spans, []
         self.sample = self.new_sampler()
 
-    def answer(self, tokens, question: str = "", stopped=None) -> dict:
+    def answer(self, tokens, question: str | None = None, stopped=None) -> dict:
         """Read what `tokens()` returns, print the answer until `stopped()`, return a report."""
         with self.timer("tokenize"):
             ids = self.unread + tokens()
         n_before = self.cache.num_tokens if self.cache else 0
         check_prompt(ids, n_before, 1, self.model.config)
         n_prompt = n_before + len(ids)
-        token, text, n_new = self.read(ids), "", 0
+        token, text, new = self.read(ids), "", []
         if self.decode:
             self.cache.stage = nullcontext  # stages inside a graph cannot be timed
         room = min(self.args.max_new_tokens, self.max_tokens - n_prompt)
@@ -219,9 +217,10 @@ class Session:
             written = generate(
                 self.model, self.cache, token, self.tokenizer.detokenizer(), self.sample,
                 self.stop, room, self.config.sentence_limit, self.timer, self.decode)
-            for token, piece in self.trace.watch(self.cache, written) if self.trace else written:
-                self.ids.append(token)
-                n_new += 1
+            if self.trace:
+                written = self.trace.watch(self.cache, written)
+            for token, piece in written:
+                new.append(token)
                 if token not in self.tokenizer.special:
                     text += piece
                     print(piece, end="", flush=True)
@@ -229,18 +228,19 @@ class Session:
                     break
         print(flush=True)
         self.unread = [] if token in self.stop else [token]
-        report = {"question": question} if question else {}
-        report |= {"text": text, "interrupted": stopped(), "prompt_tokens": n_prompt,
-                "new_tokens": n_new, "sentences": len(self.spans),
-                "sentence_limit": self.config.sentence_limit, **times(self.timer, n_new - 1),
-                **self.cache.report(), "cache": self.args.cache, "clock": self.timer.clock,
-                "device": str(self.weight.device),
-                "dtype": str(self.weight.dtype).removeprefix("torch."), "torch": torch.__version__}
+        report = {} if question is None else {"question": question}
+        report |= {
+            "text": text, "interrupted": stopped(), "prompt_tokens": n_prompt,
+            "new_tokens": len(new), "sentences": len(self.spans),
+            "sentence_limit": self.config.sentence_limit, **times(self.timer, len(new) - 1),
+            **self.cache.report(), "cache": self.args.cache, "clock": self.timer.clock,
+            "device": str(self.weight.device),
+            "dtype": str(self.weight.dtype).removeprefix("torch."), "torch": torch.__version__}
         if self.trace:
-            pieces = self.tokenizer.pieces(self.ids)
-            self.trace.add(question, self.cache, pieces, self.spans, report)
-            report["most_asked"] = self.trace.most_asked()
-        self.ids.pop()  # the cache has not seen it
+            pieces = self.tokenizer.pieces(self.ids + new)
+            self.trace.add(question or "", self.cache, pieces, self.spans, report)
+            report["most_attended"] = self.trace.most_attended()
+        self.ids = self.ids + new[:-1]  # the cache has not seen the last
         return report
 
 
@@ -345,12 +345,13 @@ def finish(session: Session, report: dict) -> int:
         print_report(report)
     if session.args.show_sentences:
         print("\nattention  place  sentences of the text that received most", file=sys.stderr)
-        for sentence in report["most_asked"]:
+        for sentence in report["most_attended"]:
             print("{share:9.1%} {place:6.0%}  {text}".format(**sentence), file=sys.stderr)
     if session.args.json:
         print(json.dumps(report))
     if session.args.trace:
         session.trace.write(session.args.trace)
+        print(f"\n{session.args.trace} shows what the answer attended to", file=sys.stderr)
     return 130 if report["interrupted"] else 0
 
 
@@ -397,7 +398,7 @@ def options() -> Parser:
     parser.add_argument("--save", type=Path, metavar="FILE", help="keep what was read of it")
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on from it: no --prompt")
     parser.add_argument("--trace", type=Path, metavar="FILE",
-                        help="write a page that shows what each token asked for; or a .json file")
+                        help="write a page of what each token attends to; or its data, .json")
     parser.add_argument("--model", type=Path, help="Llama folder (SmolLM2-135M-Instruct)")
     add("--cache", "sentencekv", "where keys and values are kept", choices=("sentencekv", "full"))
     for name, help in SETTINGS.items():
@@ -413,7 +414,7 @@ def options() -> Parser:
     for name, help in (("--cuda-graph", "replay each token as one CUDA graph: faster, not timed"),
                        ("--raw", "no chat template: continue the text as it is"),
                        ("--chat", "questions from the terminal; Ctrl-C ends an answer, Ctrl-D all"),
-                       ("--show-sentences", "print what the answer asked for most"),
+                       ("--show-sentences", "print the sentences that received most attention"),
                        ("--json", "print the report of each answer as one JSON line, last")):
         parser.add_argument(name, action="store_true", help=help)
     return parser
@@ -439,9 +440,10 @@ def parse(arguments=None) -> argparse.Namespace:
          " sentencekv"),
         *((path and (path.is_dir() or not os.access(path.parent, os.W_OK)), f"cannot write {path}")
           for path in (args.save, args.trace)),
+        (args.trace and str(args.trace) in map(str, (args.prompt, args.save, args.load)),
+         f"--trace would replace {args.trace}"),
         (args.cache == "full" and (args.trace or args.show_sentences),
-         "a full cache selects nothing to show: --trace and --show-sentences need --cache"
-         " sentencekv"),
+         "a full cache selects nothing: there is nothing to show"),
         (args.cuda_graph and (args.trace or args.show_sentences),
          "--trace and --show-sentences look into every step: no --cuda-graph"),
         (args.cuda_graph and args.cache == "full",

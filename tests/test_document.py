@@ -77,7 +77,7 @@ def test_a_file_that_is_no_document_is_refused(tiny_folder, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is not a saved document"):
             load(path, tiny_folder)
-    with pytest.raises(ValueError, match="was saved with no sentencekv document"):
+    with pytest.raises(ValueError, match="was saved with format None, not sentencekv document"):
         load(tiny_folder / "model.safetensors", tiny_folder)
     with pytest.raises(ValueError, match="cannot read .*nowhere"):
         load(tmp_path / "nowhere", tiny_folder)

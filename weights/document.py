@@ -1,6 +1,6 @@
-"""A document: its text in a file, and what was read of it in one safetensors file.
+"""Read a text from a file; save and load what was read of it, as one safetensors file.
 
-The latter holds the rows of the host tier, what the device knows of the sentences, the text, its
+That holds the rows of the host tier, what the device knows of the sentences, the text, its
 tokens and its sentences. Its metadata say which model and which settings made it.
 """
 
@@ -128,7 +128,7 @@ def check_identity(path: Path, found: dict, expected: dict):
     for name, value in expected.items():
         if found.get(name) != value:
             what = f"{name} {found.get(name)}, not {value}"
-            what = {"model": "another model", "format": f"no {FORMAT}"}.get(name, what)
+            what = "another model" if name == "model" else what
             raise ValueError(f"{path} was saved with {what}")
 
 

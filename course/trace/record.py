@@ -1,4 +1,4 @@
-"""Which sentences every written token asked for: recorded, and written as a page or as JSON.
+"""Which sentences every written token attends to: recorded, and written as a page or as JSON.
 
     python generate.py --prompt file.txt --trace page.html
 
@@ -13,20 +13,21 @@ and of all after it. The document is the first text that was read.
     secondary      [layer][head]: positions of the secondary sinks
     answers        one for each question:
         question   "" if the document holds it
-        pieces     of all tokens after the document: the question, and at the end the answer
-        ends       of the sentences among them that can be asked for, as in the document
+        pieces     of all tokens after the document: earlier turns, the question, the answer
+        ends       of the sentences among them that can be selected, as in the document
         n_written  how many of the pieces are the answer's
         windows    of each step, the first position that is attended to as recent
         shape      (steps, L, H_kv, S): S sentences, those of the document and then those after it
-        rows       how many rows of each sentence a head selects in a step: the difference from the
-                   step before it, each number in `bytes` bytes, the lowest first
-        attention  (steps, L, H_kv, S + 3): what each sentence receives, the mean of the head's
-                   queries, and in the last columns what all sinks, secondary sinks and recent
-                   tokens receive. A byte v stands for a share of (v / 255) ** 2
+        rows       how many rows of each sentence a head selects. The first step holds numbers,
+                   later steps the difference from the step before. Little-endian integers of
+                   `bytes` bytes
+        attention  (steps, L, H_kv, S + 3): the share of the attention that each sentence receives,
+                   the mean of the head's queries. The last columns are all sinks, all secondary
+                   sinks, and the recent tokens. A byte v stands for a share of (v / 255) ** 2
         report     times and bytes, as `generate.py --json` prints them
 
-`rows` and `attention` are compressed by zlib, and written in base64. A step chooses a token of the
-answer. The first token has none: reading chooses it, which attends to everything.
+`rows` and `attention` are compressed by zlib, and written in base64. Step s chooses token s + 1 of
+the answer. Prefill chooses token 0, and attends to everything.
 """
 
 import base64
@@ -42,26 +43,27 @@ import numpy as np
 import torch
 
 TEMPLATE = Path(__file__).with_name("page.html")
-MOST_NUMBERS = 2**28  # in `rows`, for a browser to unpack; later steps are left out
+MOST_NUMBERS = 2**27  # in `rows`, for a browser to unpack; later steps are left out
 
 
 class Trace:
-    """Records the answers of a session."""
+    """Records the answers of a session. Recording is a part of the decode time in a report."""
 
     def __init__(self):
         self.data = {"format": "sentencekv trace 1", "answers": []}
+        self.attention = None  # of the last answer, uint8 (steps, L, H_kv, S + 3)
 
     def watch(self, cache, written):
         """Yield what `generate` yields, and keep what the cache selected for each token."""
-        self.rows, self.attention, self.windows, self.n_written = [], [], [], 0
-        n_numbers, dtype = 0, torch.uint8 if cache.config.sentence_limit < 256 else torch.int32
+        self.steps, self.windows, self.n_written, n_numbers = [], [], 0, 0
+        dtype = torch.uint8 if cache.config.sentence_limit < 256 else torch.int32
         with attention_weights(cache) as weights:
             for token in written:
                 rows = cache.table.n_resident[..., : cache.table.n_sentences]  # (L, H_kv, S)
                 n_numbers += rows.numel()
                 if weights and n_numbers < MOST_NUMBERS:
-                    self.rows.append(rows.to("cpu", dtype))
-                    self.attention.append(received(cache, torch.stack(weights)).cpu())
+                    shares = received(cache, torch.stack(weights))
+                    self.steps.append((rows.to("cpu", dtype), to_bytes(shares).cpu()))
                     self.windows.append(cache.attended_from(cache.num_tokens))
                 weights.clear()
                 self.n_written += 1
@@ -74,50 +76,54 @@ class Trace:
         positions = torch.stack(tuple(cache.positions)).long()  # (L, H_kv, N), of the document
         n_tokens = int(positions.max()) + 1
         ends = torch.tensor([end for _, end in spans if end <= n_tokens])
-        # A head has no sentence of which it keeps nothing, so sentence s of the table need not be
-        # number s of the document. After the document all heads have the same sentences.
+        # A head has no entry for a sentence of which it keeps nothing. So entry s of the table need
+        # not be sentence s of the document. After the document, all heads have the same sentences.
         bounds = table.bounds[..., : table.n_sentences + 1].cpu()
         first_rows = bounds[..., :-1].clamp(max=n_rows - 1)
-        number = torch.searchsorted(ends, positions.gather(-1, first_rows), right=True)
+        sentence_of = torch.searchsorted(ends, positions.gather(-1, first_rows), right=True)
         n_first = int((bounds[..., :-1] < n_rows).sum(dim=-1).max())  # of the document
         n_sentences = len(ends) + table.n_sentences - n_first
-        number[..., n_first:] = torch.arange(len(ends), n_sentences)
-        shape = (len(self.rows), *number.shape[:2], n_sentences)
-        self.selected = torch.zeros(shape, dtype=self.rows[0].dtype if self.rows else torch.uint8)
-        self.shares = torch.zeros(*shape[:3], n_sentences + 3)
-        for step, (rows, attention) in enumerate(zip(self.rows, self.attention)):
-            here = number[..., : rows.shape[-1]]
-            self.selected[step].scatter_add_(-1, here, rows)
-            self.shares[step].scatter_add_(-1, here, attention[..., :-3])
-            self.shares[step, ..., -3:] = attention[..., -3:]
+        sentence_of[..., n_first:] = torch.arange(len(ends), n_sentences)
+        shape = (len(self.steps), *sentence_of.shape[:2], n_sentences)
+        selected = torch.zeros(shape, dtype=self.steps[0][0].dtype if self.steps else torch.uint8)
+        self.attention = torch.zeros(*shape[:3], n_sentences + 3, dtype=torch.uint8)
+        for step, (rows, shares) in enumerate(self.steps):
+            here = sentence_of[..., : rows.shape[-1]]
+            selected[step].scatter_add_(-1, here, rows)
+            self.attention[step].scatter_add_(-1, here, shares[..., :-3])
+            self.attention[step, ..., -3:] = shares[..., -3:]
+
         settings = asdict(cache.config)
         if cache.config.keep_factor == math.inf:
             settings["keep_factor"] = "inf"  # JSON has no infinity
-        secondary = [[row[:n].tolist() for row, n in zip(*layer)]
-                     for layer in zip(positions, table.n_secondary[..., 0].tolist())]
+        counts = table.n_secondary[..., 0].tolist()
+        secondary = [[positions[layer, head, :n].tolist() for head, n in enumerate(heads)]
+                     for layer, heads in enumerate(counts)]
         self.data |= {"settings": settings, "pieces": pieces[:n_tokens], "ends": ends.tolist(),
                       "sinks": cache.n_sinks, "secondary": secondary}
         self.data["answers"].append({
             "question": question, "pieces": pieces[n_tokens:], "n_written": self.n_written,
             "ends": (bounds[0, 0, n_first + 1 :] - n_rows + n_tokens).tolist(),
-            "windows": self.windows, "shape": list(shape), "bytes": self.selected.element_size(),
-            "rows": pack(np.diff(self.selected.numpy(), axis=0, prepend=np.uint8(0))),
-            "attention": pack((self.shares.sqrt() * 255).round().byte().numpy()),
-            "report": report})
+            "windows": self.windows, "shape": list(shape), "bytes": selected.element_size(),
+            "rows": pack(np.diff(selected.numpy(), axis=0, prepend=np.uint8(0))),
+            "attention": pack(self.attention.numpy()), "report": report})
 
-    def most_asked(self, n: int = 5) -> list[dict]:
+    def most_attended(self, n: int = 5) -> list[dict]:
         """The `n` sentences of the document that received most attention while the last answer was
-        written: the mean share of all its steps, in the second half of the layers. In the first
-        half attention often goes to the same tokens whatever is asked."""
+        written: the mean share of the recorded steps, in the second half of the layers. In the
+        first half attention often goes to the same tokens, whatever the question is."""
         pieces, ends = self.data["pieces"], self.data["ends"]
-        shares = self.shares[:, self.shares.shape[1] // 2 :, :, : len(ends)]
-        shares = shares.mean(dim=(0, 1, 2)) if len(shares) else torch.zeros(0)
+        starts, half = [0, *ends], self.attention.shape[1] // 2
+        shares = torch.zeros(len(ends))
+        for step in self.attention[:, half:, :, : len(ends)]:
+            shares += (step / 255).square().mean(dim=(0, 1)) / len(self.attention)
         best = [s for s in shares.argsort(descending=True)[:n].tolist() if shares[s] > 0]
-        return [{"share": shares[s].item(), "place": (start := ([0] + ends)[s]) / len(pieces),
-                 "text": clean("".join(pieces[start : ends[s]]))} for s in best]
+        return [{"share": shares[s].item(), "place": starts[s] / len(pieces),
+                 "text": one_line("".join(pieces[starts[s] : ends[s]]))} for s in best]
 
     def write(self, path: Path):
-        """Write a page, or JSON if the name ends so. Beside and renamed: never half a file."""
+        """Write a page, or JSON if the name ends in .json. Write another file first and rename it,
+        so that the file is never half written. ValueError if it cannot be written."""
         text = json.dumps(self.data)
         if path.suffix != ".json":  # a "<" could end the element that the data are in
             data = text.replace("<", r"\u003c")
@@ -126,6 +132,8 @@ class Trace:
         try:
             part.write_text(text, encoding="utf-8")
             os.replace(part, path)
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}") from None
         finally:
             part.unlink(missing_ok=True)
 
@@ -138,8 +146,8 @@ def attention_weights(cache):
 
     def watched(layer, q, k, v):
         keys, values, mask = decode(layer, q, k, v)
-        logits = q.view(len(k), -1, q.shape[-1]) @ keys.mT / math.sqrt(q.shape[-1])
-        logits = logits.float().masked_fill_(~mask, -math.inf)  # (H_kv, G, n_slots)
+        grouped = q.float().view(len(k), -1, q.shape[-1]) / math.sqrt(q.shape[-1])
+        logits = (grouped @ keys.float().mT).masked_fill_(~mask, -math.inf)  # (H_kv, G, n_slots)
         weights.append(logits.softmax(dim=-1).mean(dim=1))
         return keys, values, mask
 
@@ -147,24 +155,31 @@ def attention_weights(cache):
     try:
         yield weights
     finally:
-        del cache.decode  # the instance's: the method of the class is there again
+        cache.decode = decode
 
 
 def received(cache, weights: torch.Tensor) -> torch.Tensor:
-    """What each sentence of the table receives, and all sinks, secondary sinks and recent tokens:
-    attention weights (L, H_kv, n_slots) -> (L, H_kv, S + 3)"""
+    """The share of each sentence of the table, of all sinks, of all secondary sinks, and of the
+    recent tokens: attention weights (L, H_kv, n_slots) -> (L, H_kv, S + 3)"""
     n = cache.table.n_sentences
     place = torch.full(weights.shape, n + 2, device=weights.device)
     place[..., cache.sink_slot : cache.recent_slot] = n
     is_secondary = cache.slot_row < cache.table.n_secondary
-    place[..., : cache.n_row_slots] = cache.slot_sentence.masked_fill(is_secondary, n + 1)
+    # An empty slot can name any sentence of the table's capacity. Its weight is 0.
+    place[..., : cache.n_row_slots] = cache.slot_sentence.masked_fill(
+        is_secondary, n + 1).clamp(max=n + 2)
     return weights.new_zeros(*weights.shape[:2], n + 3).scatter_add_(-1, place, weights)
 
 
-def clean(text: str) -> str:
-    """On one line, and without control characters, which a terminal would obey."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+def to_bytes(shares: torch.Tensor) -> torch.Tensor:
+    """As the field `attention` holds them. The root leaves small shares more of the 255 steps."""
+    return shares.sqrt().mul(255).round().byte()
 
 
 def pack(numbers: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(numbers.tobytes(), 9)).decode()
+
+
+def one_line(text: str) -> str:
+    """Without line ends and control characters, which a terminal would obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
