@@ -231,7 +231,7 @@ def test_a_hostile_document_is_shown_as_text(tmp_path):
     trace.add("<b>?</b>", cache, HOSTILE + ["<i>", "a", "b", "c"], spans, report)
     trace.write(path)
     with in_browser(path) as (page, complaints):
-        assert page.title() == "Which sentences did each token ask for?"
+        assert page.title() == "Which sentences does each token attend to?"
         assert page.locator(".sentence").count() == len(HOSTILE)
         shown = page.locator(".sentence").evaluate_all("all => all.slice(0, 8).map(e => e.textContent)")
         assert shown == HOSTILE[:8]

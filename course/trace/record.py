@@ -62,10 +62,9 @@ class Trace:
                 rows = cache.table.n_resident[..., : cache.table.n_sentences]  # (L, H_kv, S)
                 n_numbers += rows.numel()
                 if weights and n_numbers < MOST_NUMBERS:
-                    shares = received(cache, torch.stack(weights))
+                    shares = received(cache, weights.pop())
                     self.steps.append((rows.to("cpu", dtype), to_bytes(shares).cpu()))
                     self.windows.append(cache.attended_from(cache.num_tokens))
-                weights.clear()
                 self.n_written += 1
                 yield token
 
@@ -140,16 +139,21 @@ class Trace:
 
 @contextmanager
 def attention_weights(cache):
-    """In here each layer's `decode` appends its attention weights (H_kv, n_slots) to this list: the
-    mean of the queries of a group."""
-    weights, decode = [], cache.decode
+    """In here each token's attention weights (L, H_kv, n_slots) are appended to this list: the mean
+    of the queries of a group. They are computed once more for it, for all layers together."""
+    weights, queries, decode = [], [], cache.decode
+    layers, kv_heads, n_slots, _, dim = cache.slots.shape
 
     def watched(layer, q, k, v):
-        keys, values, mask = decode(layer, q, k, v)
-        grouped = q.float().view(len(k), -1, q.shape[-1]) / math.sqrt(q.shape[-1])
-        logits = (grouped @ keys.float().mT).masked_fill_(~mask, -math.inf)  # (H_kv, G, n_slots)
-        weights.append(logits.softmax(dim=-1).mean(dim=1))
-        return keys, values, mask
+        queries.append(q / math.sqrt(dim))
+        out = decode(layer, q, k, v)
+        if len(queries) == layers:
+            grouped = torch.stack(queries).view(layers, kv_heads, -1, dim)
+            logits = (cache.slots[:, :, :, 0] @ grouped.mT).mT.float()  # faster than q @ k.mT
+            logits = logits.masked_fill(~cache.mask, -math.inf)  # (L, H_kv, G, n_slots)
+            weights.append(logits.softmax(dim=-1).mean(dim=2))
+            queries.clear()
+        return out
 
     cache.decode = watched
     try:
