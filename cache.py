@@ -254,7 +254,7 @@ class SentenceKVCache:
         queries = torch.empty(model_config.num_attention_heads, 0, dim, device=device, dtype=dtype)
         self.last_queries = [queries] * layers  # of the text so far (H, at most W, D)
         self.sentence_ends = torch.tensor([end for _, end in spans], device=device)  # (S,)
-        self.positions = None  # or a list, for a trace: by layer, each row's position (H_kv, N)
+        self.positions = None  # or a list: `keep` adds the positions of a layer's rows (H_kv, N)
         self.text_end = n_prompt  # of the text that is read
 
         # Recent slots hold the window, and then an open sentence of up to `sentence_limit` tokens.

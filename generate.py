@@ -179,7 +179,8 @@ class Session:
         self.cache = make_cache(
             self.args.cache, self.config, self.model.config, spans, self.max_tokens - spans[-1][1],
             self.weight.device, self.weight.dtype, self.timer)
-        self.cache.positions = [] if self.trace or self.args.save else None
+        if self.trace or self.args.save:
+            self.cache.positions = []
 
     def read(self, ids: list[int]) -> int:
         """Read a text, the first or a later one. Returns the first token after it."""
@@ -469,7 +470,7 @@ def check_positions(n_prompt: int, n_new: int, config: LlamaConfig):
 
 
 def check_prompt(ids: list[int], n_before: int, n_new: int, config: LlamaConfig):
-    """Raises ValueError if there is no room after `n_before` tokens, or no embedding for a token."""
+    """Raises ValueError if `n_before` tokens leave no room, or a token has no embedding."""
     check_positions(n_before + len(ids), n_new, config)
     if max(ids) >= config.vocab_size:
         raise ValueError(f"the prompt has token {max(ids)}, the vocabulary of the model"

@@ -14,8 +14,8 @@ repeat the methods take turns. The floor is the time to read the weights and wha
 of the cache once: their bytes over the bandwidth of a large copy, measured first. What comes from
 the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up to
 a power of two. Stage times are of tokens after those, without a graph. `--cuda-graph` adds
-SentenceKV with each token replayed as one graph, `--compare transformers` Hugging Face's Llama,
-where that is installed.
+SentenceKV with each token replayed as one graph, `--trace` SentenceKV recorded for a page, and
+`--compare transformers` Hugging Face's Llama, where that is installed.
 """
 
 import argparse

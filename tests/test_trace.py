@@ -1,9 +1,11 @@
 """What a trace says is what the cache did, and its page shows it, whatever the text is."""
 
 import base64
+import io
 import json
 import math
 import random
+import sys
 import zlib
 from contextlib import ExitStack, contextmanager
 
@@ -109,8 +111,7 @@ def data_of(path):
     return json.loads(path.read_text())
 
 
-def test_every_question_and_turn_is_an_answer_of_one_trace(capfd, chat_folder, prompt,
-                                                           tmp_path):
+def test_every_question_is_an_answer_of_one_trace(capfd, chat_folder, prompt, tmp_path):
     common = ["--model", chat_folder, "--device", "cpu", "--max-new-tokens", 20, "--token-budget",
               80, "--ask", "Who slept?", "--ask", "Where had they gone?", "--trace"]
     read, loaded, document = tmp_path / "r.json", tmp_path / "l.json", tmp_path / "d"
@@ -131,10 +132,26 @@ def test_every_question_and_turn_is_an_answer_of_one_trace(capfd, chat_folder, p
     assert again == data
 
 
+def test_every_turn_is_an_answer_that_has_the_earlier_ones_before_it(capfd, chat_folder, prompt,
+                                                                     tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who slept?\nWhere had they gone?\n"))
+    status, out, err = run(capfd, "--prompt", prompt, "--model", chat_folder, "--device", "cpu",
+                           "--dtype", "float32", "--max-new-tokens", 20, "--token-budget", 80,
+                           "--chat", "--trace", tmp_path / "chat.json")
+    assert status == 0, err
+    first, second = data_of(tmp_path / "chat.json")["answers"]
+    assert (first["question"], second["question"]) == ("Who slept?", "Where had they gone?")
+    before = "".join(first["pieces"])  # with the first answer
+    assert "".join(second["pieces"]).startswith(before.rstrip("\n"))
+    for answer in (first, second):
+        selected = unpack(answer, "rows").sum(dtype=int) * 2 * TINY.head_dim * 4
+        assert selected == answer["report"]["selected_bytes"] > 0
+
+
 @pytest.mark.parametrize("budget", [80, 1024])  # the text has 432 tokens
 def test_sentences_that_received_most_are_printed(capfd, tiny_folder, prompt, budget):
-    common = ["--prompt", prompt, "--model", tiny_folder, "--device", "cpu", "--token-budget", budget,
-              "--max-new-tokens", 20, "--show-sentences"]
+    common = ["--prompt", prompt, "--model", tiny_folder, "--device", "cpu", "--token-budget",
+              budget, "--max-new-tokens", 20, "--show-sentences"]
     report = run_json(capfd, *common)
     shares = [sentence["share"] for sentence in report["most_attended"]]
     assert len(shares) == 5 and shares == sorted(shares, reverse=True) and shares[-1] > 0
@@ -170,7 +187,7 @@ def in_browser(path, **how):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_key_token_asks_for_the_needle(name, width):
+def test_the_key_token_attends_to_the_needle(name, width):
     """In the recorded pages of the examples, by focus, in other layers, and played."""
     key, needle = EXAMPLES[name]
     with in_browser(ROOT / "course" / "trace" / f"{name}.html", width=width) as (page, complaints):
@@ -200,7 +217,9 @@ def test_the_key_token_asks_for_the_needle(name, width):
         page.click("#play")
         page.wait_for_selector("#answer [aria-current]:nth-child(3)", timeout=10_000)
         page.click("#play")
+        shown = tokens.evaluate_all("all => all.findIndex(e => e.ariaCurrent)")
         page.locator("#answer [aria-current]").press("ArrowRight")
+        assert tokens.evaluate_all("all => all.findIndex(e => e.ariaCurrent)") == shown + 1
         assert complaints == []
 
 
@@ -233,8 +252,7 @@ def test_a_hostile_document_is_shown_as_text(tmp_path):
     with in_browser(path) as (page, complaints):
         assert page.title() == "Which sentences does each token attend to?"
         assert page.locator(".sentence").count() == len(HOSTILE)
-        shown = page.locator(".sentence").evaluate_all("all => all.slice(0, 8).map(e => e.textContent)")
-        assert shown == HOSTILE[:8]
+        assert page.locator(".sentence").all_text_contents() == HOSTILE
         page.locator("#answer [role=button]").nth(2).click()
         assert page.locator(".best").count() == 1 and page.locator("#top li").count() == 5
         assert page.evaluate("document.body.scrollWidth <= innerWidth")

@@ -1,7 +1,8 @@
 """Read a text from a file; save and load what was read of it, as one safetensors file.
 
-That holds the rows of the host tier, what the device knows of the sentences, the text, its
-tokens and its sentences. Its metadata say which model and which settings made it.
+The safetensors file holds the rows of the host tier and their positions, what the device knows of
+the sentences, the text, its tokens and its sentences. Its metadata say which model and which
+settings made it.
 """
 
 import hashlib

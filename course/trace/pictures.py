@@ -33,7 +33,7 @@ def open_page(path: Path, scheme: str = "light", width: int = 1280, height: int 
         page.on("request", lambda request: complaints.append(request.url))
         page.goto(path.resolve().as_uri())
         page.wait_for_selector("#answer [role=button]")
-        complaints.remove(path.resolve().as_uri())
+        complaints.remove(path.resolve().as_uri())  # the page itself
         yield page, complaints
         browser.close()
 

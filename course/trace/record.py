@@ -51,7 +51,9 @@ class Trace:
 
     def __init__(self):
         self.data = {"format": "sentencekv trace 1", "answers": []}
-        self.attention = None  # of the last answer, uint8 (steps, L, H_kv, S + 3)
+        self.steps = []  # of the last answer: rows (L, H_kv, S) and attention (L, H_kv, S + 3)
+        self.windows, self.n_written = [], 0
+        self.attention = None  # uint8 (steps, L, H_kv, S + 3), by sentence of the document
 
     def watch(self, cache, written):
         """Yield what `generate` yields, and keep what the cache selected for each token."""
@@ -75,14 +77,10 @@ class Trace:
         positions = torch.stack(tuple(cache.positions)).long()  # (L, H_kv, N), of the document
         n_tokens = int(positions.max()) + 1
         ends = torch.tensor([end for _, end in spans if end <= n_tokens])
-        # A head has no entry for a sentence of which it keeps nothing. So entry s of the table need
-        # not be sentence s of the document. After the document, all heads have the same sentences.
         bounds = table.bounds[..., : table.n_sentences + 1].cpu()
-        first_rows = bounds[..., :-1].clamp(max=n_rows - 1)
-        sentence_of = torch.searchsorted(ends, positions.gather(-1, first_rows), right=True)
-        n_first = int((bounds[..., :-1] < n_rows).sum(dim=-1).max())  # of the document
+        n_first = int((bounds[..., :-1] < n_rows).sum(dim=-1).max())  # entries of the document
+        sentence_of = number_entries(bounds, positions, ends, n_first)
         n_sentences = len(ends) + table.n_sentences - n_first
-        sentence_of[..., n_first:] = torch.arange(len(ends), n_sentences)
         shape = (len(self.steps), *sentence_of.shape[:2], n_sentences)
         selected = torch.zeros(shape, dtype=self.steps[0][0].dtype if self.steps else torch.uint8)
         self.attention = torch.zeros(*shape[:3], n_sentences + 3, dtype=torch.uint8)
@@ -135,6 +133,19 @@ class Trace:
             raise ValueError(f"cannot write {path}: {error.strerror}") from None
         finally:
             part.unlink(missing_ok=True)
+
+
+def number_entries(bounds, positions, ends, n_first: int) -> torch.Tensor:
+    """Which sentence each entry of the table is. A head has no entry for a sentence of the document
+    of which it keeps nothing. After these `n_first` entries, all heads have the same sentences.
+
+    bounds (L, H_kv, S + 1) and positions (L, H_kv, N) of rows, ends of the document's sentences
+    -> (L, H_kv, S)
+    """
+    first_rows = bounds[..., :-1].clamp(max=positions.shape[-1] - 1)
+    sentence_of = torch.searchsorted(ends, positions.gather(-1, first_rows), right=True)
+    sentence_of[..., n_first:] = len(ends) + torch.arange(sentence_of.shape[-1] - n_first)
+    return sentence_of
 
 
 @contextmanager
