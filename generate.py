@@ -348,6 +348,8 @@ def finish(session: Session, report: dict) -> int:
         print("\nattention  place  sentences of the text that received most", file=sys.stderr)
         for sentence in report["most_attended"]:
             print("{share:9.1%} {place:6.0%}  {text}".format(**sentence), file=sys.stderr)
+        if not report["most_attended"]:
+            print("none: nothing was selected", file=sys.stderr)
     if session.args.json:
         print(json.dumps(report))
     if session.args.trace:
