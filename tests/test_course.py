@@ -1,0 +1,44 @@
+"""The course does what it says: every planted bug is caught by an oracle."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+BUGS = {  # a patch in course/bugs, and an oracle that catches it
+    "1_a_stale_slot": "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
+    "2_scores_that_stay": "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
+    "3_a_row_for_a_position":
+        "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
+    "4_heads_in_the_wrong_group": "test_model.py::test_decoding_one_by_one_equals_one_forward",
+    "5_a_mean_of_dropped_keys":
+        "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
+}
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The project's modules and tests, to be changed."""
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    for folder in ("tests", "benchmarks", "weights", "course"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=lambda folder, names: [
+            name for name in names if not name.endswith((".py", ".json"))
+            and "." in name or name.startswith("smollm2")])
+    return tmp_path
+
+
+def test_every_bug_has_an_oracle():
+    assert {path.stem for path in (ROOT / "course" / "bugs").glob("*.patch")} == set(BUGS)
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(copy, bug):
+    patch = ROOT / "course" / "bugs" / f"{bug}.patch"
+    subprocess.run(["git", "apply", patch], cwd=copy, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+         f"tests/{BUGS[bug]}"], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout  # 1: a test failed; others: it could not be run
