@@ -1,4 +1,4 @@
-"""The course does what it says: every planted bug is caught by an oracle."""
+"""The course does what it says: stubs are the project's, every bug is caught by an oracle."""
 
 import shutil
 import subprocess
@@ -6,6 +6,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+
+from course.exercises import stubs
 
 BUGS = {  # a patch in course/bugs, and an oracle that catches it
     "1_a_stale_slot": "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
@@ -42,3 +44,19 @@ def test_a_planted_bug_is_caught(copy, bug):
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
          f"tests/{BUGS[bug]}"], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout  # 1: a test failed; others: it could not be run
+
+
+def test_the_stubs_are_the_project_s_signatures_and_docstrings(tmp_path):
+    stubs.write(tmp_path)
+    kept = {path.name: path.read_text(encoding="utf-8")
+            for path in (ROOT / "course" / "exercises").glob("[0-9]*.py")}
+    assert kept == {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("name", stubs.EXERCISES)
+def test_a_stub_is_a_function_that_is_still_to_be_written(name):
+    scope = {}
+    exec((ROOT / "course" / "exercises" / f"{name}.py").read_text(encoding="utf-8"), scope)
+    function = scope[name[3:]]
+    with pytest.raises(NotImplementedError):
+        function(*[None] * function.__code__.co_argcount)
