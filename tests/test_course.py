@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from course.exercises import stubs
+from course import check
+from course.exercises import cases, stubs
 
 BUGS = {  # a patch in course/bugs, and an oracle that catches it
     "1_a_stale_slot": "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
@@ -60,3 +61,12 @@ def test_a_stub_is_a_function_that_is_still_to_be_written(name):
     function = scope[name[3:]]
     with pytest.raises(NotImplementedError):
         function(*[None] * function.__code__.co_argcount)
+
+
+@pytest.mark.parametrize("name", stubs.EXERCISES)
+def test_the_project_s_function_passes_and_plausible_mistakes_are_named(name):
+    solution, _ = stubs.EXERCISES[name]
+    assert check.diagnose(name, solution) == ""
+    assert len(cases.MISTAKES[name]) == 3
+    for old, new, diagnosis in cases.MISTAKES[name]:
+        assert check.diagnose(name, check.with_mistake(solution, old, new)) == diagnosis

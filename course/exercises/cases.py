@@ -1,0 +1,185 @@
+"""Small inputs for each exercise, and the mistakes that a student is likely to make.
+
+A case is a function without arguments that calls the student's function and returns what it gives.
+A mistake is a change to the text of the project's function, with the diagnosis: so a wrong answer
+is no second copy of the code, and one that no longer fits the project is found by the tests.
+"""
+
+from types import SimpleNamespace
+
+import torch
+
+from cache import NO_ROW, SentenceKVCache
+from model import FullCache, LlamaConfig
+from sentencekv import SentenceKVConfig
+
+TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                   num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+                   max_position_embeddings=256)
+
+
+def random(seed: int, *shape) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attend(function):
+    cache = FullCache(TINY, 8, "cpu", torch.float32)
+    cache.prefill(0, None, random(1, 2, 5, 4), random(2, 2, 5, 4))
+    cache.num_tokens = 5
+    attention = SimpleNamespace(layer=0, head_dim=4)
+    yield function(attention, random(3, 4, 1, 4), random(4, 2, 1, 4), random(5, 2, 1, 4), cache)
+    keys = random(6, 2, 6, 4)
+    mask = torch.tensor([[[1, 0, 1, 1, 0, 1]], [[0, 1, 1, 0, 0, 1]]]).bool()
+    some = SimpleNamespace(stage=cache.stage, decode=lambda *_: (keys, -keys, mask))
+    yield function(attention, random(3, 4, 1, 4), keys[:, :1], keys[:, :1], some)
+
+
+def is_end(function):
+    for before, after in (("He left.", "She sat."), ("Dr.", "Smith sat."), ("He sat", "down."),
+                          ("It is 3.", "5 m long."), ("Why?", "he asked."), ("你好。", "再见。"),
+                          ("I work at Yahoo!", "in London."), ("Ax Inc.", "The end."),
+                          ("the U.S.", "Army"), ("Wait.", "• Tea")):
+        yield function(before, " ", after)
+    yield function("A heading", "\n\n", "A line")
+    yield function("a short line", "\n", "another one")
+
+
+def sentence_bounds(function):
+    ends = torch.tensor([4, 7, 10])
+    for marked in ([[-1, 0, 1, 8, 9]], [[0, 1, 5, 8, 9], [3, 4, 5, 6, 7]], [[7, 8, 9], [0, 1, 8]]):
+        yield function(torch.tensor(marked), ends)
+
+
+def sentence_vectors(function):
+    keys = random(1, 2, 9, 4)
+    yield from function(keys, torch.tensor([[0, 2, 5, 9], [0, 1, 5, 9]]))
+    yield from function(keys, torch.tensor([[2, 3, 3, 9], [1, 4, 6, 6]]))
+
+
+def mean_query(function):
+    yield function(random(1, 2, 3, 4), random(2, 2, 5, 4), random(3, 2, 5).abs(),
+                   torch.tensor([[1, 5, 2, 0, 3], [3, 3, 1, 4, 2]]))
+
+
+gaussian = mean_query
+
+
+def token_importance(function):
+    yield function(random(1, 4, 3, 8), random(2, 2, 20, 8), pool=1)
+    yield function(random(1, 4, 3, 8), random(2, 2, 20, 8))
+
+
+def select_rows(function):
+    scores, lengths = random(1, 2, 6), torch.tensor([[3, 1, 4, 1, 5, 2], [2, 0, 3, 3, 0, 4]])
+    for budget in (0, 1, 4, 7, 100):
+        yield function(scores, lengths, torch.tensor([[budget], [max(budget - 1, 0)]]))
+
+
+def assign_slots(function):
+    starts = torch.tensor([[4, 8, 12]])
+    for rows, sentences, resident, selected in (
+            ([5, 8, 4], [0, 1, 0], [2, 1, 0], [0, 2, 1]),
+            ([NO_ROW] * 4, [0] * 4, [0, 0, 0], [2, 2, 0]),
+            ([4, 5, 8, 9], [0, 0, 1, 1], [2, 2, 0], [1, 0, 2])):
+        yield from function(torch.tensor([rows]), torch.tensor([sentences]), starts,
+                            torch.tensor([resident]), torch.tensor([selected]))
+
+
+def seal(function):
+    config = SentenceKVConfig(token_budget=24, sink_tokens=2, secondary_sinks=0, recent_window=4)
+    spans = [(0, 5), (5, 12), (12, 20)]
+    cache = SentenceKVCache(config, TINY, spans, 20, "cpu", torch.float32)
+    for layer in (0, 1):
+        cache.prefill(layer, random(1, 4, 20, 4), random(2, 2, 20, 4), random(3, 2, 20, 4))
+    cache.advance(20)
+    for i in range(12):
+        if i in (6, 9):
+            function(cache, 5 if i == 6 else 3)
+            yield cache.table.vectors[:, :, : cache.table.n_sentences].clone()
+            yield cache.table.bounds[:, :, : cache.table.n_sentences + 1].clone()
+            yield cache.table.scores.clone()
+            yield torch.tensor([cache.open_start, cache.recent_start])
+            yield cache.host.read(1, 0, cache.table.n_rows)
+            yield cache.mask.clone()
+        for layer in (0, 1):
+            cache.decode(layer, random(i, 4, 1, 4), random(i + 50, 2, 1, 4), random(i, 2, 1, 4))
+        cache.advance(1)
+
+
+MISTAKES = {
+    "02_attend": [
+        ("q.view(len(k), -1, self.head_dim)", "q.view(-1, len(k), self.head_dim).transpose(0, 1)",
+         "query heads 0 to G - 1 share KV head 0; you gave it every H_kv-th head"),
+        ("attn_mask=mask)", "attn_mask=None)",
+         "you attended to slots that the mask excludes"),
+        ("attn_mask=mask)", "attn_mask=mask, scale=1.0)",
+         "you did not divide by the root of D"),
+    ],
+    "04_sentence_vectors": [
+        ("lengths.clamp(min=1).unsqueeze(-1)", "keys.shape[1]",
+         "you divided by N, not by the sentence's rows"),
+        ("squares - vectors.square().mean(dim=-1)", "squares",
+         "your variance is the mean square: subtract the square of the mean"),
+        ("squares - vectors.square().mean(dim=-1)",
+         "(squares - vectors.square().mean(dim=-1)) * keys.shape[-1]",
+         "you summed the variance over channels: the mean is asked for"),
+    ],
+    "05_mean_query": [
+        ("q.mean(dim=1)", "q.sum(dim=1)", "you summed the group's queries: the mean is asked for"),
+        ("q.mean(dim=1)", "q[:, 0]", "you took one query head of the group, not their mean"),
+        (").squeeze(-1)", ").squeeze(-1) / math.sqrt(q.shape[-1])",
+         "you divided by the root of D: the score is the plain product"),
+    ],
+    "05_gaussian": [
+        ("q = q / math.sqrt(q.shape[-1])", "q = q", "you did not divide the query by the root of D"),
+        (" / 2  # (H_kv, G, S)", "  # (H_kv, G, S)", "the exponent has half of |q|² σ²"),
+        ("attention.sum(dim=1) / lengths.clamp(min=1)", "attention.sum(dim=1)",
+         "the result is the share of one token: divide by the sentence's length"),
+    ],
+    "04_sentence_bounds": [
+        ("F.pad(ends, (1, 0))", "F.pad(ends, (1, 0), value=-1)",
+         "rows marked with -1 belong to no sentence: the first sentence begins after them"),
+        ("bounds.masked_fill(empty, marked.shape[-1]).sort(dim=-1).values", "bounds",
+         "a sentence without rows must become an empty one at the end"),
+        ("torch.searchsorted(marked, ends)", "torch.searchsorted(marked, ends, right=True)",
+         "an end is the position after a sentence: a token there is in the next one"),
+    ],
+    "06_token_importance": [
+        (".sum(dim=2).mean(dim=1)", ".sum(dim=2).sum(dim=1)",
+         "sum over the window, but take the mean over the group"),
+        ("triu(tokens - window + 1)", "triu(tokens)",
+         "queries of the window attended to tokens after them"),
+        ("padding=pool // 2)", "padding=pool // 2) * 0 + received[:, : tokens - window]",
+         "you did not pool: each token gets the maximum of its neighbours"),
+    ],
+    "06_select_rows": [
+        ("descending=True", "descending=False", "the best sentence has the highest score"),
+        (" - excess).clamp(min=0)", ").masked_fill(excess > 0, 0)",
+         "the first rows of the last sentence are selected too, until the budget is full"),
+        ("scatter_(-1, order, selected)", "copy_(selected)",
+         "your result is in the order of the scores: put it back in the sentences' order"),
+    ],
+    "07_assign_slots": [
+        ("free = rows >= ends.gather(-1, sentences)", "free = torch.ones_like(rows).bool()",
+         "you loaded rows that were in slots already"),
+        ("(selected - n_resident).clamp(min=0)", "(selected - n_resident)",
+         "a sentence that needs fewer rows than before loads none: no negative counts"),
+        ("missing = free & (number <= loads[:, -1:])", "missing = free",
+         "a free slot is missing nothing when all rows to load have a slot"),
+    ],
+    "08_seal": [
+        ("self.table.scores.zero_()", "None", "scores must begin at zero for the next sentence"),
+        ("self.open_start = end", "self.open_start = self.num_tokens",
+         "only the first `length` tokens are sealed: the others stay open"),
+        ("self.move_window(self.window_start(self.num_tokens + 1))", "None",
+         "the recent window must move, so that the next sentence has slots"),
+    ],
+    "03_is_end": [
+        ("    if one_holds(ABBREVIATED, before, after):\n        return opens and not small\n", "",
+         "an abbreviation ends a sentence only before a word that opens one"),
+        ("    if not MARK_END.match(before) or one_holds(INSIDE, before, after):\n",
+         "    if not MARK_END.match(before):\n", "the rules of INSIDE say where no sentence ends"),
+        ("starts_item(before, after) or ends_line(before, gap, after)",
+         "starts_item(before, after)", "a line end can end a sentence without a mark"),
+    ],
+}
