@@ -131,7 +131,8 @@ MISTAKES = {
          "you divided by the root of D: the score is the plain product"),
     ],
     "05_gaussian": [
-        ("q = q / math.sqrt(q.shape[-1])", "q = q", "you did not divide the query by the root of D"),
+        ("q = q / math.sqrt(q.shape[-1])", "q = q",
+         "you did not divide the query by the root of D"),
         (" / 2  # (H_kv, G, S)", "  # (H_kv, G, S)", "the exponent has half of |q|² σ²"),
         ("attention.sum(dim=1) / lengths.clamp(min=1)", "attention.sum(dim=1)",
          "the result is the share of one token: divide by the sentence's length"),
