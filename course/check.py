@@ -1,7 +1,8 @@
 """Check your exercises: `python -m course.check 6`, or `python -m course.check 6 --folder MINE`.
 
 Your function runs on small cases, with a diagnosis if the mistake is a known one. Then it takes the
-place of the project's function, and the project's own tests run with it.
+place of the project's function, and the project's own tests run with it, and it answers the example
+question.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import generate
 from course.exercises import cases, stubs
 
 ORACLES = {  # what runs with a function in its place
@@ -134,7 +136,11 @@ def main(arguments=None) -> int:
     print("the project's own tests with your code:")
     root = Path(__file__).parent.parent
     oracles = sorted({str(root / ORACLES[name]) for name in names})
-    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *oracles]))
+    if status := pytest.main(["-q", "-x", "-p", "no:cacheprovider", *oracles]):
+        return int(status)
+    print("the example question with your code; the boards cost $8.03½:", flush=True)
+    return generate.main(["--prompt", str(root / "examples" / "walden_house.txt"),
+                          "--token-budget", "512"])
 
 
 if __name__ == "__main__":
