@@ -1,5 +1,6 @@
 """The course does what it says: stubs are the project's, every bug is caught by an oracle."""
 
+import doctest
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from course import check
+from course import check, read
 from course.exercises import cases, stubs
 
 BUGS = {  # a patch in course/bugs, and an oracle that catches it
@@ -70,3 +71,14 @@ def test_the_project_s_function_passes_and_plausible_mistakes_are_named(name):
     assert len(cases.MISTAKES[name]) == 3
     for old, new, diagnosis in cases.MISTAKES[name]:
         assert check.diagnose(name, check.with_mistake(solution, old, new)) == diagnosis
+
+
+LESSONS = sorted((ROOT / "course").glob("[0-9]*.md"))
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.name)
+def test_a_lesson_computes_what_it_says_and_names_functions_that_exist(lesson):
+    assert doctest.testfile(str(lesson), module_relative=False).failed == 0
+    text = lesson.read_text(encoding="utf-8")
+    whole = read.with_code(text)
+    assert "```include" in text and "```include" not in whole and "def " in whole
