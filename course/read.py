@@ -1,4 +1,4 @@
-"""Print a lesson with the project's code in it: `python -m course.read 4`.
+"""Print a lesson with the project's code in it: `python -m course.read 6`.
 
 In a lesson, a block of code marked `include` holds names of the project's functions, one a line.
 Here their source takes the place of the names, so that no lesson holds a copy of the code.
@@ -20,7 +20,7 @@ def lesson(number: int) -> Path:
     found = list(FOLDER.glob(f"{number:02}_*.md"))
     if not found:
         there = ", ".join(sorted(path.name[:2] for path in FOLDER.glob("[0-9]*.md")))
-        raise ValueError(f"there is no lesson {number}, but {there}")
+        raise ValueError(f"lesson {number} is not written, these are: {there}")
     return found[0]
 
 

@@ -26,13 +26,21 @@ BUGS = {  # a patch in course/bugs, and an oracle that catches it
 @pytest.fixture
 def copy(tmp_path):
     """The project's modules and tests, to be changed."""
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path)
-    for folder in ("tests", "benchmarks", "weights", "course"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=lambda folder, names: [
-            name for name in names if not name.endswith((".py", ".json"))
-            and "." in name or name.startswith("smollm2")])
+    for folder in (".", "tests", "benchmarks", "weights", "course/trace"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for file in (ROOT / folder).glob("*.py"):
+            shutil.copy(file, tmp_path / folder)
     return tmp_path
+
+
+def run_python(folder, *arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True,
+                          encoding="utf-8")
+
+
+def run_tests(folder, *tests):
+    return run_python(folder, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+                      *(f"tests/{test}" for test in tests))
 
 
 def test_every_bug_has_an_oracle():
@@ -43,10 +51,13 @@ def test_every_bug_has_an_oracle():
 def test_a_planted_bug_is_caught(copy, bug):
     patch = ROOT / "course" / "bugs" / f"{bug}.patch"
     subprocess.run(["git", "apply", patch], cwd=copy, check=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         f"tests/{BUGS[bug]}"], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 1, done.stdout  # 1: a test failed; others: it could not be run
+    done = run_tests(copy, BUGS[bug])
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout
+
+
+def test_without_a_bug_the_oracles_pass(copy):
+    done = run_tests(copy, *set(BUGS.values()))
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_stubs_are_the_project_s_signatures_and_docstrings(tmp_path):
@@ -72,6 +83,35 @@ def test_the_project_s_function_passes_and_plausible_mistakes_are_named(name):
     assert len(cases.MISTAKES[name]) == 3
     for old, new, diagnosis in cases.MISTAKES[name]:
         assert check.diagnose(name, check.with_mistake(solution, old, new)) == diagnosis
+
+
+@pytest.mark.parametrize("name", stubs.EXERCISES)
+def test_the_project_s_tests_run_with_the_student_s_function(name):
+    old, new, _ = cases.MISTAKES[name][0]
+    done = run_python(ROOT, "-c", f"""
+from course import check
+solution, _ = check.stubs.EXERCISES[{name!r}]
+raise SystemExit(check.run_oracles({{{name!r}: check.with_mistake(solution, {old!r}, {new!r})}}))
+""")
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments, text, status, message", [
+    (["1"], "", 2, "course.check: lesson 1 has no exercise, these have: 2, 3, 4, 5, 6, 7, 8"),
+    (["7"], None, 2, "course.check: {file}: FileNotFoundError: "),
+    (["7"], "import nothing_like_this", 2, "course.check: {file}: ModuleNotFoundError: "),
+    (["7"], "def other(): pass", 2, "course.check: {file} has no function assign_slots"),
+    (["7"], "def assign_slots(*_): raise NotImplementedError", 1, "not written yet"),
+    (["7"], "def assign_slots(*_): return [1 / 0]", 1, "result 1 is\nZeroDivisionError"),
+])
+def test_what_cannot_be_checked_is_said_in_one_line(tmp_path, capsys, arguments, text, status,
+                                                    message):
+    file = tmp_path / "07_assign_slots.py"
+    if text is not None:
+        file.write_text(text)
+    assert check.main([*arguments, "--folder", str(tmp_path)]) == status
+    done = capsys.readouterr()
+    assert message.format(file=file) in (done.err if status == 2 else done.out)
 
 
 LESSONS = sorted((ROOT / "course").glob("[0-9]*.md"))

@@ -19,7 +19,8 @@ def test_the_picture_comes_first_and_every_link_leads_somewhere():
     lines = README.splitlines()
     assert len(lines) <= 180
     assert any("<picture>" in line for line in lines[:25])
-    for file in ("README.md", "benchmarks/README.md", "weights/README.md", "examples/README.md"):
+    for file in ("README.md", "benchmarks/README.md", "weights/README.md", "examples/README.md",
+                 "course/README.md", "course/bugs/README.md", "course/06_a_strict_budget.md"):
         text = (ROOT / file).read_text(encoding="utf-8")
         links = re.findall(r"\]\(([^)#]+)\)|src(?:set)?=\"([^\"]+)\"", text)
         for link in filter(None, (a or b for a, b in links)):

@@ -1,8 +1,7 @@
 """Small inputs for each exercise, and the mistakes that a student is likely to make.
 
-A case is a function without arguments that calls the student's function and returns what it gives.
-A mistake is a change to the text of the project's function, with the diagnosis: so a wrong answer
-is no second copy of the code, and one that no longer fits the project is found by the tests.
+The cases of an exercise are a generator under its name: it calls the student's function and yields
+what is compared with the project's. Shapes are as in `sentencekv.py`, for 2 KV heads.
 """
 
 from types import SimpleNamespace
@@ -56,16 +55,16 @@ def sentence_vectors(function):
     yield from function(keys, torch.tensor([[2, 3, 3, 9], [1, 4, 6, 6]]))
 
 
-def mean_query(function):
+def scores(function):
     yield function(random(1, 2, 3, 4), random(2, 2, 5, 4), random(3, 2, 5).abs(),
                    torch.tensor([[1, 5, 2, 0, 3], [3, 3, 1, 4, 2]]))
 
 
-gaussian = mean_query
+mean_query = gaussian = scores
 
 
 def token_importance(function):
-    yield function(random(1, 4, 3, 8), random(2, 2, 20, 8), pool=1)
+    yield function(random(1, 4, 3, 8), random(2, 2, 20, 8), pool=1)  # no pooling
     yield function(random(1, 4, 3, 8), random(2, 2, 20, 8))
 
 
@@ -106,6 +105,7 @@ def seal(function):
         cache.advance(1)
 
 
+# (text of the project's function, what a student may write instead, the diagnosis)
 MISTAKES = {
     "02_attend": [
         ("q.view(len(k), -1, self.head_dim)", "q.view(-1, len(k), self.head_dim).transpose(0, 1)",
@@ -115,6 +115,14 @@ MISTAKES = {
         ("attn_mask=mask)", "attn_mask=mask, scale=1.0)",
          "you did not divide by the root of D"),
     ],
+    "03_is_end": [
+        ("    if one_holds(ABBREVIATED, before, after):\n        return opens and not small\n", "",
+         "an abbreviation ends a sentence only before a word that opens one"),
+        ("    if not MARK_END.match(before) or one_holds(INSIDE, before, after):\n",
+         "    if not MARK_END.match(before):\n", "the rules of INSIDE say where no sentence ends"),
+        ("starts_item(before, after) or ends_line(before, gap, after)",
+         "starts_item(before, after)", "a line end can end a sentence without a mark"),
+    ],
     "04_sentence_vectors": [
         ("lengths.clamp(min=1).unsqueeze(-1)", "keys.shape[1]",
          "you divided by N, not by the sentence's rows"),
@@ -123,6 +131,14 @@ MISTAKES = {
         ("squares - vectors.square().mean(dim=-1)",
          "(squares - vectors.square().mean(dim=-1)) * keys.shape[-1]",
          "you summed the variance over channels: the mean is asked for"),
+    ],
+    "04_sentence_bounds": [
+        ("F.pad(ends, (1, 0))", "F.pad(ends, (1, 0), value=-1)",
+         "rows marked with -1 belong to no sentence: the first sentence begins after them"),
+        ("bounds.masked_fill(empty, marked.shape[-1]).sort(dim=-1).values", "bounds",
+         "a sentence without rows must become an empty one at the end"),
+        ("torch.searchsorted(marked, ends)", "torch.searchsorted(marked, ends, right=True)",
+         "an end is the position after a sentence: a token there is in the next one"),
     ],
     "05_mean_query": [
         ("q.mean(dim=1)", "q.sum(dim=1)", "you summed the group's queries: the mean is asked for"),
@@ -136,14 +152,6 @@ MISTAKES = {
         (" / 2  # (H_kv, G, S)", "  # (H_kv, G, S)", "the exponent has half of |q|² σ²"),
         ("attention.sum(dim=1) / lengths.clamp(min=1)", "attention.sum(dim=1)",
          "the result is the share of one token: divide by the sentence's length"),
-    ],
-    "04_sentence_bounds": [
-        ("F.pad(ends, (1, 0))", "F.pad(ends, (1, 0), value=-1)",
-         "rows marked with -1 belong to no sentence: the first sentence begins after them"),
-        ("bounds.masked_fill(empty, marked.shape[-1]).sort(dim=-1).values", "bounds",
-         "a sentence without rows must become an empty one at the end"),
-        ("torch.searchsorted(marked, ends)", "torch.searchsorted(marked, ends, right=True)",
-         "an end is the position after a sentence: a token there is in the next one"),
     ],
     "06_token_importance": [
         (".sum(dim=2).mean(dim=1)", ".sum(dim=2).sum(dim=1)",
@@ -174,13 +182,5 @@ MISTAKES = {
          "only the first `length` tokens are sealed: the others stay open"),
         ("self.move_window(self.window_start(self.num_tokens + 1))", "None",
          "the recent window must move, so that the next sentence has slots"),
-    ],
-    "03_is_end": [
-        ("    if one_holds(ABBREVIATED, before, after):\n        return opens and not small\n", "",
-         "an abbreviation ends a sentence only before a word that opens one"),
-        ("    if not MARK_END.match(before) or one_holds(INSIDE, before, after):\n",
-         "    if not MARK_END.match(before):\n", "the rules of INSIDE say where no sentence ends"),
-        ("starts_item(before, after) or ends_line(before, gap, after)",
-         "starts_item(before, after)", "a line end can end a sentence without a mark"),
     ],
 }
