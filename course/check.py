@@ -25,7 +25,10 @@ ROOT = Path(__file__).parent.parent
 SLOW = "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects"
 ORACLES = {  # lesson -> what runs with its functions in place
     2: ["test_model.py::test_decoding_one_by_one_equals_one_forward", SLOW],
-    3: ["test_segment.py"],
+    # Other tests of segment.py change names in that module, which a student's file has imported.
+    3: [f"test_segment.py::{name}" for name in (
+        "test_sentences", "test_every_rule_has_a_true_example_that_needs_it",
+        "test_the_stream_finds_the_sentences_of_the_whole", "test_sentences_of_real_tokens")],
     4: ["test_sentencekv.py", SLOW],
     5: ["test_sentencekv.py", SLOW],
     6: ["test_sentencekv.py", SLOW],
@@ -135,10 +138,13 @@ def main(arguments=None) -> int:
         print(f"course.check: {error}", file=sys.stderr)
         return 2
     for name, function in written.items():
-        if problem := diagnose(name, function):
-            print(f"{name}: {problem}")
+        problem = diagnose(name, function)
+        print(f"{name}: {problem or 'all small cases are right'}")
+        if problem in ("", cases.ALL_MOVE) and name == "07_assign_slots":
+            moved, least = cases.rows_moved(function)
+            print(f"{name}: {moved} rows moved in 50 steps, the least possible is {least}")
+        if problem:
             return 1
-        print(f"{name}: all small cases are right")
     print("the project's own tests with your code:", flush=True)
     if status := run_oracles(written):
         return status

@@ -1,15 +1,18 @@
 """The course does what it says: stubs are the project's, every bug is caught by an oracle."""
 
 import doctest
+import inspect
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from conftest import ROOT
 
-from course import check, read
+import sentencekv
+from course import check, read, score
 from course.exercises import cases, stubs
 
 BUGS = {  # a patch in course/bugs, and an oracle that catches it
@@ -85,6 +88,16 @@ def test_the_project_s_function_passes_and_plausible_mistakes_are_named(name):
         assert check.diagnose(name, check.with_mistake(solution, old, new)) == diagnosis
 
 
+def test_rows_that_move_are_counted():
+    name = "07_assign_slots"
+    solution, _ = stubs.EXERCISES[name]
+    moved, least = cases.rows_moved(solution)
+    assert moved == least > 100
+    old, new, diagnosis = cases.MISTAKES[name][0]
+    moved, least_again = cases.rows_moved(check.with_mistake(solution, old, new))
+    assert diagnosis == cases.ALL_MOVE and least_again == least and moved > 3 * least
+
+
 @pytest.mark.parametrize("name", stubs.EXERCISES)
 def test_the_project_s_tests_run_with_the_student_s_function(name):
     old, new, _ = cases.MISTAKES[name][0]
@@ -94,6 +107,21 @@ solution, _ = check.stubs.EXERCISES[{name!r}]
 raise SystemExit(check.run_oracles({{{name!r}: check.with_mistake(solution, {old!r}, {new!r})}}))
 """)
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_student_who_writes_everything_passes_every_check(tmp_path):
+    """The project's functions in files of their own, with the imports of the stubs."""
+    for name, (function, imports) in stubs.EXERCISES.items():
+        text = textwrap.dedent(inspect.getsource(function))
+        (tmp_path / f"{name}.py").write_text(f"{imports}\n\n\n{text}", encoding="utf-8")
+    done = run_python(ROOT, "-c", f"""
+from course import check
+written = {{name: check.load(check.Path({str(tmp_path)!r}, name + ".py"), name[3:])
+           for name in check.stubs.EXERCISES}}
+assert not any(check.diagnose(*item) for item in written.items())
+raise SystemExit(check.run_oracles(written))
+""")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("arguments, text, status, message", [
@@ -123,5 +151,47 @@ def test_a_lesson_computes_what_it_says_and_names_functions_that_exist(lesson):
     examples = "\n\n".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     test = doctest.DocTestParser().get_doctest(examples, {}, lesson.name, str(lesson), 0)
     assert test.examples and doctest.DocTestRunner().run(test).failed == 0
+    for function in (f for name, (f, _) in stubs.EXERCISES.items() if name[:2] == lesson.name[:2]):
+        assert f".{function.__qualname__}" in "".join(read.INCLUDE.findall(text))
     whole = read.with_code(text)
     assert "```include" in text and "```include" not in whole and "def " in whole
+
+
+SECTIONS = ["**The question.**", "![", "## The words", "## By hand", "## Predict",
+            "## The project's lines", "## The task", "## What breaks without it"]
+
+
+@pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.name)
+def test_a_lesson_has_the_parts_of_a_lesson(lesson):
+    text, number = lesson.read_text(encoding="utf-8"), int(lesson.name[:2])
+    assert text.startswith(f"# {number}. ") and 90 <= len(text.splitlines()) <= 170
+    text = text.replace("<img alt=", "![")
+    places = [text.find(part) for part in SECTIONS]
+    assert min(places) > 0 and places == sorted(places), dict(zip(SECTIONS, places))
+    assert f"python -m course.read {number}`" in text
+    if number in check.ORACLES:
+        assert f"python -m course.check {number} --folder mine" in text
+    assert text.count("<details>") == text.count("</details>") >= 2
+
+
+def test_there_are_eleven_lessons_and_the_map_names_them():
+    assert [int(lesson.name[:2]) for lesson in LESSONS] == [*range(11)]
+    text = (ROOT / "course" / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    for lesson in LESSONS:
+        title = lesson.read_text(encoding="utf-8").partition("\n")[0].partition(". ")[2]
+        assert f"[{title}]({lesson.name})" in text
+
+
+def test_a_score_is_compared_with_the_project_s(tmp_path, capsys, monkeypatch, default_folder):
+    file = tmp_path / "05_mine.py"
+    file.write_text("def mine(q, vectors, variances, lengths):\n    return -variances\n")
+    short = ["300" if a == "2000" else "8" if a == "64" else a for a in score.NEEDLES]
+    monkeypatch.setattr(score, "NEEDLES", short)
+    monkeypatch.setattr(score, "RECALL", [*score.RECALL, "--new-tokens", "4", "--length", "300"])
+    monkeypatch.setitem(sentencekv.SCORES, "mine", None)  # removed after the test
+    assert score.main([str(file), "--count", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("| sentencekv:score=mine | ") == 2
+    assert score.main([str(tmp_path / "none.py")]) == 2
+    assert capsys.readouterr().err.startswith("course.score: ")

@@ -1,6 +1,8 @@
 """The pictures in course/figures are what their scripts draw."""
 
 import re
+import subprocess
+import sys
 from html import unescape
 from pathlib import Path
 
@@ -48,6 +50,24 @@ def test_every_label_of_the_two_tiers_can_be_read(page):
     assert min(size for _, size in found) >= 11
 
 
+LESSON_FIGURES = sorted(path.stem for path in FIGURES.glob("*.svg") if "two_tiers" not in path.stem)
+
+
+@pytest.mark.parametrize("name", LESSON_FIGURES)
+def test_a_figure_of_a_lesson_is_what_its_command_draws(name, tmp_path):
+    subprocess.run([sys.executable, "-m", f"course.figures.{name}", tmp_path], cwd=ROOT, check=True)
+    kept, drawn = ((folder / f"{name}.svg").read_text(encoding="utf-8")
+                   for folder in (FIGURES, tmp_path))
+    number = r"-?\d+\.?\d*"  # one that is measured is rounded differently elsewhere
+    assert re.sub(number, "", drawn) == re.sub(number, "", kept)
+    for a, b in zip(re.findall(number, drawn), re.findall(number, kept), strict=True):
+        assert abs(float(a) - float(b)) <= 1 + 0.01 * abs(float(b))
+    assert len(kept) < 12_000 and f"figures/{name}.svg" in LESSONS
+    assert min(map(int, re.findall(r'font-size="(\d+)"', kept))) >= 11
+
+
+LESSONS = "".join(path.read_text(encoding="utf-8")
+                  for path in (ROOT / "course").glob("[0-9]*.md"))
 ROWS = [{"task": f"needle 1000 {depth}", "index": 0, "method": method, "budget": budget,
          "score": float(depth == 1)}
         for depth in (0, 1) for method, budget in (

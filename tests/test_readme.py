@@ -19,12 +19,21 @@ def test_the_picture_comes_first_and_every_link_leads_somewhere():
     lines = README.splitlines()
     assert len(lines) <= 180
     assert any("<picture>" in line for line in lines[:25])
-    for file in ("README.md", "benchmarks/README.md", "weights/README.md", "examples/README.md",
-                 "course/README.md", "course/bugs/README.md", "course/06_a_strict_budget.md"):
-        text = (ROOT / file).read_text(encoding="utf-8")
-        links = re.findall(r"\]\(([^)#]+)\)|src(?:set)?=\"([^\"]+)\"", text)
-        for link in filter(None, (a or b for a, b in links)):
-            assert link.startswith("https://") or (ROOT / file).parent.joinpath(link).exists(), link
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("course/*/*.md")]
+    assert len(pages) >= 16
+    for page in pages:
+        links = re.findall(r"\]\(([^)]+)\)|src(?:set)?=\"([^\"]+)\"", page.read_text("utf-8"))
+        for link in (a or b for a, b in links if not (a or b).startswith("https://")):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def anchors(page) -> set:
+    """As GitHub makes them of the headings: lower case, no punctuation, hyphens for blanks."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_the_reading_table_counts_the_lines():

@@ -186,6 +186,27 @@ def in_browser(path, **how):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
+def test_a_recorded_page_is_what_its_command_writes(capfd, default_folder, tmp_path, name):
+    """examples/README.md has the command. Other processors round differently."""
+    status, _, err = run(capfd, "--prompt", ROOT / "examples" / f"{name}.txt", "--token-budget",
+                         512, "--dtype", "float32", "--device", "cpu", "--trace",
+                         tmp_path / "again.json")
+    assert status == 0, err
+    page = (ROOT / "course" / "trace" / f"{name}.html").read_text(encoding="utf-8")
+    start = page.index('{"format": "sentencekv trace 1"')
+    kept, again = json.JSONDecoder().raw_decode(page, start)[0], data_of(tmp_path / "again.json")
+    numbers = []
+    for trace in (kept, again):
+        (answer,) = trace["answers"]
+        numbers.append([unpack(answer, name) for name in ("attention", "rows")])
+        for name in ("attention", "rows", "report"):
+            del answer[name]
+    assert kept == again
+    (shares, rows), (shares_again, rows_again) = numbers
+    assert abs(shares - shares_again).mean() < 1e-3 and (rows != rows_again).mean() < 0.05
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_key_token_attends_to_the_needle(name, width):
     """In the recorded pages of the examples, by focus, in other layers, and played."""

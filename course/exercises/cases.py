@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
+import sentencekv
 from cache import NO_ROW, SentenceKVCache
 from model import FullCache, LlamaConfig
 from sentencekv import SentenceKVConfig
@@ -75,13 +76,36 @@ def select_rows(function):
 
 
 def assign_slots(function):
+    """Any order of the loaded rows is right: what is compared does not depend on it."""
     starts = torch.tensor([[4, 8, 12]])
-    for rows, sentences, resident, selected in (
+    for before, sentences, resident, selected in (
             ([5, 8, 4], [0, 1, 0], [2, 1, 0], [0, 2, 1]),
             ([NO_ROW] * 4, [0] * 4, [0, 0, 0], [2, 2, 0]),
             ([4, 5, 8, 9], [0, 0, 1, 1], [2, 2, 0], [1, 0, 2])):
-        yield from function(torch.tensor([rows]), torch.tensor([sentences]), starts,
-                            torch.tensor([resident]), torch.tensor([selected]))
+        before = torch.tensor([before])
+        rows, sentences, missing = function(
+            before, torch.tensor([sentences]), starts, torch.tensor([resident]),
+            torch.tensor([selected]))
+        yield rows.sort().values
+        yield sentences[rows < NO_ROW][rows[rows < NO_ROW].argsort()]
+        yield rows[missing].sort().values
+        yield rows[~missing & (rows < NO_ROW)] == before[~missing & (rows < NO_ROW)]
+
+
+def rows_moved(function, steps: int = 50) -> tuple[int, int]:
+    """How many rows `assign_slots` loads in a random run, and the least that are necessary."""
+    lengths = torch.tensor([[3, 7, 5, 9, 2, 6, 8, 4]])
+    starts = lengths.cumsum(dim=-1) - lengths
+    rows, sentences = torch.full((1, 20), NO_ROW), torch.zeros(1, 20, dtype=torch.long)
+    resident, scores, moved, least = torch.zeros_like(lengths), 0, 0, 0
+    for step in range(steps):
+        scores = 0.9 * scores + random(step, *lengths.shape)  # most of a selection stays
+        selected = sentencekv.select_rows(scores, lengths, torch.tensor([[20 - step % 3]]))
+        rows, sentences, missing = function(rows, sentences, starts, resident, selected)
+        moved += int(missing.sum())
+        least += int((selected - resident).clamp(min=0).sum())
+        resident = selected
+    return moved, least
 
 
 def seal(function):
@@ -105,6 +129,7 @@ def seal(function):
         cache.advance(1)
 
 
+ALL_MOVE = "you loaded rows that were in slots already"
 # (text of the project's function, what a student may write instead, the diagnosis)
 MISTAKES = {
     "02_attend": [
@@ -169,8 +194,10 @@ MISTAKES = {
          "your result is in the order of the scores: put it back in the sentences' order"),
     ],
     "07_assign_slots": [
-        ("free = rows >= ends.gather(-1, sentences)", "free = torch.ones_like(rows).bool()",
-         "you loaded rows that were in slots already"),
+        ("loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)",
+         "free, loads = free | True, selected.cumsum(dim=-1)\n"
+         "    number = free.cumsum(dim=-1)",
+         ALL_MOVE),
         ("(selected - n_resident).clamp(min=0)", "(selected - n_resident)",
          "a sentence that needs fewer rows than before loads none: no negative counts"),
         ("missing = free & (number <= loads[:, -1:])", "missing = free",
