@@ -80,16 +80,18 @@ def assign_slots(function):
     starts = torch.tensor([[4, 8, 12]])
     for before, sentences, resident, selected in (
             ([5, 8, 4], [0, 1, 0], [2, 1, 0], [0, 2, 1]),
+            ([0, 4, 5, 8], [0, 0, 0, 1], [2, 1, 0], [1, 2, 0]),  # row 0 is a secondary sink
             ([NO_ROW] * 4, [0] * 4, [0, 0, 0], [2, 2, 0]),
             ([4, 5, 8, 9], [0, 0, 1, 1], [2, 2, 0], [1, 0, 2])):
-        before = torch.tensor([before])
-        rows, sentences, missing = function(
-            before, torch.tensor([sentences]), starts, torch.tensor([resident]),
-            torch.tensor([selected]))
+        given = [torch.tensor([x]) for x in (before, sentences, resident, selected)]
+        before, sentences, resident, selected = (x.clone() for x in given)
+        rows, sentences, missing = function(before, sentences, starts, resident, selected)
         yield rows.sort().values
         yield sentences[rows < NO_ROW][rows[rows < NO_ROW].argsort()]
         yield rows[missing].sort().values
-        yield rows[~missing & (rows < NO_ROW)] == before[~missing & (rows < NO_ROW)]
+        yield (rows == given[0])[~missing & (rows < NO_ROW)]
+        yield torch.equal(before, given[0])
+    rows_moved(function)  # finds what goes wrong only after several steps
 
 
 def rows_moved(function, steps: int = 50) -> tuple[int, int]:
@@ -202,6 +204,9 @@ MISTAKES = {
          "a sentence that needs fewer rows than before loads none: no negative counts"),
         ("missing = free & (number <= loads[:, -1:])", "missing = free",
          "a free slot is missing nothing when all rows to load have a slot"),
+        ("rows >= ends.gather(-1, sentences)",
+         "(rows >= ends.gather(-1, sentences)) | (rows < starts.gather(-1, sentences))",
+         "you freed the slots of secondary sinks: compare a row with the end only"),
     ],
     "08_seal": [
         ("self.table.scores.zero_()", "None", "scores must begin at zero for the next sentence"),
