@@ -9,6 +9,9 @@ import argparse
 import inspect
 import sys
 import textwrap
+import traceback
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -83,9 +86,16 @@ def diagnose(name: str, function) -> str:
     for old, new, diagnosis in cases.MISTAKES[name]:
         if all_same(found, results(name, with_mistake(solution, old, new))):
             return diagnosis
-    for i, (a, b) in enumerate(zip(found, expected)):
+    for i, (a, b) in enumerate(zip(found, expected), 1):
+        if isinstance(a, Exception):
+            file = function.__code__.co_filename
+            where = [f for f in traceback.extract_tb(a.__traceback__) if f.filename == file][-1]
+            return f"case {i} raises {a!r}, at line {where.lineno} of {Path(file).name}"
+        shapes = [getattr(x, "shape", None) for x in (a, b)]
+        if shapes[0] != shapes[1]:
+            return f"result {i} has the shape {shapes[0]} and should have {shapes[1]}"
         if not same(a, b):
-            return f"result {i + 1} is\n{a!r}\nand should be\n{b!r}"
+            return f"result {i} is\n{a!r}\nand should be\n{b!r}"
     return f"{len(found)} results, and there should be {len(expected)}"
 
 
@@ -149,8 +159,12 @@ def main(arguments=None) -> int:
     if status := run_oracles(written):
         return status
     print("the example question with your code; the boards cost $8.03½:", flush=True)
-    return generate.main(["--prompt", str(ROOT / "examples" / "walden_house.txt"),
-                          "--token-budget", "512"])
+    with redirect_stderr(StringIO()) as tables:
+        status = generate.main(["--prompt", str(ROOT / "examples" / "walden_house.txt"),
+                                "--token-budget", "512"])
+    if status:
+        print(tables.getvalue(), end="", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -18,6 +18,16 @@ TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidd
                    max_position_embeddings=256)
 
 
+class Answer(tuple):
+    """A call and what it gives, to be printed."""
+
+    def __new__(cls, call: str, result):
+        return super().__new__(cls, (call, result))
+
+    def __repr__(self):
+        return f"{self[0]}: {self[1]!r}"
+
+
 def random(seed: int, *shape) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -38,10 +48,12 @@ def is_end(function):
     for before, after in (("He left.", "She sat."), ("Dr.", "Smith sat."), ("He sat", "down."),
                           ("It is 3.", "5 m long."), ("Why?", "he asked."), ("你好。", "再见。"),
                           ("I work at Yahoo!", "in London."), ("Ax Inc.", "The end."),
-                          ("the U.S.", "Army"), ("Wait.", "• Tea")):
-        yield function(before, " ", after)
-    yield function("A heading", "\n\n", "A line")
-    yield function("a short line", "\n", "another one")
+                          ("the U.S.", "Army"), ("Wait.", "• Tea"), ("你好。", '"Hello'),
+                          ("the U.S.", '"Hello'), ("Is it so?", "iPhone")):
+        yield Answer(f"is_end({before!r}, ' ', {after!r})", function(before, " ", after))
+    yield Answer("is_end('A heading', '\\n\\n', 'A line')",
+                 function("A heading", "\n\n", "A line"))
+    yield Answer("is_end('a line', '\\n', 'another')", function("a line", "\n", "another"))
 
 
 def sentence_bounds(function):
@@ -131,12 +143,22 @@ def seal(function):
         cache.advance(1)
 
 
+GROUPS = "query heads 0 to G - 1 share KV head 0; you gave it every H_kv-th head"
 ALL_MOVE = "you loaded rows that were in slots already"
 # (text of the project's function, what a student may write instead, the diagnosis)
 MISTAKES = {
     "02_attend": [
         ("q.view(len(k), -1, self.head_dim)", "q.view(-1, len(k), self.head_dim).transpose(0, 1)",
-         "query heads 0 to G - 1 share KV head 0; you gave it every H_kv-th head"),
+         GROUPS),
+        ("grouped[None], keys[None], values[None], attn_mask=mask)",
+         "q[None], keys.repeat(len(q) // len(k), 1, 1)[None],\n"
+         "            values.repeat(len(q) // len(k), 1, 1)[None],\n"
+         "            attn_mask=None if mask is None else mask.repeat(1, len(q) // len(k), 1, 1))",
+         GROUPS),
+        ("attn_mask=mask)", "is_causal=True)",
+         "the rows of a group are heads, not positions: no is_causal"),
+        ("attn_mask=mask)", "attn_mask=None if mask is None else ~mask)",
+         "your mask excludes what it should include: it is True where to attend"),
         ("attn_mask=mask)", "attn_mask=None)",
          "you attended to slots that the mask excludes"),
         ("attn_mask=mask)", "attn_mask=mask, scale=1.0)",

@@ -68,4 +68,7 @@ class Picture:
     def save(self, name: str):
         """Write NAME.svg into the folder that the command line names, or beside this file."""
         folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+        if not folder.is_dir():
+            sys.exit(f"{folder} is not a folder")
         (folder / f"{name}.svg").write_text(self.svg(), encoding="utf-8")
+        print(f"{folder / name}.svg is written")
