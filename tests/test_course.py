@@ -83,6 +83,7 @@ def test_a_stub_is_a_function_that_is_still_to_be_written(name):
 def test_the_project_s_function_passes_and_plausible_mistakes_are_named(name):
     solution, _ = stubs.EXERCISES[name]
     assert check.diagnose(name, solution) == ""
+    assert not any(isinstance(found, Exception) for _, found in check.results(name, solution))
     assert len(cases.MISTAKES[name]) >= 3
     for old, new, diagnosis in cases.MISTAKES[name]:
         assert check.diagnose(name, check.with_mistake(solution, old, new)) == diagnosis
@@ -130,7 +131,9 @@ raise SystemExit(check.run_oracles(written))
     (["7"], "import nothing_like_this", 2, "course.check: {file}: ModuleNotFoundError: "),
     (["7"], "def other(): pass", 2, "course.check: {file} has no function assign_slots"),
     (["7"], "def assign_slots(*_): raise NotImplementedError", 1, "not written yet"),
-    (["7"], "def assign_slots(*_): return [1 / 0]", 1, "case 1 raises ZeroDivisionError('division by zero'), at line 1 of 07_"),
+    (["7"], "def assign_slots(*_): return [1 / 0]", 1,
+     "ZeroDivisionError('division by zero'), at line 1 of 07_assign_slots.py"),
+    (["7"], "def assign_slots(*_): pass", 1, "TypeError('cannot unpack non-iterable NoneType"),
 ])
 def test_what_cannot_be_checked_is_said_in_one_line(tmp_path, capsys, arguments, text, status,
                                                     message):
@@ -158,7 +161,7 @@ def test_a_lesson_computes_what_it_says_and_names_functions_that_exist(lesson):
 
 
 SECTIONS = ["**The question.**", "![", "## The words", "## By hand", "## Predict",
-            "## The project's lines", "## The task", "## What breaks without it"]
+            "## The task", "## The project's lines", "## What breaks without it"]
 
 
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.name)

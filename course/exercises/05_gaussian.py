@@ -6,9 +6,9 @@ import torch
 def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
     """The attention that a token of the sentence receives on average, if its keys are Gaussian.
 
-    For Gaussian keys k with mean µ and covariance σ² I, and a query q divided by √D, the mean of
-    exp(q · k) is exp(q · µ + |q|² σ² / 2). In the softmax, a sentence of n keys counts n times. The
-    result is divided by n: it is the share of one token, because the budget counts tokens.
+    For Gaussian keys k with mean µ and covariance σ² I, and x = q · k / √D, the mean of exp(x) is
+    exp(q · µ / √D + |q|² σ² / 2D). In the softmax over all sentences, one of n keys counts n times.
+    Its share is divided by n, because the budget counts tokens, and summed over the G query heads.
 
     Not in the paper. Expected Attention (arXiv 2510.00636) assumes that the *queries* are Gaussian,
     to decide what to evict. Here the keys are assumed Gaussian instead: this is its dual.

@@ -18,16 +18,6 @@ TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidd
                    max_position_embeddings=256)
 
 
-class Answer(tuple):
-    """A call and what it gives, to be printed."""
-
-    def __new__(cls, call: str, result):
-        return super().__new__(cls, (call, result))
-
-    def __repr__(self):
-        return f"{self[0]}: {self[1]!r}"
-
-
 def random(seed: int, *shape) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -50,10 +40,9 @@ def is_end(function):
                           ("I work at Yahoo!", "in London."), ("Ax Inc.", "The end."),
                           ("the U.S.", "Army"), ("Wait.", "• Tea"), ("你好。", '"Hello'),
                           ("the U.S.", '"Hello'), ("Is it so?", "iPhone")):
-        yield Answer(f"is_end({before!r}, ' ', {after!r})", function(before, " ", after))
-    yield Answer("is_end('A heading', '\\n\\n', 'A line')",
-                 function("A heading", "\n\n", "A line"))
-    yield Answer("is_end('a line', '\\n', 'another')", function("a line", "\n", "another"))
+        yield function(before, " ", after)
+    yield function("A heading", "\n\n", "A line")
+    yield function("a line", "\n", "another")
 
 
 def sentence_bounds(function):
@@ -175,6 +164,8 @@ MISTAKES = {
     "04_sentence_vectors": [
         ("lengths.clamp(min=1).unsqueeze(-1)", "keys.shape[1]",
          "you divided by N, not by the sentence's rows"),
+        ("lengths.clamp(min=1).unsqueeze(-1)", "lengths.unsqueeze(-1)",
+         "the mean of no keys is NaN: an empty sentence gets zeros"),
         ("squares - vectors.square().mean(dim=-1)", "squares",
          "your variance is the mean square: subtract the square of the mean"),
         ("squares - vectors.square().mean(dim=-1)",
@@ -201,10 +192,17 @@ MISTAKES = {
         (" / 2  # (H_kv, G, S)", "  # (H_kv, G, S)", "the exponent has half of |q|² σ²"),
         ("attention.sum(dim=1) / lengths.clamp(min=1)", "attention.sum(dim=1)",
          "the result is the share of one token: divide by the sentence's length"),
+        ("(log_mean_exp + lengths.log().unsqueeze(1))", "log_mean_exp",
+         "a sentence of n keys counts n times in the softmax: add ln n"),
+        ("attention.sum(dim=1)", "attention.mean(dim=1)", "sum over the query heads of the group"),
+        ("lengths.clamp(min=1)", "lengths", "0 / 0 is NaN: an empty sentence receives 0"),
     ],
     "06_token_importance": [
         (".sum(dim=2).mean(dim=1)", ".sum(dim=2).sum(dim=1)",
          "sum over the window, but take the mean over the group"),
+        (" / math.sqrt(dim)", "", "you did not divide the logits by the root of D"),
+        ("q.reshape(kv_heads, -1, dim)",
+         "q.unflatten(0, (-1, kv_heads)).transpose(0, 1).reshape(kv_heads, -1, dim)", GROUPS),
         ("triu(tokens - window + 1)", "triu(tokens)",
          "queries of the window attended to tokens after them"),
         ("padding=pool // 2)", "padding=pool // 2) * 0 + received[:, : tokens - window]",
@@ -214,6 +212,10 @@ MISTAKES = {
         ("descending=True", "descending=False", "the best sentence has the highest score"),
         (" - excess).clamp(min=0)", ").masked_fill(excess > 0, 0)",
          "the first rows of the last sentence are selected too, until the budget is full"),
+        ("clamp(min=0)  # rows too many, up to this one", "clamp(min=0) * 0",
+         "the budget is exceeded: of the last sentence only the first rows are selected"),
+        ("torch.empty_like(selected).scatter_(-1, order, selected)", "selected.gather(-1, order)",
+         "gather puts nothing back: use scatter, or gather with order.argsort()"),
         ("scatter_(-1, order, selected)", "copy_(selected)",
          "your result is in the order of the scores: put it back in the sentences' order"),
     ],
