@@ -6,9 +6,9 @@ Here their source takes the place of the names, so that no lesson holds a copy o
 
 import argparse
 import inspect
+import pkgutil
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -26,11 +26,7 @@ def lesson(number: int) -> Path:
 
 def source(name: str) -> str:
     """The source of a function, method or class: `sentencekv.gaussian`, `cache.HostTier.write`."""
-    module, *path = name.split(".")
-    found = import_module(module)
-    for part in path:
-        found = getattr(found, part)
-    return inspect.getsource(found)
+    return inspect.getsource(pkgutil.resolve_name(name))
 
 
 def with_code(text: str) -> str:

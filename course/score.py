@@ -1,9 +1,9 @@
 """Score a score of your own: `python -m course.score mine/05_gaussian.py`.
 
 The file has a function with the arguments and the result of `sentencekv.mean_query`. It is compared
-with the scores of the project, with the default settings otherwise: how many needles are found, and
-how much of the attention goes to what is selected. The text is an example of the project. Use
-benchmarks/quality.py for longer texts and other budgets.
+with the scores of the project, with the default settings otherwise: how many hidden numbers are
+found, and how much of the attention goes to what is selected. The text is an example of the
+project. Use benchmarks/quality.py for longer texts and other budgets.
 """
 
 import argparse
@@ -14,29 +14,31 @@ from benchmarks import quality
 from course import check
 from sentencekv import SCORES
 
-BOOK = check.ROOT / "examples" / "walden_house.txt"
-METHODS = "full sentencekv:score=mean_query sentencekv sentencekv:score=mine"
-SHARED = ["--data", str(BOOK), "--length", "2000", "--budgets", "128", "--methods", METHODS]
-NEEDLES = ["ruler", "--generate", "single,multikey", *SHARED]
-RECALL = ["recall", "--new-tokens", "64", *SHARED]
+BOOK, LENGTH, BUDGET = check.ROOT / "examples" / "walden_house.txt", 2000, 64
+METHODS = "full sentencekv:score=mean_query sentencekv:score=gaussian sentencekv:score=mine"
 
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="course.score", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--count", type=int, default=10, help="prompts of each kind of needle")
+    parser.add_argument("--count", type=int, default=10, help="how many prompts with numbers")
     args = parser.parse_args(arguments)
     try:
         SCORES["mine"] = check.load(args.file, args.file.stem.lstrip("0123456789_"))
     except ValueError as error:
         print(f"course.score: {error}", file=sys.stderr)
         return 2
-    print("per cent of the needles found, one alone (single) or one of four (multikey):", flush=True)
-    if status := quality.main([*NEEDLES, "--count", str(args.count)]):
+    shared = ["--data", str(BOOK), "--length", str(LENGTH), "--budgets", str(BUDGET), "--methods",
+              METHODS]
+    print(f"one of four numbers hidden in {LENGTH} tokens, token budget {BUDGET}, {args.count}"
+          " prompts: per cent found ± standard error", flush=True)
+    if status := quality.main(["ruler", "--generate", "multikey", "--count", str(args.count),
+                               *shared]):
         return status
-    print("\nshare of the attention that goes to the selected rows (mass), relative error of the"
-          " output:", flush=True)
-    return quality.main(RECALL)
+    print("\nreading on for 64 tokens in the same text: the share of the full cache's attention that"
+          "\ngoes to the tokens within the budget (mass, higher is better), and the relative error of"
+          "\nthe output (lower is better). The mean of all layers ± standard error", flush=True)
+    return quality.main(["recall", "--new-tokens", "64", *shared])
 
 
 if __name__ == "__main__":

@@ -189,9 +189,7 @@ def test_there_are_eleven_lessons_and_the_map_names_them():
 def test_a_score_is_compared_with_the_project_s(tmp_path, capsys, monkeypatch, default_folder):
     file = tmp_path / "05_mine.py"
     file.write_text("def mine(q, vectors, variances, lengths):\n    return -variances\n")
-    short = ["300" if a == "2000" else "8" if a == "64" else a for a in score.NEEDLES]
-    monkeypatch.setattr(score, "NEEDLES", short)
-    monkeypatch.setattr(score, "RECALL", [*score.RECALL, "--new-tokens", "4", "--length", "300"])
+    monkeypatch.setattr(score, "LENGTH", 300)
     monkeypatch.setitem(sentencekv.SCORES, "mine", None)  # removed after the test
     assert score.main([str(file), "--count", "1"]) == 0
     out = capsys.readouterr().out
