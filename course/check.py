@@ -132,8 +132,9 @@ def run_oracles(functions: dict) -> int:
     Returns pytest's exit status. This process keeps the functions."""
     for name, function in functions.items():
         install(function, stubs.EXERCISES[name][0])
-    tests = {str(ROOT / "tests" / test) for name in functions for test in ORACLES[int(name[:2])]}
-    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sorted(tests)]))
+    tests = dict.fromkeys(test for name in functions for test in ORACLES[int(name[:2])])
+    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider",
+                            *(str(ROOT / "tests" / test) for test in tests)]))
 
 
 def load(path: Path, name: str):

@@ -190,6 +190,7 @@ def test_a_score_is_compared_with_the_project_s(tmp_path, capsys, monkeypatch, d
     file = tmp_path / "05_mine.py"
     file.write_text("def mine(q, vectors, variances, lengths):\n    return -variances\n")
     monkeypatch.setattr(score, "LENGTH", 300)
+    monkeypatch.setattr(score, "METHODS", "sentencekv:score=mine")
     monkeypatch.setitem(sentencekv.SCORES, "mine", None)  # removed after the test
     assert score.main([str(file), "--count", "1"]) == 0
     out = capsys.readouterr().out

@@ -64,7 +64,7 @@ def test_the_first_command_answers_as_the_readme_shows(default_folder):
 
 
 def test_questions_are_answered_as_the_readme_shows(default_folder, tmp_path):
-    (command,) = re.findall(r"^head .*", README, re.MULTILINE)
+    (command,) = re.findall(r"^sed .*", README, re.MULTILINE)
     command = command.replace(".venv/bin/python", shlex.quote(sys.executable))
     command = command.replace("--save ", f"--save {tmp_path}/")
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True,

@@ -4,11 +4,13 @@ import math
 
 import torch
 
+from benchmarks.speed import CONFIGS
 from course.figures.draw import Picture
-from model import LlamaConfig, apply_rope, rope_frequencies, rope_table
+from model import apply_rope, rope_frequencies, rope_table
 from sentencekv import sentence_vectors
+from weights.checkpoint import parse_config
 
-DEFAULT = LlamaConfig(49152, 576, 1536, 30, 9, 3, 64, 8192, rope_theta=100000.0)
+DEFAULT = parse_config(CONFIGS["smollm2-135m"])
 PAIRS = DEFAULT.head_dim // 2
 COLOURS = {4: "blue", 16: "orange", 128: "pink"}  # of the numbers of positions
 LEFT, STEP, TOP, HEIGHT = 64, 18.5, 134, 180
