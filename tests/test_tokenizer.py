@@ -1,5 +1,6 @@
 import doctest
 import json
+import shutil
 
 import pytest
 import sentencepiece
@@ -121,3 +122,12 @@ def test_without_a_template_there_is_no_next_turn(tiny_folder):
     (tiny_folder / "chat_template.jinja").write_text("{{ messages[-1].content }}")
     with pytest.raises(ValueError, match="leaves out its answers"):
         Tokenizer(tiny_folder).turn_ids("Where?")
+
+
+@pytest.mark.parametrize("added", ['{"<x>": "5"}', '{"<x>": -1}', '{"<x>": true}', '[]',
+                                   '{"<x>": [1]}'])
+def test_tokens_added_beside_a_sentencepiece_model_need_numbers(llama2_folder, tmp_path, added):
+    folder = shutil.copytree(llama2_folder, tmp_path / "folder")
+    (folder / "added_tokens.json").write_text(added)
+    with pytest.raises(ValueError, match="added_tokens.json"):
+        Tokenizer(folder)

@@ -4,7 +4,6 @@ Whatever `model.py` does not compute, and whatever does not fit, is refused with
 names it.
 """
 
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -12,51 +11,54 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import Llama, LlamaConfig, rope_frequencies
+from model import Llama, LlamaConfig
+from weights.folder import check, find, need, read_json, shown
+
+MOST = 2**24
+LIMITS = {  # of config.json: what a value may be, see `weights.folder.check`
+    "vocab_size": (1, MOST), "hidden_size": (1, MOST), "intermediate_size": (1, MOST),
+    "num_hidden_layers": (1, 4096), "num_attention_heads": (1, 4096),
+    "num_key_value_heads": (1, 4096), "head_dim": (2, 4096),
+    "max_position_embeddings": (1, 2**31), "rms_norm_eps": (0.0, 1.0), "rope_theta": (1.0, 1e12),
+    "attention_bias": bool, "mlp_bias": bool, "tie_word_embeddings": bool, "hidden_act": str,
+    "model_type": str, "architectures": list, "quantization_config": dict, "rope_scaling": dict,
+    "rope_parameters": dict,
+}
+SCALING = {"factor": (1.0, 1e6), "low_freq_factor": (1e-6, 1e6), "high_freq_factor": (1e-6, 1e6),
+           "original_max_position_embeddings": (1, 2**31)}
 
 # The model's joined projections, and their parts in a checkpoint, in their order.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. ValueError if the file is absent or holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path.parent} has no {path.name}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return value
-
-
 def load_config(folder: Path) -> LlamaConfig:
     """Raises ValueError if `folder` has no `config.json` of a Llama that `model.py` computes."""
-    raw = read_json(folder / "config.json")
-    try:
-        config = parse_config(raw)
-        rope_frequencies(config, "cpu")  # raises KeyError if a number of the scaling is missing
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"{folder / 'config.json'} is not a Llama configuration:"
-                         f" {error!r}") from None
-    return config
+    path = need(folder, "config.json")
+    return parse_config(read_json(path), path)
 
 
-def parse_config(raw: dict) -> LlamaConfig:
+def parse_config(raw: dict, where="config.json") -> LlamaConfig:
     """A parsed `config.json` -> LlamaConfig. ValueError for what `model.py` does not compute."""
+    check(raw, LIMITS, where)
     refuse_unsupported(raw)
     rope = rope_settings(raw)
+    check(rope, LIMITS, where)
     given = {f.name: raw[f.name] for f in fields(LlamaConfig) if raw.get(f.name) is not None}
-    given |= {"rope_theta": rope["rope_theta"]}
-    given |= {"rope_scaling": rope if rope["rope_type"] == "llama3" else None}
-    if heads := raw.get("num_attention_heads"):
+    given |= {"rope_theta": float(rope["rope_theta"]), "rope_scaling": None}
+    if rope["rope_type"] == "llama3":
+        check(rope | {name: rope.get(name, "absent") for name in SCALING}, SCALING, where)
+        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
+            raise ValueError(f"{where}: low_freq_factor is not below high_freq_factor")
+        given["rope_scaling"] = rope
+    if (heads := raw.get("num_attention_heads")) and (hidden := raw.get("hidden_size")):
         given.setdefault("num_key_value_heads", heads)
-        given.setdefault("head_dim", raw.get("hidden_size", 0) // heads)
+        given.setdefault("head_dim", hidden // heads)
     try:
         config = LlamaConfig(**given)
     except TypeError as error:  # names the fields that are missing
-        raise ValueError(f"config.json: {str(error).partition(') ')[2]}") from None
+        raise ValueError(f"{where}: {str(error).partition(') ')[2]}") from None
+    if config.head_dim < 2 or config.head_dim % 2:
+        raise ValueError(f"{where}: head_dim is {config.head_dim}, must be even: RoPE turns pairs")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(f"num_attention_heads {config.num_attention_heads} is not a multiple of"
                          f" num_key_value_heads {config.num_key_value_heads}")
@@ -65,12 +67,14 @@ def parse_config(raw: dict) -> LlamaConfig:
 
 def refuse_unsupported(raw: dict) -> None:
     architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
+    architecture = architecture if isinstance(architecture, str) else shown(architecture)
     if architecture not in ("LlamaForCausalLM", "llama"):
         raise ValueError(f"architecture {architecture} is not supported, only LlamaForCausalLM")
     if method := raw.get("quantization_config"):
-        raise ValueError(f"quantised checkpoints ({method.get('quant_method')}) are not supported")
+        raise ValueError(f"quantised checkpoints ({shown(method.get('quant_method'))}) are not"
+                         " supported")
     if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+        raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported, only 'silu'")
 
 
 def rope_settings(raw: dict) -> dict:
@@ -79,28 +83,26 @@ def rope_settings(raw: dict) -> dict:
     Newer files gather them in `rope_parameters`; the Llama 3.x checkpoints have `rope_theta` at
     the top level and the rest in `rope_scaling`.
     """
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": "default"}
+    rope = {"rope_theta": raw.get("rope_theta"), "rope_type": "default"}
     for nested in (raw.get("rope_scaling"), raw.get("rope_parameters")):
         rope |= nested or {}
+    rope["rope_theta"] = 10000.0 if rope["rope_theta"] is None else rope["rope_theta"]
     kind = rope.pop("type", rope["rope_type"])  # the oldest files say `type`
     if kind not in ("default", "llama3"):
-        raise ValueError(f"RoPE type {kind!r} is not supported, only 'default' and 'llama3'")
+        raise ValueError(f"RoPE type {shown(kind)} is not supported, only 'default' and 'llama3'")
     return rope | {"rope_type": kind}
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's one safetensors file, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    files = [folder / "model.safetensors"]
-    if index.exists() and not files[0].exists():
-        shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ValueError(f"{index} has no weight_map")
-        files = [folder / name for name in sorted(set(shards.values()))]
-    for file in files:
-        if not file.exists():
-            raise ValueError(f"{folder} has no {file.name}")
-    return files
+    whole = find(folder, "model.safetensors")
+    index = find(folder, "model.safetensors.index.json")
+    if whole or not index:
+        return [need(folder, "model.safetensors")]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
+        raise ValueError(f"{index} has no weight_map from names to files")
+    return [need(folder, name) for name in sorted(set(shards.values()))]
 
 
 def checkpoint_names(model: Llama) -> dict:
@@ -198,12 +200,16 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     Joined projections are copied one at a time, so the weights are never held twice. Raises
     ValueError with the missing, unexpected and wrongly shaped tensors, up to four names each.
     """
-    config = load_config(folder)
+    config, files = load_config(folder), weight_files(folder)
+    stored = read_tensors(files, config, stored_shape)
+    if config.num_hidden_layers > len(stored):  # a module a layer would take long to make
+        raise ValueError(f"the weights do not fit config.json: {config.num_hidden_layers} layers,"
+                         f" and {len(stored)} tensors")
     with torch.device("meta"):  # the shapes without the memory
         model = Llama(config)
-    files, names = weight_files(folder), checkpoint_names(model)
+    names = checkpoint_names(model)
     expected = {name: shape for parts in names.values() for name, shape in parts.items()}
-    check_names_and_shapes(read_tensors(files, config, stored_shape), expected)
+    check_names_and_shapes(stored, expected)
 
     def read(file, name):
         return file.get_tensor(name).to(device, dtype)

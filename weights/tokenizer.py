@@ -13,7 +13,7 @@ import tokenizers
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from weights.checkpoint import read_json
+from weights.folder import check, find, read_optional, read_text, shown
 
 
 ANSWER = "⟪answer⟫"  # in place of one, to see what a template puts after it
@@ -42,7 +42,8 @@ class SentencePieceTokens:
     def __init__(self, path: Path):
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.pieces = dict(enumerate(map(self.model.id_to_piece, range(len(self.model)))))
-        added = read_optional(path.parent / "added_tokens.json")
+        added = read_optional(path.parent, "added_tokens.json")
+        check(added, dict.fromkeys(added, (0, 2**24)), "added_tokens.json")
         self.pieces |= {index: token for token, index in added.items()}
         self.special = {*filter(self.model.is_control, range(len(self.model))), *added.values()}
         self.added = {}
@@ -78,28 +79,35 @@ class Tokenizer:
         self.folder, self.now = folder, datetime.now()
         try:
             self.load(folder)
-        except Exception as error:  # which is all that the two libraries promise to raise
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # one of the two libraries raises it when it panics
             raise ValueError(f"no tokenizer in {folder}: {error}") from None
 
     def load(self, folder: Path):
-        if (folder / "tokenizer.json").exists():
-            self.tokens = HuggingFaceTokens(folder / "tokenizer.json")
-        elif (folder / "tokenizer.model").exists():
-            self.tokens = SentencePieceTokens(folder / "tokenizer.model")
+        if path := find(folder, "tokenizer.json"):
+            self.tokens = HuggingFaceTokens(path)
+        elif path := find(folder, "tokenizer.model"):
+            self.tokens = SentencePieceTokens(path)
         else:
             raise ValueError("neither tokenizer.json nor tokenizer.model is there")
         self.encode = self.tokens.encode
         self.special = self.tokens.special
-        settings = read_optional(folder / "tokenizer_config.json")
+        settings = read_optional(folder, "tokenizer_config.json")
         # A token is a string here or, in older files, a dict with its content.
-        self.special_strings = {key: value["content"] if isinstance(value, dict) else value
-                      for key, value in settings.items() if key.endswith("_token") and value}
-        template = settings.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {item["name"]: item["template"] for item in template}.get("default")
-        if (folder / "chat_template.jinja").exists():
-            template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self.chat_template = template
+        self.special_strings = {
+            key: value.get("content", value) if isinstance(value, dict) else value
+            for key, value in settings.items() if key.endswith("_token") and value}
+        check(self.special_strings, dict.fromkeys(self.special_strings, str),
+              "tokenizer_config.json")
+        self.chat_template = settings.get("chat_template")
+        if isinstance(self.chat_template, list):  # several, by name
+            self.chat_template = {item["name"]: item["template"]
+                                  for item in self.chat_template}.get("default")
+        if path := find(folder, "chat_template.jinja"):
+            self.chat_template = read_text(path)
+        check({"chat_template": self.chat_template}, {"chat_template": str},
+              "tokenizer_config.json")
 
     def render_chat(self, *turns: str) -> str:
         """The turns of user and model, and the beginning of the model's next. ValueError if it
@@ -151,11 +159,11 @@ class Tokenizer:
         name = self.special_strings.get("eos_token")
         stop = {index for index in self.special if self.tokens.token_of(index) == name}
         for file in ("config.json", "generation_config.json"):
-            ids = read_optional(self.folder / file).get("eos_token_id")
+            ids = read_optional(self.folder, file).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-            if not all(isinstance(index, int) for index in ids):
-                raise ValueError(f"{self.folder / file}: eos_token_id {ids} is not an integer"
-                                 " or a list of integers")
+            if not all(type(index) is int for index in ids):
+                raise ValueError(f"{self.folder / file}: eos_token_id {shown(ids)} is not an"
+                                 " integer or a list of integers")
             stop |= set(ids)
         return stop
 
@@ -187,6 +195,3 @@ class Tokenizer:
 def refuse(message: str):
     raise TemplateError(message)
 
-
-def read_optional(path: Path) -> dict:
-    return read_json(path) if path.exists() else {}

@@ -1,0 +1,89 @@
+"""What may be read of a model folder, whose files can come from anyone.
+
+Only regular files inside the folder are read, and every value of a JSON file is checked before
+memory is taken in proportion to it. All problems are ValueErrors that name the file.
+"""
+
+import json
+from pathlib import Path
+
+MOST_JSON = 2**26  # bytes of a JSON file that is read here
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """A file of the folder, None if it is absent.
+
+    A link may lead to another file of the folder, or to the `blobs` folder of Hugging Face's cache:
+    there a model is `snapshots/REVISION/`, beside `blobs/`, and all of its files are links.
+    """
+    path = folder / name
+    if not path.exists():
+        return None
+    root, real = folder.resolve(), path.resolve()
+    allowed = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise ValueError(f"{path} is outside the model's folder")
+    if not real.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    return path
+
+
+def need(folder: Path, name: str) -> Path:
+    """A file of the folder. ValueError if it is absent."""
+    path = find(folder, name)
+    if path is None:
+        raise ValueError(f"{folder} has no {name}")
+    return path
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of the folder, which must not be large."""
+    if (size := path.stat().st_size) > MOST_JSON:
+        raise ValueError(f"{path} has {size} bytes, at most {MOST_JSON} are read")
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. ValueError if the file holds something else."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:  # too deep
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
+
+
+def read_optional(folder: Path, name: str) -> dict:
+    path = find(folder, name)
+    return {} if path is None else read_json(path)
+
+
+def check(values: dict, limits: dict, where) -> None:
+    """Compare values with limits: name -> bool, str, dict, list, or (least, most) of a number, of
+    integers if `least` is one. Names that are absent or null pass. ValueError names the first that
+    does not."""
+    for name, limit in limits.items():
+        value = values.get(name)
+        if value is None:
+            continue
+        if isinstance(limit, tuple):
+            kind = int if isinstance(limit[0], int) else (int, float)
+            good = isinstance(value, kind) and not isinstance(value, bool)
+            good = good and limit[0] <= value <= limit[1]  # false for NaN
+            wanted = f"{'an integer' if kind is int else 'a number'} from {limit[0]} to {limit[1]}"
+        else:
+            good = isinstance(value, limit)
+            wanted = {bool: "true or false", str: "a string", dict: "an object",
+                      list: "a list"}[limit]
+        if not good:
+            raise ValueError(f"{where}: {name} is {shown(value)}, must be {wanted}")
+
+
+def shown(value) -> str:
+    """A value of a strange file in few characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
