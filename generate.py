@@ -262,7 +262,7 @@ def run(args) -> int:
     if args.cuda_graph:
         check_cuda_graph(device)
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
-    tokenizer, model_config = Tokenizer(folder), load_config(folder)
+    tokenizer, model_config = Tokenizer(folder, args.special_tokens), load_config(folder)
     document = load_document(args.load, folder, config, device, dtype) if args.load else None
     text = document.text if document else read_text(args.prompt)
     if document:
@@ -416,6 +416,7 @@ def options() -> Parser:
         choices=("auto", "float32", "bfloat16", "float16"))
     for name, help in (("--cuda-graph", "replay each token as one CUDA graph: faster, not timed"),
                        ("--raw", "no chat template: continue the text as it is"),
+                       ("--special-tokens", "special tokens spelled in the prompt are not text"),
                        ("--chat", "questions from the terminal; Ctrl-C ends an answer, Ctrl-D all"),
                        ("--show-sentences", "print the sentences that received most attention"),
                        ("--json", "print the report of each answer as one JSON line, last")):

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from weights.folder import check, find, read_optional, read_text, shown
+from weights.template import render
 
 
 ANSWER = "⟪answer⟫"  # in place of one, to see what a template puts after it
@@ -29,10 +28,16 @@ class HuggingFaceTokens:
         added = self.model.get_added_tokens_decoder()
         self.special = {index for index, token in added.items() if token.special}
         self.added = {index: token.content for index, token in added.items()}
+        # A special token can take the white space around it.
+        space = r"\s*"
+        self.patterns = [
+            space * token.lstrip + re.escape(token.content) + space * token.rstrip
+            for token in added.values() if token.special]
         self.token_of = self.model.id_to_token
         self.byte_of = byte_alphabet() if "ByteLevel" in repr(self.model.decoder) else None
 
-    def encode(self, text: str, add_bos: bool) -> list[int]:
+    def encode(self, text: str, add_bos: bool, spelled: bool = True) -> list[int]:
+        self.model.encode_special_tokens = not spelled
         return self.model.encode(text, add_special_tokens=add_bos).ids
 
 
@@ -47,17 +52,24 @@ class SentencePieceTokens:
         self.pieces |= {index: token for token, index in added.items()}
         self.special = {*filter(self.model.is_control, range(len(self.model))), *added.values()}
         self.added = {}
+        self.patterns = [re.escape(self.pieces[index]) for index in self.special]
         self.token_of = self.pieces.get
         self.byte_of = None
 
-    def encode(self, text: str, add_bos: bool) -> list[int]:
+    def encode(self, text: str, add_bos: bool, spelled: bool = True) -> list[int]:
         # The library does not look for `<s>` and `</s>` in text, where chat templates put them.
-        ids = {self.token_of(index): index for index in self.special}
+        ids = {self.token_of(index): index for index in self.special if spelled}
         parts = re.split(f"({'|'.join(map(re.escape, ids))})", text) if ids else [text]
         encoded = [self.model.bos_id()] if add_bos and self.model.bos_id() >= 0 else []
         for part in filter(None, parts):
             encoded += [ids[part]] if part in ids else self.model.encode(part)
         return encoded
+
+
+def insert(name: str, guard: str) -> str:
+    """The guard inside of a name, which may have white space around it."""
+    middle = len(name) - len(name.lstrip()) + 1
+    return name[:middle] + guard + name[middle:]
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -72,11 +84,15 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class Tokenizer:
-    """Text to token ids and back, and the model's chat template."""
+    """Text to token ids and back, and the model's chat template.
 
-    def __init__(self, folder: Path):
+    Special tokens that are spelled in a prompt, like `<|im_end|>`, are ordinary text, unless
+    `spelled` is true: otherwise a document could end the user's turn. Those of the template stay.
+    """
+
+    def __init__(self, folder: Path, spelled: bool = False):
         """Raises ValueError if `folder` holds no tokenizer, or one that cannot be read."""
-        self.folder, self.now = folder, datetime.now()
+        self.folder, self.now, self.spelled = folder, datetime.now(), spelled
         try:
             self.load(folder)
         except (KeyboardInterrupt, SystemExit):
@@ -93,6 +109,8 @@ class Tokenizer:
             raise ValueError("neither tokenizer.json nor tokenizer.model is there")
         self.encode = self.tokens.encode
         self.special = self.tokens.special
+        longest_first = sorted(self.tokens.patterns, key=len, reverse=True)
+        self.special_names = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
         settings = read_optional(folder, "tokenizer_config.json")
         # A token is a string here or, in older files, a dict with its content.
         self.special_strings = {
@@ -111,24 +129,13 @@ class Tokenizer:
 
     def render_chat(self, *turns: str) -> str:
         """The turns of user and model, and the beginning of the model's next. ValueError if it
-        fails.
-
-        A template comes with the weights, from anywhere: it runs in jinja2's sandbox.
-        """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = self.now.strftime
-        environment.filters["tojson"] = lambda value, **how: json.dumps(value, **how)
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=[{"role": role, "content": turn}
-                          for role, turn in zip(cycle(("user", "assistant")), turns)],
-                add_generation_prompt=True, tools=None, documents=None, **self.special_strings,
-            )
-        except Exception as error:  # it is somebody else's program
-            raise ValueError(f"the model's chat template failed: {error}") from None
+        fails."""
+        values = {
+            "messages": [{"role": role, "content": turn}
+                         for role, turn in zip(cycle(("user", "assistant")), turns)],
+            "add_generation_prompt": True, "tools": None, "documents": None,
+            **self.special_strings}
+        return render(self.chat_template, json.dumps(values), self.now.isoformat())
 
     def prompt_ids(self, text: str, raw: bool = False, prefix: str = "") -> list[int]:
         """Token ids of the prompt, and of a `prefix`, the beginning of the model's answer.
@@ -137,9 +144,11 @@ class Tokenizer:
         is, with BOS before it. ValueError if no token comes of it.
         """
         if raw or self.chat_template is None:
-            ids = self.encode(f"{text} {prefix}" if prefix else text, add_bos=True)
+            text = f"{text} {prefix}" if prefix else text
+            ids = self.encode(text, add_bos=True, spelled=self.spelled)
         else:
-            ids = self.encode(self.render_chat(text) + prefix, add_bos=False)
+            guard, text = self.guarded(text)
+            ids = self.rendered_ids(self.render_chat(text) + prefix, guard)
         if not ids:
             raise ValueError("the prompt has no tokens")
         return ids
@@ -149,10 +158,32 @@ class Tokenizer:
         model's. ValueError without a chat template that can do it."""
         if self.chat_template is None:
             raise ValueError(f"{self.folder} has no chat template: there can be no second question")
+        guard, question = self.guarded(question)
         before, answer, after = self.render_chat("?", ANSWER, question).partition(ANSWER)
         if not answer:
             raise ValueError("the model's chat template leaves out its answers")
-        return self.encode(after, add_bos=False)
+        return self.rendered_ids(after, guard)
+
+    def guarded(self, text: str) -> tuple:
+        """A character that the text does not have, and the text with this guard in each special
+        token that it spells. The guard is "" if it spells none."""
+        names = self.special_names
+        if self.spelled or not names.search(text):
+            return "", text
+        guard = next(c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in text)  # never assigned
+        while names.search(text):  # what follows a guard can spell another one
+            text = names.sub(lambda found: insert(found[0], guard), text)
+        return guard, text
+
+    def rendered_ids(self, text: str, guard: str) -> list[int]:
+        """Token ids of a template's text. What has a guard in it is ordinary text."""
+        if not guard:
+            return self.encode(text, add_bos=False)
+        ids = []
+        for i, part in enumerate(self.special_names.split(text)):  # every second one is the template's own
+            part = part.replace(guard, "")
+            ids += self.encode(part, add_bos=False, spelled=i % 2 == 1) if part else []
+        return ids
 
     def stop_tokens(self) -> set[int]:
         """The ids that end an answer, wherever the folder's files name them."""
@@ -190,8 +221,3 @@ class Tokenizer:
 
     def pieces(self, ids: list[int]) -> list[str]:
         return list(map(self.detokenizer(), ids))
-
-
-def refuse(message: str):
-    raise TemplateError(message)
-
