@@ -7,6 +7,7 @@ the others.
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -93,15 +94,19 @@ def make_cache(name: str, config: SentenceKVConfig, model_config: LlamaConfig, s
 
 
 def sampler(temperature: float, top_p: float, seed: int, device):
-    """A function from logits (V,) to a token id: the most likely one, or a sample."""
+    """A function from logits (V,) to a token id: the most likely one, or a sample. It raises
+    FloatingPointError if the greatest logit is not finite; NaN counts as greater than all."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def sample(logits) -> int:
+        greatest, token = (x.item() for x in logits.max(dim=-1))
+        if not math.isfinite(greatest):
+            raise FloatingPointError
         if temperature == 0:
-            return logits.argmax().item()
+            return token
         probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
-        before = probabilities.cumsum(-1) - probabilities  # 0 for the most likely: it always stays
-        probabilities[before >= top_p] = 0
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[1:][before[1:] >= top_p] = 0  # the most likely one always stays
         return order[probabilities.multinomial(1, generator=generator)].item()
 
     return sample
@@ -171,6 +176,7 @@ class Session:
         self.sample = self.new_sampler()
         self.cache = None
         self.ids, self.spans = [], []  # all tokens in the cache; sentences of the texts among them
+        self.written = []  # tokens of the answer
         self.unread = []  # the last token written, unless it ended the answer: it is read next
         self.trace = Trace() if args.trace or args.show_sentences else None
 
@@ -192,7 +198,7 @@ class Session:
         self.ids = self.ids + ids
         self.cache.stage = self.timer
         progress = partial(tqdm, desc="prefill", unit="layer", leave=False, disable=None)
-        return prefill(self.model, self.cache, ids, self.sample, self.timer, progress,
+        return prefill(self.model, self.cache, ids, self.next_token, self.timer, progress,
                        split_at_sentences(spans, self.args.prefill_chunk))
 
     def go_back(self, document: Document):
@@ -210,29 +216,32 @@ class Session:
         n_before = self.cache.num_tokens if self.cache else 0
         check_prompt(ids, n_before, 1, self.model.config)
         n_prompt = n_before + len(ids)
-        token, text, new = self.read(ids), "", []
+        new = self.written = []
+        token, text = self.read(ids), ""
         if self.decode:
             self.cache.stage = nullcontext  # stages inside a graph cannot be timed
         room = min(self.args.max_new_tokens, self.max_tokens - n_prompt)
         with nullcontext(stopped) if stopped else interrupts() as stopped:
             written = generate(
-                self.model, self.cache, token, self.tokenizer.detokenizer(), self.sample,
+                self.model, self.cache, token, self.tokenizer.detokenizer(), self.next_token,
                 self.stop, room, self.config.sentence_limit, self.timer, self.decode)
             if self.trace:
                 written = self.trace.watch(self.cache, written)
-            for token, piece in written:
-                new.append(token)
-                if token not in self.tokenizer.special:
-                    text += piece
-                    print(piece, end="", flush=True)
-                if stopped():
-                    break
-        print(flush=True)
+            try:
+                for token, piece in written:
+                    new.append(token)
+                    if token not in self.tokenizer.special:
+                        text += piece
+                        print(piece, end="", flush=True)
+                    if stopped():
+                        break
+            finally:
+                print(flush=True)
         self.unread = [] if token in self.stop else [token]
         report = {} if question is None else {"question": question}
         report |= {
-            "text": text, "interrupted": stopped(), "prompt_tokens": n_prompt,
-            "new_tokens": len(new), "sentences": len(self.spans),
+            "text": text, "interrupted": bool(stopped()), "signal": stopped(),
+            "prompt_tokens": n_prompt, "new_tokens": len(new), "sentences": len(self.spans),
             "sentence_limit": self.config.sentence_limit, **times(self.timer, len(new) - 1),
             **self.cache.report(), "cache": self.args.cache, "clock": self.timer.clock,
             "device": str(self.weight.device),
@@ -245,15 +254,36 @@ class Session:
         return report
 
 
+    def next_token(self, logits) -> int:
+        """Raises ValueError if the logits are not finite, with the layer where that begins. It is
+        found by reading all tokens again, so that nothing has to be checked before."""
+        try:
+            return self.sample(logits)
+        except FloatingPointError:
+            finite, ids = [], torch.tensor(self.ids + self.written, device=self.weight.device)
+            cache = FullCache(self.model.config, len(ids), self.weight.device, self.weight.dtype)
+            hooks = [block.register_forward_hook(
+                lambda block, inputs, out: finite.append(bool(out.isfinite().all())))
+                for block in self.model.layers]
+            self.model.prefill(ids, cache)
+            for hook in hooks:
+                hook.remove()
+        where = f"from layer {finite.index(False)} on" if False in finite else "after its layers"
+        raise ValueError(f"the model computes numbers that are not finite {where}: its weights are"
+                         f" broken, or --dtype {str(self.weight.dtype)[6:]} is too narrow for them")
+
+
 @contextmanager
 def interrupts():
-    """In here Ctrl-C raises nothing: the function that this yields tells whether it was pressed."""
-    pressed = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    """In here Ctrl-C and SIGTERM raise nothing: the function that this yields gives the signal that
+    came first, or 0."""
+    came, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda number, _: came.append(number)) for kind in kinds]
     try:
-        yield lambda: bool(pressed)
+        yield lambda: came[0] if came else 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)
 
 
 def run(args) -> int:
@@ -295,8 +325,8 @@ def read_document(session: Session, text: str, ids: list[int]) -> Document:
     if not ids:
         raise ValueError("the text is too short to be read before the questions")
     session.read(ids)
-    print(f"{len(ids)} tokens in {len(session.spans)} sentences, read in"
-          f" {session.timer.totals()['prefill']['total'] / 1e3:.1f} s", file=sys.stderr)
+    say(f"{len(ids)} tokens in {len(session.spans)} sentences, read in"
+        f" {session.timer.totals()['prefill']['total'] / 1e3:.1f} s")
     return Document(text, ids, session.spans, session.cache.snapshot(), session.tokenizer.now)
 
 
@@ -306,8 +336,9 @@ def ask(session: Session, document: Document, prompt) -> int:
         session.go_back(document)
         if question:
             print(f"\n> {question}", flush=True)
-        if finish(session, session.answer(lambda: document.rest(prompt(question)), question)):
-            return 130
+        if status := finish(session, session.answer(lambda: document.rest(prompt(question)),
+                                                    question)):
+            return status
     return 0
 
 
@@ -328,7 +359,7 @@ def chat(session: Session, document: Document, prompt) -> int:
             print()
             return 0
         except ValueError as error:  # there is no room left
-            print(f"generate.py: {error}", file=sys.stderr)
+            say(f"generate.py: {error}")
             session.timer.totals()  # the times of what was refused
 
 
@@ -340,22 +371,30 @@ def clean(text: str) -> str:
 def finish(session: Session, report: dict) -> int:
     """Print times and memory, and write the trace. Returns the exit status."""
     if "question" in report:
-        print("{ttft_ms:.0f} ms to the first token, {decode_ms_per_token:.1f} ms/token".format(
-            **report), file=sys.stderr)
+        say("{ttft_ms:.0f} ms to the first token, {decode_ms_per_token:.1f} ms/token".format(
+            **report))
     else:
         print_report(report)
     if session.args.show_sentences:
-        print("\nattention  place  sentences of the text that received most", file=sys.stderr)
+        say("\nattention  place  sentences of the text that received most")
         for sentence in report["most_attended"]:
-            print("{share:9.1%} {place:6.0%}  {text}".format(**sentence), file=sys.stderr)
+            say("{share:9.1%} {place:6.0%}  {text}".format(**sentence))
         if not report["most_attended"]:
-            print("none: nothing was selected", file=sys.stderr)
+            say("none: nothing was selected")
     if session.args.json:
         print(json.dumps(report))
     if session.args.trace:
         session.trace.write(session.args.trace)
-        print(f"\n{session.args.trace} shows what the answer attended to", file=sys.stderr)
-    return 130 if report["interrupted"] else 0
+        say(f"\n{session.args.trace} shows what the answer attended to")
+    return 128 + report["signal"] if report["interrupted"] else 0
+
+
+def say(*lines):
+    """Print for people, on standard error. Where that is closed or full, the answer is not lost."""
+    try:
+        print(*lines, sep="\n", file=sys.stderr)
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")
 
 
 def print_report(report: dict):
@@ -375,12 +414,12 @@ def print_report(report: dict):
     rows.append(("\nmemory", "MiB", "of the full cache"))
     rows += [(name, f"{size / 2**20:.2f}", f"{size / report['full_kv_bytes']:.1%}")
              for name, size in sizes.items()]
-    print("\n{prompt_tokens} prompt tokens in {sentences} sentences of at most {sentence_limit}"
-          " tokens, {new_tokens} new tokens\n"
-          "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}\n".format(**report),
-          *("{:<26}{:>14}{:>20}".format(*row) for row in rows), sep="\n", file=sys.stderr)
+    say("\n{prompt_tokens} prompt tokens in {sentences} sentences of at most {sentence_limit}"
+        " tokens, {new_tokens} new tokens\n"
+        "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}\n".format(**report),
+        *("{:<26}{:>14}{:>20}".format(*row) for row in rows))
     if report["hit_rate"] is not None:
-        print(f"{report['hit_rate']:.1%} of the selected rows were on the device", file=sys.stderr)
+        say(f"{report['hit_rate']:.1%} of the selected rows were on the device")
 
 
 class Parser(argparse.ArgumentParser):
@@ -419,6 +458,7 @@ def options() -> Parser:
                        ("--special-tokens", "special tokens spelled in the prompt are not text"),
                        ("--chat", "questions from the terminal; Ctrl-C ends an answer, Ctrl-D all"),
                        ("--show-sentences", "print the sentences that received most attention"),
+                       ("--debug", "show where an error of the program is raised"),
                        ("--json", "print the report of each answer as one JSON line, last")):
         parser.add_argument(name, action="store_true", help=help)
     return parser
@@ -481,26 +521,47 @@ def check_prompt(ids: list[int], n_before: int, n_new: int, config: LlamaConfig)
 
 
 def main(arguments=None) -> int:
+    """Returns the exit status: 0 answered, 1 an error of the program (--debug shows where), 2 an
+    error of the user or of the machine, 130 after Ctrl-C, 141 if whoever reads the answer has closed
+    it, 143 after SIGTERM. A signal while it answers ends the answer, and its report is printed.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
     try:
         return run(parse(arguments))
-    except BrokenPipeError:  # whoever read our output has closed it
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
         status, problem = 130, "interrupted"
     except (ValueError, OSError) as error:
         status, problem = 2, str(error)
-    except RuntimeError as error:  # of the GPU, of pinned memory or of the CPU's allocator
-        if not re.search("out of memory|can't allocate|not enough memory", str(error)):
-            raise
-        status, problem = 2, ("out of memory: a shorter prompt, a lower --token-budget or --dtype"
-                              f" bfloat16 needs less ({str(error).splitlines()[0]})")
-    print(f"generate.py: {problem}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:  # of the GPU, of pinned memory or of the CPU
+        status, problem = 2, f"{error}".partition("\n")[0]
+        if isinstance(error, RuntimeError) and not re.search(MEMORY, problem):
+            status, problem = 1, unexpected(error, arguments)
+        else:
+            problem = ("out of memory: a shorter prompt, a lower --token-budget or --dtype"
+                       f" bfloat16 needs less ({problem})")
+    except Exception as error:
+        status, problem = 1, unexpected(error, arguments)
+    say(f"generate.py: {problem}")
     return status
 
 
+MEMORY = "out of memory|can't allocate|not enough memory|unable to mmap"
+
+
+def unexpected(error: Exception, arguments: list) -> str:
+    if "--debug" in arguments:
+        raise error
+    return f"{type(error).__name__}: {error} (an error of this program: --debug shows where)"
+
+
 if __name__ == "__main__":
-    if sys.stdin is not None:
-        sys.stdin.reconfigure(errors="replace")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` is still run
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr), ("stdin", sys.stdin)):
+        if stream is not None:
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character
+        elif name != "stdin":  # it is closed
+            setattr(sys, name, open(os.devnull, "w"))
     sys.exit(main())

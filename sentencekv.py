@@ -22,6 +22,9 @@ import torch
 import torch.nn.functional as F
 
 
+MOST = 2**31  # of a setting that counts tokens
+
+
 @dataclass(frozen=True)
 class SentenceKVConfig:
     """The settings of the method.
@@ -50,6 +53,9 @@ class SentenceKVConfig:
                             ("keep_factor", 1), ("query_decay", 0)):
             if not getattr(self, name) >= least:  # `not >=` also refuses NaN
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        for name, kind in self.__annotations__.items():
+            if kind is int and getattr(self, name) > MOST:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at most {MOST}")
         if self.query_decay > 1:
             raise ValueError(f"query_decay is {self.query_decay}, must be at most 1")
         sinks = self.sink_tokens + self.secondary_sinks

