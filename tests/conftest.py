@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT))
 
 import benchmarks.scores  # noqa: F401  registers the scores; first of all, like benchmarks itself
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -72,14 +73,17 @@ def reference() -> dict:
 
 @pytest.fixture
 def tiny_folder(tmp_path) -> Path:
-    """A whole model folder: TINY's random weights, a byte-level tokenizer, no chat template."""
-    folder = tmp_path / "tiny"
+    return write_tiny_folder(tmp_path / "tiny")
+
+
+def write_tiny_folder(folder: Path, model_config=TINY) -> Path:
+    """A whole model folder: random weights, a byte-level tokenizer, no chat template."""
     folder.mkdir()
-    config = {name: getattr(TINY, name) for name in TINY.__dataclass_fields__}
+    config = {**vars(model_config)}
     config |= {"architectures": ["LlamaForCausalLM"], "eos_token_id": 256}
     (folder / "config.json").write_text(json.dumps(config))
     weights = {name if name.startswith("lm_head") else f"model.{name}": weight.contiguous()
-               for name, weight in checkpoint(random_llama()).items()}
+               for name, weight in checkpoint(random_llama(config=model_config)).items()}
     save_file(weights, folder / "model.safetensors")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
@@ -87,6 +91,21 @@ def tiny_folder(tmp_path) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
     tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+TEXT = "It was late. Mr. Fox slept, dreaming of 3.14 geese! Where had they gone? " * 6
+
+
+def write_llama2_tokenizer(folder: Path) -> Path:
+    """A tokenizer as Llama 2 has it: sentencepiece with byte fallback, BOS, a chat template."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.split(".")), model_prefix=str(folder / "tokenizer"),
+        vocab_size=300, model_type="bpe", byte_fallback=True, character_coverage=1.0,
+        hard_vocab_limit=False, minloglevel=2)
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": {"content": "<s>"}, "eos_token": "</s>",
+        "chat_template": "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]"}))
     return folder
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import fuzz
 import pytest
 import torch
 
@@ -85,12 +86,13 @@ def test_only_regular_files_of_the_folder_are_read(folder, tmp_path, name, kind)
         load(folder)
 
 
-@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/hostname", "..", ""])
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/hostname", "..", "",
+                                   "x" * 10_000])
 def test_a_shard_outside_the_folder_is_refused(folder, shard):
     shutil.move(folder / "model.safetensors", folder.parent / "outside.safetensors")
     index = {"weight_map": {"model.norm.weight": shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="outside the model's folder|not a regular file"):
+    with pytest.raises(ValueError, match="outside the model's folder|not a regular file|File name"):
         load(folder)
 
 
@@ -131,3 +133,11 @@ def test_more_layers_than_tensors_are_refused_before_modules_are_made(folder):
     spoil(folder, "config.json", json.dumps(config | {"num_hidden_layers": 4096}))
     with pytest.raises(ValueError, match="4096 layers, and "):
         load(folder)
+
+
+@pytest.mark.parametrize("kind, n_cases", [("folder", 1000), ("text", 500)])
+def test_a_small_part_of_the_attack_finds_nothing(kind, n_cases):
+    """tests/fuzz.py is the whole of it."""
+    bad = []
+    counts = fuzz.run(kind, 10**6, n_cases, bad.append)
+    assert not bad and set(counts) <= {"done", "refused"} and counts["done"] > n_cases // 20

@@ -14,14 +14,11 @@ import termios
 
 import pytest
 import torch
-from conftest import TINY, needs_gpu
+from conftest import TEXT, TINY, needs_gpu
 from safetensors.torch import load_file, save_file
 
 import generate
 from generate import OTHER, StageTimer, sampler
-
-TEXT = "It was late. Mr. Fox slept, dreaming of 3.14 geese! Where had they gone? " * 6
-
 
 def run(capfd, *arguments):
     """Exit status, standard output, standard error."""

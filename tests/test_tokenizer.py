@@ -3,13 +3,10 @@ import json
 import shutil
 
 import pytest
-import sentencepiece
+from conftest import write_llama2_tokenizer
 
 from weights import tokenizer as module
 from weights.tokenizer import Tokenizer
-
-TEXT = "It was late. Mr. Fox slept, dreaming of 3.14 geese! Where had they gone? " * 6
-
 
 def test_docstrings():
     assert doctest.testmod(module).failed == 0
@@ -41,18 +38,7 @@ def test_pieces_are_whole_characters_and_special_tokens_end_paragraphs(default_f
 
 @pytest.fixture(scope="module")
 def llama2_folder(tmp_path_factory):
-    """A tokenizer as Llama 2 has it: sentencepiece with byte fallback, BOS, a chat template."""
-    folder = tmp_path_factory.mktemp("llama2")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.split(".")), model_prefix=str(folder / "tokenizer"),
-        vocab_size=300, model_type="bpe", byte_fallback=True, character_coverage=1.0,
-        hard_vocab_limit=False, minloglevel=2,
-    )
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "bos_token": {"content": "<s>"}, "eos_token": "</s>",
-        "chat_template": "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]",
-    }))
-    return folder
+    return write_llama2_tokenizer(tmp_path_factory.mktemp("llama2"))
 
 
 def test_sentencepiece_tokenizers_add_bos_and_fall_back_to_bytes(llama2_folder):

@@ -17,8 +17,11 @@ def find(folder: Path, name: str) -> Path | None:
     there a model is `snapshots/REVISION/`, beside `blobs/`, and all of its files are links.
     """
     path = folder / name
-    if not path.exists():
-        return None
+    try:
+        if not path.exists():
+            return None
+    except OSError as error:  # of a name that is too long, for example
+        raise ValueError(f"cannot read {shown(name)} in {folder}: {error.strerror}") from None
     root, real = folder.resolve(), path.resolve()
     allowed = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
     if not any(real.is_relative_to(place) for place in allowed):

@@ -1,0 +1,251 @@
+"""Attack the program with files and texts of strangers: `python tests/fuzz.py --cases 100000`.
+
+Each case is a number: its random choices follow from it, so a failure can be repeated with `--first
+N --cases 1`. Folders are copies of tiny models with a few spoiled values or bytes; they are read, and
+a short text is answered. Texts go through segmentation and the tokenizers. Good outcomes are `done`
+and `refused` (one ValueError, in one line). Bad ones are `error`, `died` and `slow`, with the case.
+
+Cases run in a process of their own, with limits of memory and time. pytest runs a small part.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "tests" / "reference"
+SECONDS, MOST_MEMORY = 20, 4 * 2**30  # of one case, bytes of a worker beyond what it begins with
+VALUES = [None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 2**64, 10**30, 1.5, -0.0, 1e-30, 1e308,
+          math.nan, math.inf, "", "8", "x" * 10_000, "\ud800", "../..", [], [1], [[]], {}, {"a": 1},
+          "LlamaForCausalLM", "<|im_end|>", "{{ 1", [None], 10**400]
+PIECES = ["Dr. ", "3.5 ", "Why? ", "。", "《", "！", "\n", "\n\n", " ", "\t", "• ", "1. ", "2. ",
+          "e.g. ", "...", "\"", "»", "<|im_end|>", "<s>", "</s>", "\u202e", "\x00", "\ufdd0", "é",
+          "e\u0301", "👩‍👩‍👧", "שלום", "สวัสดี", "नमस्ते। ", "a", "The ", "U.S. ", "{", "}", "<", ">"]
+
+
+def spoil_json(value, choose: random.Random):
+    """A copy of a JSON value in which one value, somewhere, is another or absent."""
+    if isinstance(value, dict) and value and choose.random() < 0.9:
+        name = choose.choice([*value])
+        if choose.random() < 0.15:
+            return {k: v for k, v in value.items() if k != name}
+        if choose.random() < 0.1:
+            return value | {choose.choice(["eos_token", "rope_scaling", "head_dim", "added_tokens",
+                                           "chat_template", "quantization_config"]):
+                            choose.choice(VALUES)}
+        return value | {name: spoil_json(value[name], choose)}
+    if isinstance(value, list) and value and choose.random() < 0.9:
+        i = choose.randrange(len(value))
+        return [*value[:i], spoil_json(value[i], choose), *value[i + 1 :]]
+    return choose.choice(VALUES)
+
+
+def spoil_bytes(data: bytes, choose: random.Random) -> bytes:
+    data, kind = bytearray(data), choose.random()
+    if kind < 0.3:
+        return bytes(data[: choose.randrange(len(data) + 1)])
+    for _ in range(choose.choice([1, 3, 20])):
+        place = choose.randrange(min(len(data), choose.choice([16, 200, len(data)])) or 1)
+        data[place : place + 1] = bytes(choose.choice([[choose.randrange(256)], [], [255, 254]]))
+    return bytes(data)
+
+
+def spoil(folder: Path, choose: random.Random):
+    """Change one to three files of a model folder."""
+    for _ in range(choose.choice([1, 1, 2, 3])):
+        path = choose.choice(sorted(folder.iterdir()))
+        if path.suffix == ".json" and choose.random() < 0.85:
+            try:
+                value = spoil_json(json.loads(path.read_text()), choose)
+                text = json.dumps(value)
+            except (ValueError, RecursionError):  # spoiled before
+                text = "[" * choose.choice([1, 10**5])
+            path.write_text(text)
+        elif choose.random() < 0.1:
+            path.unlink()
+        else:
+            path.write_bytes(spoil_bytes(path.read_bytes(), choose))
+
+
+def folder_case(choose: random.Random, base: Path, folder: Path):
+    import torch
+
+    from weights.checkpoint import load_model
+    from weights.tokenizer import Tokenizer
+
+    shutil.copytree(base, folder)
+    spoil(folder, choose)
+    tokenizer = Tokenizer(folder)
+    model = load_model(folder, torch.device("cpu"), torch.float32)
+    tokenizer.stop_tokens()
+    ids = tokenizer.prompt_ids("Hi. It is late! Who <s>slept?")
+    answer(model, tokenizer, ids)
+
+
+def answer(model, tokenizer, ids: list):
+    """Read a prompt and write three tokens, as generate.py does."""
+    import torch
+
+    import generate
+    from segment import token_spans
+    from sentencekv import SentenceKVConfig
+
+    generate.check_prompt(ids, 0, 3, model.config)
+    config = SentenceKVConfig(token_budget=64)
+    spans = token_spans(tokenizer.pieces(ids), config.sentence_limit)
+    cache = generate.make_cache("sentencekv", config, model.config, spans, 3, "cpu", torch.float32)
+    try:
+        sample = generate.sampler(0.0, 1.0, 0, "cpu")
+        first = generate.prefill(model, cache, ids, sample)
+        list(generate.generate(model, cache, first, tokenizer.detokenizer(), sample, set(), 3, 16))
+    except FloatingPointError:
+        raise ValueError("numbers that are not finite") from None
+
+
+def text_case(choose: random.Random, tokenizers: list):
+    from segment import sentence_ends, token_spans
+
+    text = "".join(choose.choice(PIECES) * choose.choice([1, 1, 1, 2, 20])
+                   for _ in range(choose.choice([1, 3, 10, 30])))
+    ends = sentence_ends(text)
+    assert ends == sorted(set(ends)) and (not text or ends[-1] == len(text))
+    tokenizer = choose.choice(tokenizers)
+    for raw in (True, False):
+        ids = tokenizer.prompt_ids(text, raw)
+        spelled = [i for i in ids if i in tokenizer.special]
+        own = [i for i in tokenizer.prompt_ids("x", raw) if i in tokenizer.special]
+        assert spelled == own, "a special token of the text is none of the template's"
+        limit = choose.choice([1, 2, 16, 128])
+        spans = token_spans(tokenizer.pieces(ids), limit)
+        assert spans[0][0] == 0 and spans[-1][1] == len(ids)
+        assert all(a < b <= a + limit for a, b in spans)
+        assert all(x[1] == y[0] for x, y in zip(spans, spans[1:]))
+
+
+def write_folders(place: Path) -> list[Path]:
+    """Whole model folders to be spoiled: with and without a template, in shards, sentencepiece."""
+    from dataclasses import replace
+
+    from conftest import TINY, write_llama2_tokenizer, write_tiny_folder
+
+    plain, chat, shards, llama2 = (place / name for name in ("plain", "chat", "shards", "llama2"))
+    for folder in (plain, chat):
+        write_tiny_folder(folder)
+    write_tiny_folder(llama2, replace(TINY, vocab_size=320))
+    (chat / "tokenizer_config.json").write_text(json.dumps({
+        "eos_token": "<end>", "chat_template": "{% for m in messages %}{{ m.role }}: "
+        "{{ m.content }}<end>{% endfor %}assistant: "}))
+    shutil.copytree(REFERENCE / "tiny_head_dim_sharded", shards)
+    shutil.copy(plain / "tokenizer.json", shards)
+    (llama2 / "tokenizer.json").unlink()
+    write_llama2_tokenizer(llama2)
+    (llama2 / "added_tokens.json").write_text('{"<extra>": 310}')
+    return [plain, chat, shards, llama2]
+
+
+def worker(kind: str, first: int, last: int):
+    """Run the cases and print an outcome for each."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import resource
+
+    import torch
+
+    from weights import tokenizer
+
+    tokenizer.render = render
+    torch.set_num_threads(1)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MOST_MEMORY,) * 2)
+    with tempfile.TemporaryDirectory() as place:
+        folders = write_folders(Path(place))
+        tokenizers = [tokenizer.Tokenizer(folder) for folder in folders] if kind == "text" else []
+        for number in range(first, last):
+            choose, folder = random.Random(number), Path(place) / "case"
+            print(json.dumps([number, "begun", ""]), flush=True)
+            try:
+                if kind == "text":
+                    text_case(choose, tokenizers)
+                else:
+                    folder_case(choose, choose.choice(folders), folder)
+                outcome = "done", ""
+            except ValueError as error:
+                line = f"{error}"
+                outcome = ("refused", line) if "\n" not in line else ("error", "two lines: " + line)
+            except BaseException as error:
+                outcome = "error", f"{type(error).__name__}: {error}"
+            shutil.rmtree(folder, ignore_errors=True)
+            print(json.dumps([number, outcome[0], outcome[1][:300]]), flush=True)
+
+
+def render(text: str, values: str, now: str) -> str:
+    """A process for each template would take most of the time: tests/test_tokenizer.py has those."""
+    from weights.template import render_here
+
+    try:
+        return render_here(text, json.loads(values), now)
+    except Exception as error:
+        raise ValueError(f"template: {' '.join(str(error).split())}") from None
+
+
+def run(kind: str, first: int, n_cases: int, report=print) -> Counter:
+    """Count the outcomes of cases, and report the bad ones."""
+    counts, number, last = Counter(), first, first + n_cases
+    while number < last:
+        process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", kind, str(number), str(last)],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT, bufsize=0)
+        begun, pending = None, b""
+        while True:
+            ready, _, _ = select.select([process.stdout], [], [], SECONDS if begun else 120)
+            chunk = os.read(process.stdout.fileno(), 65536) if ready else b""
+            if not chunk:
+                break
+            *lines, pending = (pending + chunk).split(b"\n")
+            for line in lines:
+                case, outcome, text = json.loads(line)
+                begun = case
+                if outcome == "begun":
+                    continue
+                number, begun = case + 1, None
+                counts[outcome] += 1
+                if outcome == "error":
+                    report(f"{kind} {case}: {text}")
+        process.kill()
+        process.wait()
+        if number < last:  # it died, or was too slow
+            if begun is None:
+                raise RuntimeError("the worker does not begin")
+            outcome = "died" if ready else "slow"
+            counts[outcome] += 1
+            report(f"{kind} {begun}: {outcome}")
+            number = begun + 1
+    return counts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", type=int, default=1000, help="of each kind")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", default=["folder", "text"])
+    args = parser.parse_args()
+    for kind in args.kinds:
+        start = time.perf_counter()
+        counts = run(kind, args.first, args.cases)
+        print(f"{kind}: {dict(counts)} in {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2], *map(int, sys.argv[3:]))
+    else:
+        main()
