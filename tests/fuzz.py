@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "tests" / "reference"
@@ -232,13 +233,58 @@ def run(kind: str, first: int, n_cases: int, report=print) -> Counter:
     return counts
 
 
+def long_run(n_tokens: int) -> dict:
+    """Write so many tokens with a tiny model, and check budget, positions and rows at every step."""
+    import torch
+    from conftest import TINY, random_llama, random_spans
+
+    from cache import NO_ROW, SENTENCE_BLOCK, SentenceKVCache
+    from sentencekv import SentenceKVConfig
+
+    model, config, choose = random_llama(), SentenceKVConfig(token_budget=96), random.Random(0)
+    cache = SentenceKVCache(config, TINY, random_spans(200), n_tokens, "cpu", torch.float32)
+    model.prefill(torch.arange(200), cache)
+    first, times, open_tokens = cache.report(), [], 0
+    fixed = first["device_kv_parts"]["slots"]
+    for step in range(n_tokens):
+        if open_tokens == choose.randint(1, config.sentence_limit) or open_tokens == 16:
+            cache.seal(open_tokens)
+            open_tokens = 0
+        start = time.perf_counter()
+        model.decode(torch.tensor([choose.randrange(TINY.vocab_size)]), cache)
+        times.append((time.perf_counter() - start) * 1e3)
+        open_tokens += 1
+        assert cache.num_tokens == 201 + step == cache.table.n_rows + open_tokens
+        assert cache.table.n_rows == cache.open_start
+        layer, head = choose.randrange(2), choose.randrange(2)
+        rows = cache.slot_row[layer, head]
+        held = rows[rows < NO_ROW]
+        assert len(held) == len(held.unique()) and cache.mask.sum(dim=-1).max() <= 96
+        slot = choose.randrange(len(rows))
+        if (row := rows[slot].item()) < NO_ROW:
+            kept = cache.host.read(layer, row, row + 1)[head, 0]
+            assert torch.equal(cache.slots[layer, head, slot], kept)
+        if cache.table.n_sentences % SENTENCE_BLOCK == 0 and open_tokens == 1:
+            assert cache.report()["device_kv_parts"]["slots"] == fixed
+    last, tenth = cache.report(), n_tokens // 10
+    return {"sentences": cache.table.n_sentences,
+            "device bytes": [first["device_kv_bytes"], last["device_kv_bytes"]],
+            "host bytes": [first["host_kv_bytes"], last["host_kv_bytes"]],
+            "ms a step, first and last tenth": [round(median(times[:tenth]), 2),
+                                                round(median(times[-tenth:]), 2)]}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", type=int, default=1000, help="of each kind")
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", default=["folder", "text"])
+    parser.add_argument("--kinds", nargs="+", default=["folder", "text"],
+                        help="folder, text; long: one answer of so many tokens")
     args = parser.parse_args()
-    for kind in args.kinds:
+    if "long" in args.kinds:
+        sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+        print(f"long: {args.cases} tokens, {long_run(args.cases)}")
+    for kind in set(args.kinds) - {"long"}:
         start = time.perf_counter()
         counts = run(kind, args.first, args.cases)
         print(f"{kind}: {dict(counts)} in {time.perf_counter() - start:.0f} s")

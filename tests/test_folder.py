@@ -141,3 +141,8 @@ def test_a_small_part_of_the_attack_finds_nothing(kind, n_cases):
     bad = []
     counts = fuzz.run(kind, 10**6, n_cases, bad.append)
     assert not bad and set(counts) <= {"done", "refused"} and counts["done"] > n_cases // 20
+
+
+def test_a_long_answer_keeps_its_budget_positions_and_rows():
+    seen = fuzz.long_run(600)
+    assert seen["sentences"] > 60
