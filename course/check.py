@@ -22,6 +22,7 @@ import generate
 import model
 import segment
 import sentencekv
+from cache import NO_ROW
 from course.exercises import cases, stubs
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +51,8 @@ def with_mistake(function, old: str, new: str):
 
 
 def results(name: str, function) -> list:
-    """(arguments, result) of all cases of an exercise, or the error at the first that fails."""
+    """(arguments or a name, result) of all cases of an exercise, or the error at the first that
+    fails."""
     found, arguments = [], ()
 
     def watched(*given, **named):
@@ -59,7 +61,8 @@ def results(name: str, function) -> list:
         return function(*given, **named)
 
     try:
-        found += ((arguments, result) for result in getattr(cases, name[3:])(watched))
+        for result in getattr(cases, name[3:])(watched):  # some have a name
+            found.append(result if isinstance(result, tuple) else (arguments, result))
     except NotImplementedError:
         raise
     except Exception as error:  # of the student's function: it is shown, not hidden
@@ -94,8 +97,10 @@ def diagnose(name: str, function) -> str:
     return f"{len(found)} results, and there should be {len(expected)}"
 
 
-def call(solution, arguments: tuple) -> str:
-    """The arguments of a call, without those that are objects."""
+def call(solution, arguments) -> str:
+    """The arguments of a call, without those that are objects, or the name of a result."""
+    if isinstance(arguments, str):
+        return f"{arguments}, "
     names = list(inspect.signature(solution).parameters)
     shown = [f"{name} = {value!r}\n" for name, value in zip(names, arguments)
              if isinstance(value, (torch.Tensor, str, int))]
@@ -111,7 +116,7 @@ def difference(function, found, expected) -> str:
         if getattr(found, what, None) != getattr(expected, what):
             return (f"has the {what} {getattr(found, what, f'of a {type(found).__name__}')}"
                     f" and should have {getattr(expected, what)}")
-    return f"is\n{found!r}\nand should be\n{expected!r}"
+    return f"is\n{found!r}\nand should be\n{expected!r}".replace(str(NO_ROW), "NO_ROW")
 
 
 def install(function, solution):

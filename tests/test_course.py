@@ -16,9 +16,9 @@ from course import check, read, score
 from course.exercises import cases, stubs
 
 BUGS = {  # a patch in course/bugs, and an oracle that catches it
-    "1_a_stale_slot": "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
+    "1_one_slot_too_many": "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
     "2_scores_that_stay": "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
-    "3_a_row_for_a_position":
+    "3_a_position_for_a_row":
         "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
     "4_heads_in_the_wrong_group": "test_model.py::test_decoding_one_by_one_equals_one_forward",
     "5_a_mean_of_dropped_keys":

@@ -4,6 +4,7 @@ The cases of an exercise are a generator under its name: it calls the student's 
 what is compared with the project's. Shapes are as in `sentencekv.py`, for 2 KV heads.
 """
 
+import math
 from types import SimpleNamespace
 
 import torch
@@ -85,13 +86,22 @@ def assign_slots(function):
             ([NO_ROW] * 4, [0] * 4, [0, 0, 0], [2, 2, 0]),
             ([4, 5, 8, 9], [0, 0, 1, 1], [2, 2, 0], [1, 0, 2])):
         given = [torch.tensor([x]) for x in (before, sentences, resident, selected)]
-        before, sentences, resident, selected = (x.clone() for x in given)
+        before, *rest = (x.clone() for x in given)
+        sentences, resident, selected = rest
+        wanted = {row for s in range(3) for row in range(starts[0, s], starts[0, s] + selected[0, s])}
+        wanted |= {0} & set(before[0].tolist())
         rows, sentences, missing = function(before, sentences, starts, resident, selected)
+        if missing.dtype != torch.bool:
+            raise ValueError(f"`missing` has the dtype {missing.dtype}, it must be torch.bool")
+        if not all(map(torch.equal, given, (before, *rest))):
+            raise ValueError("you changed an argument: work on copies")
         yield rows.sort().values
+        if missing.sum() > (selected - resident).clamp(min=0).sum() and set(
+                rows[rows < NO_ROW].tolist()) == wanted:
+            raise ValueError(ALL_MOVE)
         yield sentences[rows < NO_ROW][rows[rows < NO_ROW].argsort()]
         yield rows[missing].sort().values
         yield (rows == given[0])[~missing & (rows < NO_ROW)]
-        yield torch.equal(before, given[0])
     rows_moved(function)  # finds what goes wrong only after several steps
 
 
@@ -112,21 +122,31 @@ def rows_moved(function, steps: int = 50) -> tuple[int, int]:
 
 
 def seal(function):
-    config = SentenceKVConfig(token_budget=24, sink_tokens=2, secondary_sinks=0, recent_window=4)
-    spans = [(0, 5), (5, 12), (12, 20)]
-    cache = SentenceKVCache(config, TINY, spans, 20, "cpu", torch.float32)
+    yield from seal_after(function, [(0, 5), (5, 12), (12, 20)])
+    yield from seal_after(function, [(0, 15), (15, 30), (30, 40)])  # 16 tokens are dropped
+
+
+def seal_after(function, spans: list):
+    config = SentenceKVConfig(token_budget=24, keep_factor=1, sink_tokens=2, secondary_sinks=0,
+                              recent_window=4, observation_window=4)
+    cache, n = SentenceKVCache(config, TINY, spans, 20, "cpu", torch.float32), spans[-1][1]
     for layer in (0, 1):
-        cache.prefill(layer, random(1, 4, 20, 4), random(2, 2, 20, 4), random(3, 2, 20, 4))
-    cache.advance(20)
+        cache.prefill(layer, random(1, 4, n, 4), random(2, 2, n, 4), random(3, 2, n, 4))
+    cache.advance(n)
+    if n > cache.n_kept:
+        cache.host.reserve(100)  # more than `seal` will, so these tensors stay
+        cache.host.later.fill_(math.nan)
     for i in range(12):
         if i in (6, 9):
             function(cache, 5 if i == 6 else 3)
-            yield cache.table.vectors[:, :, : cache.table.n_sentences].clone()
-            yield cache.table.bounds[:, :, : cache.table.n_sentences + 1].clone()
-            yield cache.table.scores.clone()
-            yield torch.tensor([cache.open_start, cache.recent_start])
-            yield cache.host.read(1, 0, cache.table.n_rows)
-            yield cache.mask.clone()
+            table, n_rows = cache.table, cache.table.n_rows
+            yield "open_start and the start of the window", torch.tensor(
+                [cache.open_start, cache.recent_start])
+            yield "bounds", table.bounds[:, :, : table.n_sentences + 1].clone()
+            yield "scores", table.scores.clone()
+            yield "rows on the host", cache.host.read(1, 0, n_rows)
+            yield "vectors", table.vectors[:, :, : table.n_sentences].clone()
+            yield "mask", cache.mask.clone()
         for layer in (0, 1):
             cache.decode(layer, random(i, 4, 1, 4), random(i + 50, 2, 1, 4), random(i, 2, 1, 4))
         cache.advance(1)
@@ -236,6 +256,11 @@ MISTAKES = {
         ("self.table.scores.zero_()", "None", "scores must begin at zero for the next sentence"),
         ("self.open_start = end", "self.open_start = self.num_tokens",
          "only the first `length` tokens are sealed: the others stay open"),
+        ("self.host.write(layer, self.table.n_rows, kv[layer])",
+         "self.host.write(layer, self.open_start, kv[layer])",
+         "rows are not positions: the first row to write is `table.n_rows`"),
+        ("self.plan()", "None", "the mask is old: call `plan` last"),
+        ("kv[layer, :, :, 0]", "kv[layer, :, :, 1]", "a sentence vector is the mean of keys"),
         ("self.move_window(self.window_start(self.num_tokens + 1))", "None",
          "the recent window must move, so that the next sentence has slots"),
     ],
