@@ -170,3 +170,16 @@ def test_a_template_that_fails_or_never_ends_is_one_line(tiny_folder, monkeypatc
     with pytest.raises(ValueError, match="the model's chat template failed: ") as error:
         Tokenizer(tiny_folder).prompt_ids("Hi")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", "a", "aa", "\ufde0x", "0"])
+def test_a_special_token_of_any_name_is_text_in_a_prompt(llama2_folder, tmp_path, name):
+    """One of one character made the program hang."""
+    folder = shutil.copytree(llama2_folder, tmp_path / "folder")
+    (folder / "added_tokens.json").write_text(json.dumps({name: 500}))
+    tokenizer = Tokenizer(folder)
+    text = f"Hi {name}{name}x \ufdd0\ufde0\ufdd3 </s> 0 a"
+    ids = tokenizer.prompt_ids(text)
+    assert 500 not in ids and text in "".join(tokenizer.pieces(ids))
+    spelled = Tokenizer(folder, spelled=True).prompt_ids(text)
+    assert spelled.count(500) == (text.count(name) if name else 0)

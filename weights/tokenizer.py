@@ -15,6 +15,11 @@ from weights.folder import check, find, read_optional, read_text, shown
 from weights.template import render
 
 
+# A placeholder is a number in characters that are never assigned, as 16 digits between two edges.
+EDGE, PLACES = "\ufde0", "".join(map(chr, range(0xFDD0, 0xFDE0)))
+DIGITS = "0123456789abcdef"
+TO_PLACE, FROM_PLACE = str.maketrans(DIGITS, PLACES), str.maketrans(PLACES, DIGITS)
+PLACE = re.compile(f"{EDGE}([{PLACES}]+){EDGE}")
 ANSWER = "⟪answer⟫"  # in place of one, to see what a template puts after it
 
 
@@ -32,7 +37,7 @@ class HuggingFaceTokens:
         space = r"\s*"
         self.patterns = [
             space * token.lstrip + re.escape(token.content) + space * token.rstrip
-            for token in added.values() if token.special]
+            for token in added.values() if token.special and token.content]
         self.token_of = self.model.id_to_token
         self.byte_of = byte_alphabet() if "ByteLevel" in repr(self.model.decoder) else None
 
@@ -52,24 +57,18 @@ class SentencePieceTokens:
         self.pieces |= {index: token for token, index in added.items()}
         self.special = {*filter(self.model.is_control, range(len(self.model))), *added.values()}
         self.added = {}
-        self.patterns = [re.escape(self.pieces[index]) for index in self.special]
+        self.patterns = [re.escape(self.pieces[i]) for i in self.special if self.pieces[i]]
         self.token_of = self.pieces.get
         self.byte_of = None
 
     def encode(self, text: str, add_bos: bool, spelled: bool = True) -> list[int]:
         # The library does not look for `<s>` and `</s>` in text, where chat templates put them.
-        ids = {self.token_of(index): index for index in self.special if spelled}
+        ids = {self.pieces[i]: i for i in self.special if spelled and self.pieces[i]}
         parts = re.split(f"({'|'.join(map(re.escape, ids))})", text) if ids else [text]
         encoded = [self.model.bos_id()] if add_bos and self.model.bos_id() >= 0 else []
         for part in filter(None, parts):
             encoded += [ids[part]] if part in ids else self.model.encode(part)
         return encoded
-
-
-def insert(name: str, guard: str) -> str:
-    """The guard inside of a name, which may have white space around it."""
-    middle = len(name) - len(name.lstrip()) + 1
-    return name[:middle] + guard + name[middle:]
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -111,6 +110,7 @@ class Tokenizer:
         self.special = self.tokens.special
         longest_first = sorted(self.tokens.patterns, key=len, reverse=True)
         self.special_names = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self.to_guard = re.compile(f"{self.special_names.pattern}|[{EDGE}{PLACES}]")
         settings = read_optional(folder, "tokenizer_config.json")
         # A token is a string here or, in older files, a dict with its content.
         self.special_strings = {
@@ -147,8 +147,8 @@ class Tokenizer:
             text = f"{text} {prefix}" if prefix else text
             ids = self.encode(text, add_bos=True, spelled=self.spelled)
         else:
-            guard, text = self.guarded(text)
-            ids = self.rendered_ids(self.render_chat(text) + prefix, guard)
+            text, spelled = self.guarded(text)
+            ids = self.rendered_ids(self.render_chat(text) + prefix, spelled)
         if not ids:
             raise ValueError("the prompt has no tokens")
         return ids
@@ -158,30 +158,29 @@ class Tokenizer:
         model's. ValueError without a chat template that can do it."""
         if self.chat_template is None:
             raise ValueError(f"{self.folder} has no chat template: there can be no second question")
-        guard, question = self.guarded(question)
+        question, spelled = self.guarded(question)
         before, answer, after = self.render_chat("?", ANSWER, question).partition(ANSWER)
         if not answer:
             raise ValueError("the model's chat template leaves out its answers")
-        return self.rendered_ids(after, guard)
+        return self.rendered_ids(after, spelled)
 
-    def guarded(self, text: str) -> tuple:
-        """A character that the text does not have, and the text with this guard in each special
-        token that it spells. The guard is "" if it spells none."""
-        names = self.special_names
-        if self.spelled or not names.search(text):
-            return "", text
-        guard = next(c for c in map(chr, range(0xFDD0, 0xFDF0)) if c not in text)  # never assigned
-        while names.search(text):  # what follows a guard can spell another one
-            text = names.sub(lambda found: insert(found[0], guard), text)
-        return guard, text
+    def guarded(self, text: str) -> tuple[str, list]:
+        """The text with a placeholder for each special token that it spells, and what they are."""
+        spelled = []
 
-    def rendered_ids(self, text: str, guard: str) -> list[int]:
-        """Token ids of a template's text. What has a guard in it is ordinary text."""
-        if not guard:
+        def place(found):
+            spelled.append(found[0])
+            return f"{EDGE}{len(spelled) - 1:x}{EDGE}".translate(TO_PLACE)
+
+        return (text if self.spelled else self.to_guard.sub(place, text)), spelled
+
+    def rendered_ids(self, text: str, spelled: list) -> list[int]:
+        """Token ids of a template's text. What has a placeholder is ordinary text."""
+        if not spelled:
             return self.encode(text, add_bos=False)
         ids = []
-        for i, part in enumerate(self.special_names.split(text)):  # every second one is the template's own
-            part = part.replace(guard, "")
+        for i, part in enumerate(self.special_names.split(text)):  # every second is the template's
+            part = PLACE.sub(lambda found: spelled[int(found[1].translate(FROM_PLACE), 16)], part)
             ids += self.encode(part, add_bos=False, spelled=i % 2 == 1) if part else []
         return ids
 
