@@ -172,7 +172,7 @@ def test_a_template_that_fails_or_never_ends_is_one_line(tiny_folder, monkeypatc
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["", "a", "aa", "\ufde0x", "0"])
+@pytest.mark.parametrize("name", ["", "a", "aa", "0"])
 def test_a_special_token_of_any_name_is_text_in_a_prompt(llama2_folder, tmp_path, name):
     """One of one character made the program hang."""
     folder = shutil.copytree(llama2_folder, tmp_path / "folder")
