@@ -3,6 +3,7 @@ from datetime import datetime
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import generate
@@ -11,9 +12,10 @@ from weights import document as module
 from weights.document import Document, load_document, map_rows, save_document
 
 CPU = torch.device("cpu")
-DOCUMENT = Document("It is späť.", [3, 1, 2], [(0, 2), (2, 3)], {
-    "kv": torch.randn(2, 3, 1, 2, 2048), "vectors": torch.randn(2, 1, 4, 2048)},
-    datetime(2024, 2, 29, 12))
+DOCUMENT = Document("It is späť.", [3, 1, 2] * 200, [(0, 2), (2, 600)], {
+    "kv": torch.randn(2, 600, 2, 2, 8), "vectors": torch.randn(2, 2, 4, 8),
+    "variances": torch.rand(2, 2, 4), "num_tokens": torch.tensor(600),
+    "bounds": torch.tensor([3, 5, 600, 600, 600]).repeat(2, 2, 1)}, datetime(2024, 2, 29, 12))
 
 
 def save(path, folder, config=SentenceKVConfig()):
@@ -45,7 +47,7 @@ def test_rows_given_back_are_read_again(tiny_folder, tmp_path):
 
 
 def test_the_rest_of_a_prompt_follows_the_document():
-    assert DOCUMENT.rest([3, 1, 2, 7]) == [7]
+    assert DOCUMENT.rest([*DOCUMENT.ids, 7]) == [7]
     with pytest.raises(ValueError, match="does not begin with the tokens of the document"):
         DOCUMENT.rest([3, 1])
 
@@ -83,6 +85,28 @@ def test_a_file_that_is_no_document_is_refused(tiny_folder, tmp_path):
         load(tmp_path / "nowhere", tiny_folder)
     with pytest.raises(ValueError, match="cannot read"):
         load(tmp_path, tiny_folder)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("spans", None), ("kv", None), ("num_tokens", None), ("vectors", None), ("ids", None),
+    ("num_tokens", lambda t: t + 1), ("vectors", lambda t: t[:, :, 1:].contiguous()),
+    ("bounds", lambda t: t - 1), ("bounds", lambda t: t.flip(-1).contiguous()),
+    ("bounds", lambda t: t[:, :, 1:].contiguous()), ("spans", lambda t: t + 1),
+    ("spans", lambda t: t[1:].contiguous()), ("spans", lambda t: t * 0), ("ids", lambda t: t[1:]),
+    ("kv", lambda t: t[:, :-1].contiguous()), ("kv", lambda t: t[:1].contiguous()),
+    ("text", lambda t: t | 255)])
+def test_a_document_that_was_changed_is_refused(tiny_folder, tmp_path, name, change):
+    path = save(tmp_path / "document", tiny_folder)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    if change is None:
+        del tensors[name]
+    else:
+        tensors[name] = change(tensors[name]).clone()
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError):
+        load(path, tiny_folder)
 
 
 def test_a_full_disk_leaves_what_was_there(tiny_folder, tmp_path, monkeypatch):

@@ -14,13 +14,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from weights.checkpoint import weight_files
+from weights.checkpoint import load_config, weight_files
 
 FORMAT = "sentencekv document 2"
 SAME = ("keep_factor", "sink_tokens", "secondary_sinks", "secondary_ratio", "sentence_limit")
@@ -114,15 +115,45 @@ def load_document(path: Path, folder: Path, config, device, dtype) -> Document:
         raise ValueError(f"{path} is not a saved document: {error}") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    if config.protected_tokens > int(metadata["protected"]):
+    try:
+        check_tensors(tensors, shape, load_config(folder).kv_shape)
+        protected, now = int(metadata["protected"]), datetime.fromisoformat(metadata["now"])
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:  # others have changed it
+        raise ValueError(f"{path} is not a whole document: {error}") from None
+    if config.protected_tokens > protected:
         raise ValueError(f"recent_window is {config.recent_window}, and {path} was saved with"
-                         f" {metadata['protected']} last tokens: at most these")
+                         f" {protected} last tokens: at most these")
     ids, spans, text = (tensors.pop(name).tolist() for name in ("ids", "spans", "text"))
     tensors["kv"], release = map_rows(path, shape, dtype)
     if device.type == "cuda":
         tensors["kv"], release = tensors["kv"].pin_memory(), None
-    return Document(bytes(text).decode(), ids, [tuple(span) for span in spans], tensors,
-                    datetime.fromisoformat(metadata["now"]), release)
+    return Document(bytes(text).decode(), ids, [tuple(span) for span in spans], tensors, now,
+                    release)
+
+
+def check_tensors(tensors: dict, kv: list, kv_shape: tuple):
+    """Compare the shapes of a document's tensors, kv's (L, N, H_kv, 2, D), and what they hold.
+    ValueError names those that are wrong, KeyError one that is absent."""
+    layers, heads, dim = kv_shape
+    spans, bounds, n_rows = tensors["spans"].long(), tensors["bounds"], kv[1]
+    n_tokens, n_sentences = tensors["num_tokens"].item(), bounds.shape[-1] - 1
+    expected = {
+        "vectors": [layers, heads, n_sentences, dim], "variances": [layers, heads, n_sentences],
+        "bounds": [layers, heads, n_sentences + 1], "ids": [n_tokens], "spans": [len(spans), 2],
+        "text": [tensors["text"].numel()], "num_tokens": []}
+    if "positions" in tensors:
+        expected["positions"] = [layers, heads, n_rows]
+    wrong = [name for name, shape in expected.items() if list(tensors[name].shape) != shape]
+    if kv != [layers, n_rows, heads, 2, dim] or not 0 < n_rows <= n_tokens:
+        wrong.append("kv")
+    ends = [0, *spans.flatten()[1::2].tolist()]
+    tiles = spans.flatten()[::2].tolist() == ends[:-1] and ends[-1] == n_tokens
+    if not tiles or any(a >= b for a, b in pairwise(ends)):
+        wrong.append("spans")
+    if bounds.min() < 0 or (bounds.diff() < 0).any() or (bounds[..., -1] != n_rows).any():
+        wrong.append("bounds")
+    if wrong:
+        raise ValueError(f"wrong {', '.join(wrong)}")
 
 
 def check_identity(path: Path, found: dict, expected: dict):
