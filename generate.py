@@ -17,6 +17,9 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+STARTED = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if STARTED:  # Ctrl-C during the imports ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 # For torch: waiting CPU threads sleep early. Busy waiting can delay the thread they wait for.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -522,8 +525,8 @@ def check_prompt(ids: list[int], n_before: int, n_new: int, config: LlamaConfig)
 
 def main(arguments=None) -> int:
     """Returns the exit status: 0 answered, 1 an error of the program (--debug shows where), 2 an
-    error of the user or of the machine, 130 after Ctrl-C, 141 if whoever reads the answer has closed
-    it, 143 after SIGTERM. A signal while it answers ends the answer, and its report is printed.
+    error of the user or of the machine, 130 after Ctrl-C, 141 if whoever reads the answer has
+    closed it, 143 after SIGTERM. A signal while it answers ends the answer, and its report is printed.
     """
     arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
     try:
@@ -558,6 +561,8 @@ def unexpected(error: Exception, arguments: list) -> str:
 
 
 if __name__ == "__main__":
+    if STARTED:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` is still run
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr), ("stdin", sys.stdin)):
         if stream is not None:

@@ -518,3 +518,32 @@ def test_an_unexpected_error_is_one_line_unless_it_is_to_be_debugged(capfd, prom
     if status == 1:
         with pytest.raises(type(error)):
             run(capfd, *arguments, "--debug")
+
+
+@pytest.mark.parametrize("kind, statuses", [(signal.SIGINT, (130, -2)),
+                                            (signal.SIGTERM, (143, -15))])
+def test_a_signal_at_any_moment_leaves_no_traceback_and_no_half_file(tiny_folder, prompt, tmp_path,
+                                                                     kind, statuses):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    command = [sys.executable, generate.__file__, "--prompt", str(prompt), "--model",
+               str(tiny_folder), "--device", "cpu", "--max-new-tokens", "300", "--json", "--save",
+               str(folder / "document"), "--trace", str(folder / "page.html")]
+    ended = []
+    for delay in (0.1, 1, 2, 3, 4.5):
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        try:
+            out, err = process.communicate(timeout=delay)
+        except subprocess.TimeoutExpired:
+            process.send_signal(kind)
+            out, err = process.communicate(timeout=60)
+        assert process.returncode in (0, *statuses), err
+        assert "Traceback" not in err and not list(folder.glob(".*")), (err, delay)
+        if process.returncode == 0 or '{"text"' in out:
+            assert json.loads(out.splitlines()[-1])["new_tokens"] > 0
+        ended.append(process.returncode)
+        for path in folder.iterdir():
+            path.unlink()
+    assert ended[0] in statuses
