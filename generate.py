@@ -526,7 +526,7 @@ def check_prompt(ids: list[int], n_before: int, n_new: int, config: LlamaConfig)
 def main(arguments=None) -> int:
     """Returns the exit status: 0 answered, 1 an error of the program (--debug shows where), 2 an
     error of the user or of the machine, 130 after Ctrl-C, 141 if whoever reads the answer has
-    closed it, 143 after SIGTERM. A signal while it answers ends the answer, and its report is printed.
+    closed it, 143 after SIGTERM. A signal while it answers ends the answer: its report is printed.
     """
     arguments = sys.argv[1:] if arguments is None else list(map(str, arguments))
     try:

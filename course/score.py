@@ -35,9 +35,10 @@ def main(arguments=None) -> int:
     if status := quality.main(["ruler", "--generate", "multikey", "--count", str(args.count),
                                *shared]):
         return status
-    print("\nreading on for 64 tokens in the same text: the share of the full cache's attention that"
-          "\ngoes to the tokens within the budget (mass, higher is better), and the relative error of"
-          "\nthe output (lower is better). The mean of all layers ± standard error", flush=True)
+    print("\nreading on for 64 tokens in the same text: the share of the full cache's attention"
+          "\nthat goes to the tokens within the budget (mass, higher is better), and the relative"
+          "\nerror of the output (lower is better). The mean of all layers ± standard error",
+          flush=True)
     return quality.main(["recall", "--new-tokens", "64", *shared])
 
 

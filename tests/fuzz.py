@@ -1,9 +1,10 @@
 """Attack the program with files and texts of strangers: `python tests/fuzz.py --cases 100000`.
 
-Each case is a number: its random choices follow from it, so a failure can be repeated with `--first
-N --cases 1`. Folders are copies of tiny models with a few spoiled values or bytes; they are read, and
-a short text is answered. Texts go through segmentation and the tokenizers. Good outcomes are `done`
-and `refused` (one ValueError, in one line). Bad ones are `error`, `died` and `slow`, with the case.
+Each case is a number: its random choices follow from it, so a failure can be repeated with
+`--first N --cases 1`. Folders are copies of tiny models with a few spoiled values or bytes; they
+are read, and a short text is answered. Texts go through segmentation and the tokenizers. Good
+outcomes are `done` and `refused` (one ValueError, in one line). Bad ones are `error`, `died` and
+`slow`, with the case.
 
 Cases run in a process of their own, with limits of memory and time. pytest runs a small part.
 """
@@ -31,7 +32,8 @@ VALUES = [None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 2**64, 10**30, 1.5, -0.0,
           "LlamaForCausalLM", "<|im_end|>", "{{ 1", [None], 10**400]
 PIECES = ["Dr. ", "3.5 ", "Why? ", "。", "《", "！", "\n", "\n\n", " ", "\t", "• ", "1. ", "2. ",
           "e.g. ", "...", "\"", "»", "<|im_end|>", "<s>", "</s>", "\u202e", "\x00", "\ufdd0", "é",
-          "e\u0301", "👩‍👩‍👧", "שלום", "สวัสดี", "नमस्ते। ", "a", "The ", "U.S. ", "{", "}", "<", ">"]
+          "e\u0301", "👩‍👩‍👧", "שלום", "สวัสดี", "नमस्ते। ", "a", "The ", "U.S. ", "{", "}",
+          "<", ">"]
 
 
 def spoil_json(value, choose: random.Random):
@@ -189,7 +191,7 @@ def worker(kind: str, first: int, last: int):
 
 
 def render(text: str, values: str, now: str) -> str:
-    """A process for each template would take most of the time: tests/test_tokenizer.py has those."""
+    """A process for each template would take most of the time: test_tokenizer.py has those."""
     from weights.template import render_here
 
     try:
@@ -234,7 +236,7 @@ def run(kind: str, first: int, n_cases: int, report=print) -> Counter:
 
 
 def long_run(n_tokens: int) -> dict:
-    """Write so many tokens with a tiny model, and check budget, positions and rows at every step."""
+    """Write so many tokens with a tiny model. Check budget, positions and rows at every step."""
     import torch
     from conftest import TINY, random_llama, random_spans
 

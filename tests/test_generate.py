@@ -147,17 +147,18 @@ def test_generation_stops_at_the_end_token(capfd, tiny_folder, prompt, monkeypat
     assert report["new_tokens"] == 3 and len(report["text"]) == 2
 
 
-def test_ctrl_c_ends_with_what_was_written(capfd, tiny_folder, prompt, monkeypatch):
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_what_was_written(capfd, tiny_folder, prompt, monkeypatch, kind):
     steps = iter(range(7))
 
     def sample(logits):
         if next(steps) == 6:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(kind)
         return 65
 
     monkeypatch.setattr(generate, "sampler", lambda *a: sample)
     status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, "--json")
-    assert status == 130 and "Traceback" not in err
+    assert status == 128 + kind and "Traceback" not in err
     assert json.loads(out.splitlines()[-1])["new_tokens"] == 7
 
 
@@ -485,19 +486,6 @@ def test_a_closed_or_full_stream_loses_no_answer_and_shows_no_traceback(tiny_fol
         assert done.stdout.endswith(f"status {status}\n"), done
     if line.startswith("2>") or line == "<&-":
         assert json.loads(done.stdout.splitlines()[-2])["new_tokens"] == 20
-
-
-def test_sigterm_ends_with_what_was_written(capfd, tiny_folder, prompt, monkeypatch):
-    steps = iter(range(7))
-
-    def sample(logits):
-        if next(steps) == 6:
-            signal.raise_signal(signal.SIGTERM)
-        return 65
-
-    monkeypatch.setattr(generate, "sampler", lambda *a: sample)
-    status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, "--json")
-    assert status == 143 and json.loads(out.splitlines()[-1])["new_tokens"] == 7
 
 
 @pytest.mark.parametrize("error, status, message", [

@@ -1,7 +1,7 @@
 """Render a model's chat template in a process of its own.
 
-A template is a program that comes with the weights, from anyone. jinja2's sandbox keeps it away from
-Python, but not from an endless loop or from all memory: the limits of a process do.
+A template is a program that comes with the weights, from anyone. jinja2's sandbox keeps it away
+from Python, but not from an endless loop or from all memory: the limits of a process do.
 """
 
 import json

@@ -88,7 +88,7 @@ def assign_slots(function):
         given = [torch.tensor([x]) for x in (before, sentences, resident, selected)]
         before, *rest = (x.clone() for x in given)
         sentences, resident, selected = rest
-        wanted = {row for s in range(3) for row in range(starts[0, s], starts[0, s] + selected[0, s])}
+        wanted = {starts[0, s].item() + i for s in range(3) for i in range(selected[0, s])}
         wanted |= {0} & set(before[0].tolist())
         rows, sentences, missing = function(before, sentences, starts, resident, selected)
         if missing.dtype != torch.bool:

@@ -39,7 +39,8 @@ def draw() -> Picture:
     picture.line((left + scale * weights, 46), (left + scale * weights, 206), dashed=True)
     picture.text(left + scale * weights, 222, f"the weights: {weights:.2f}", align="middle")
     for x, colour, words in ((24, "orange", "full cache"),
-                             (136, "blue", f"SentenceKV: budget {BUDGET:,}, one vector per {TOKENS_A_SENTENCE} tokens")):
+                             (136, "blue", f"SentenceKV: budget {BUDGET:,}, one vector per"
+                              f" {TOKENS_A_SENTENCE} tokens")):
         picture.box(x, 240, 14, 14, colour)
         picture.text(x + 20, 252, words)
     return picture

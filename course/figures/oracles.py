@@ -32,8 +32,8 @@ def draw() -> Picture:
     x, y = MIDDLE + WIDTH / 2, BOXES["full"][1] + HEIGHT
     picture.line((x, y), (x, BOXES["all"][1]), colour="ink")
     picture.text(x + 10, y + 23, "2", "bold")
-    picture.text(24, 396, "A line is an equality, with the number of its test in the table.", "small",
-                 "quiet")
+    picture.text(24, 396, "A line is an equality, with the number of its test in the table.",
+                 "small", "quiet")
     return picture
 
 
