@@ -14,7 +14,7 @@ import termios
 
 import pytest
 import torch
-from conftest import TEXT, TINY, needs_gpu
+from conftest import ROOT, TEXT, TINY, needs_gpu
 from safetensors.torch import load_file, save_file
 
 import generate
@@ -560,3 +560,15 @@ def test_a_read_only_folder_is_refused_before_anything_is_read(capfd, tiny_folde
     status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, "--save",
                            tmp_path / "x")
     assert (status, err) == (2, f"generate.py: cannot write {tmp_path / 'x'}\n")
+
+
+@pytest.mark.parametrize("gigabytes", [2.0, 1.5, 1.2, 1.0])
+def test_a_limit_of_memory_is_one_line(default_folder, gigabytes):
+    """PyTorch itself may need more than this, and then it does not start."""
+    command = shlex.join([sys.executable, generate.__file__, "--prompt",
+                          str(ROOT / "examples" / "walden_house.txt"), "--device", "cpu",
+                          "--dtype", "float32", "--max-new-tokens", "2"])
+    done = subprocess.run(["bash", "-c", f"ulimit -v {int(gigabytes * 10**6)}; {command}"],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if "ImportError" not in done.stderr and "import torch" not in done.stderr:
+        assert done.returncode in (0, 2) and "Traceback" not in done.stderr, done.stderr
