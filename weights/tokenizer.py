@@ -11,7 +11,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from weights.folder import check, find, read_optional, read_text, shown
+from weights.folder import check, find, read_optional, shown, text_of
 from weights.template import render
 
 
@@ -123,7 +123,7 @@ class Tokenizer:
             self.chat_template = {item["name"]: item["template"]
                                   for item in self.chat_template}.get("default")
         if path := find(folder, "chat_template.jinja"):
-            self.chat_template = read_text(path)
+            self.chat_template = text_of(path)
         check({"chat_template": self.chat_template}, {"chat_template": str},
               "tokenizer_config.json")
 
@@ -147,8 +147,8 @@ class Tokenizer:
             text = f"{text} {prefix}" if prefix else text
             ids = self.encode(text, add_bos=True, spelled=self.spelled)
         else:
-            text, spelled = self.guarded(text)
-            ids = self.rendered_ids(self.render_chat(text) + prefix, spelled)
+            text, names = self.guarded(text)
+            ids = self.rendered_ids(self.render_chat(text) + prefix, names)
         if not ids:
             raise ValueError("the prompt has no tokens")
         return ids
@@ -158,29 +158,29 @@ class Tokenizer:
         model's. ValueError without a chat template that can do it."""
         if self.chat_template is None:
             raise ValueError(f"{self.folder} has no chat template: there can be no second question")
-        question, spelled = self.guarded(question)
+        question, names = self.guarded(question)
         before, answer, after = self.render_chat("?", ANSWER, question).partition(ANSWER)
         if not answer:
             raise ValueError("the model's chat template leaves out its answers")
-        return self.rendered_ids(after, spelled)
+        return self.rendered_ids(after, names)
 
     def guarded(self, text: str) -> tuple[str, list]:
-        """The text with a placeholder for each special token that it spells, and what they are."""
-        spelled = []
+        """The text with a placeholder for each special token that it spells, and their names."""
+        names = []
 
         def place(found):
-            spelled.append(found[0])
-            return f"{EDGE}{len(spelled) - 1:x}{EDGE}".translate(TO_PLACE)
+            names.append(found[0])
+            return f"{EDGE}{len(names) - 1:x}{EDGE}".translate(TO_PLACE)
 
-        return (text if self.spelled else self.to_guard.sub(place, text)), spelled
+        return (text if self.spelled else self.to_guard.sub(place, text)), names
 
-    def rendered_ids(self, text: str, spelled: list) -> list[int]:
-        """Token ids of a template's text. What has a placeholder is ordinary text."""
-        if not spelled:
+    def rendered_ids(self, text: str, names: list) -> list[int]:
+        """Token ids of a template's text. A name that has a placeholder is ordinary text."""
+        if not names:
             return self.encode(text, add_bos=False)
         ids = []
         for i, part in enumerate(self.special_names.split(text)):  # every second is the template's
-            part = PLACE.sub(lambda found: spelled[int(found[1].translate(FROM_PLACE), 16)], part)
+            part = PLACE.sub(lambda found: names[int(found[1].translate(FROM_PLACE), 16)], part)
             ids += self.encode(part, add_bos=False, spelled=i % 2 == 1) if part else []
         return ids
 
