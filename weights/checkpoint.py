@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model import Llama, LlamaConfig
-from weights.folder import check, find, need, read_json, shown
+from weights.folder import check, find, need, one_line, read_json, shown
 
 MOST = 2**24
 LIMITS = {  # of config.json: what a value may be, see `weights.folder.check`
@@ -165,7 +165,8 @@ def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
                     if not spare:
                         tensors[short] = read(file, name)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+            raise ValueError(f"{path} is not a complete safetensors file:"
+                             f" {one_line(error)}") from None
     return tensors
 
 

@@ -194,10 +194,14 @@ def download(target: Path = DEFAULT_MODEL) -> Path:
     return target
 
 
-if __name__ == "__main__":
+def main(target: Path = DEFAULT_MODEL):
     try:
-        print(download())
+        print(download(target))
     except (ValueError, OSError) as error:
         sys.exit(f"download.py: {error}")
     except KeyboardInterrupt:
         sys.exit("download.py: interrupted; nothing was left behind")
+
+
+if __name__ == "__main__":
+    main()

@@ -46,7 +46,7 @@ def text_of(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except ValueError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
+        raise ValueError(f"{path} is not UTF-8: {one_line(error)}") from None
 
 
 def read_json(path: Path) -> dict:
@@ -55,7 +55,7 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # too deep
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")
     return value
@@ -92,3 +92,8 @@ def shown(value) -> str:
     """A value of a strange file in few characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of a strange file, which may spell the file's own line breaks."""
+    return " ".join(f"{error}".split())

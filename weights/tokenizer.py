@@ -11,7 +11,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from weights.folder import check, find, read_optional, shown, text_of
+from weights.folder import check, find, one_line, read_optional, shown, text_of
 from weights.template import render
 
 
@@ -97,7 +97,7 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # one of the two libraries raises it when it panics
-            raise ValueError(f"no tokenizer in {folder}: {error}") from None
+            raise ValueError(f"no tokenizer in {folder}: {one_line(error)}") from None
 
     def load(self, folder: Path):
         if path := find(folder, "tokenizer.json"):
