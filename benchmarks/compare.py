@@ -5,6 +5,8 @@
 The prompt is read once. Attention mass and the error of the attention output are those of
 `benchmarks.quality recall`, over the full cache's answer and all layers. Milliseconds are those of
 the cache and the attention, in plain PyTorch, and no measure of the published methods' own code.
+Held for attention, kept elsewhere and read for a token are in tokens of 16 bits a channel, the mean
+of all KV heads. Keys that a method makes up attract attention too, so its mass may be no share.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.baselines import METHODS, device_bytes
+from benchmarks.methods import METHODS, cost
 from benchmarks.quality import Bench, Method, asked_methods
 from weights.document import read_text
 from weights.download import download
@@ -33,8 +35,8 @@ def parse(arguments):
 
 def compare(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Method]):
     """Print one line a method."""
-    print("| method | attention mass | output error | device MiB | ms a token | answer |")
-    print("|---|---|---|---|---|---|")
+    print("| method | attention mass | output error | held | elsewhere | read | ms a token | answer |")
+    print("|---|---|---|---|---|---|---|---|")
     full = Method("full", methods[0].budget)
     writers = {w.method: w for w in bench.answers(ids, max_new_tokens, [full, *methods])}
     others = [m for m in methods if m.name != "full"]
@@ -46,9 +48,10 @@ def compare(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Met
         mass, error = (mean(column) for column in zip(*seen[method]))
         answer = " ".join(bench.text(writer).split()).replace("|", "/")
         per_token = 1e3 * writer.seconds / max(len(writer.tokens) - 1, 1)
-        held = device_bytes(writer.cache) / 2**20
-        print(f"| {method.spec} | {mass:.1%} | {error:.3f} | {held:.2f} | {per_token:.1f}"
-              f" | {answer} |")
+        held, elsewhere, read = cost(writer.cache)
+        share = f"{mass:.1%}" if mass < 1.001 else "no share"
+        print(f"| {method.spec} | {share} | {error:.3f} | {held:.0f} | {elsewhere:.0f}"
+              f" | {read:.0f} | {per_token:.1f} | {answer} |")
 
 
 def main(arguments=None) -> int:

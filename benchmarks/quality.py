@@ -36,18 +36,18 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import tasks
-from benchmarks.baselines import (
+from benchmarks.methods import (
     METHODS,
     SENTENCE_METHODS,
-    Evicting,
-    Paged,
-    Recording,
-    attention_received,
-    expected_attention,
+    cost,
+    has_budget,
     make_cache,
+    reads_on,
     settings_of,
-    window_attention,
+    split,
+    try_out,
 )
+from benchmarks.methods.base import Evicting, MethodCache, Recording, forget_shared, window_attention
 from benchmarks.segmentation import old_spans
 from cache import NO_ROW
 from generate import check_positions, prefill, seal_finished
@@ -74,7 +74,7 @@ class Method:
 
     @property
     def name(self) -> str:
-        return self.spec.partition(":")[0]
+        return split(self.spec)[0]
 
     @property
     def settings(self) -> dict:
@@ -147,6 +147,9 @@ class Writer:
         with self.clock():
             self.cache.advance(1)
 
+    def cost(self) -> dict:
+        return {name: round(value, 1) for name, value in cost(self.cache)._asdict().items()}
+
 
 @torch.inference_mode()
 def decode_together(model, writers: list[Writer]) -> torch.Tensor:
@@ -188,8 +191,7 @@ class Bench:
 
     def record(self, ids: list[int]) -> tuple[Recording, int]:
         """What the layers computed of the prompt, and the token that comes first after it."""
-        for function in (attention_received, window_attention, expected_attention):
-            function.cache_clear()
+        forget_shared()
         recording = Recording()
         first = prefill(self.model, recording, ids, lambda logits: logits.argmax().item())
         return recording, first
@@ -214,12 +216,11 @@ class Bench:
         blind, states = self.record(prompts[0][:n])[0], []
         for method in methods:
             cache = method.new_cache(self.model, pieces, len(prompts[0]) - n + 99)
-            evicts = isinstance(cache, Evicting) and not isinstance(cache, Paged)
-            sees = evicts and method.settings.get("sees") != "nothing"
+            sees = isinstance(cache, Evicting) and method.settings.get("sees") != "nothing"
             (seen if sees else blind).replay(cache)
             if sees:
                 cache.forget_window()
-            states.append((cache, None if isinstance(cache, Evicting) else cache.snapshot()))
+            states.append((cache, None if isinstance(cache, MethodCache) else cache.snapshot()))
         for example, ids in zip(questions, prompts):
             writers, tokens = [], []
             for method, (cache, snapshot) in zip(methods, states):
@@ -256,7 +257,7 @@ class Bench:
         return "".join(piece for token, piece in pairs if token not in self.tokenizer.special)
 
     def losses(self, ids: list[int], n_prompt: int, methods: list[Method]):
-        """Yield (method, mean NLL of the tokens after the prompt), read one by one."""
+        """Yield (`Writer`, mean NLL of the tokens after the prompt), read one by one."""
         recording, _ = self.record(ids[:n_prompt])
         pieces = self.tokenizer.pieces(ids)
         for group in batched(methods):
@@ -268,7 +269,7 @@ class Bench:
                 for reader in readers:
                     reader.read_on(ids[i])
                 losses.append(-decode_together(self.model, readers).log_softmax(-1)[:, ids[i + 1]])
-            yield from zip(group, torch.stack(losses).mean(dim=0).tolist())
+            yield from zip(readers, torch.stack(losses).mean(dim=0).tolist())
 
     def recall(self, ids: list[int], n_prompt: int, methods: list[Method]):
         """Yield (method, layer, share of the attention mass, relative error of the output).
@@ -367,8 +368,8 @@ def attend(q, keys, values, mask):
     """Log of the unnormalised attention mass (H_kv, G), and the output (H_kv, G, D)."""
     grouped = q.view(len(keys), -1, q.shape[-1])
     logits = grouped @ keys.mT / math.sqrt(q.shape[-1])  # (H_kv, G, n)
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -math.inf)
+    if mask is not None:  # True where to attend, or log of what a key counts for
+        logits = logits + (mask.log() if mask.dtype == torch.bool else mask)
     return logits.logsumexp(dim=-1), logits.softmax(dim=-1) @ values
 
 
@@ -439,7 +440,7 @@ def run_answers(args, bench, methods, results):
                 text, method = bench.text(writer), writer.method
                 results.add(task=example.task, index=example.index, method=method.spec,
                             budget=method.budget, score=example.score(text), text=text,
-                            answers=example.answers, model=bench.name)
+                            answers=example.answers, **writer.cost(), model=bench.name)
         except ValueError as error:
             if "positions" not in str(error):
                 raise
@@ -466,7 +467,7 @@ def book_tokens(args, bench) -> list[tuple[str, list[int]]]:
 
 
 def run_requests(args, bench, methods, results):
-    methods = [m for m in methods if m.name != "h2o"]  # it cannot read a second text
+    methods = [m for m in methods if reads_on(m.name)]
     paragraphs = haystack(bench, "\n\n".join(map(read_text, args.data)), args.length)
     for questions in tqdm(list(tasks.requests(paragraphs, args.count, args.seed)),
                           unit="document", disable=None):
@@ -482,9 +483,10 @@ def run_perplexity(args, bench, methods, results):
     for name, ids in tqdm(book_tokens(args, bench), unit="book", disable=None):
         task = f"nll {name}"
         left = results.missing(task, args.length, methods)
-        for method, loss in bench.losses(ids, args.length, left) if left else ():
-            results.add(task=task, index=args.length, method=method.spec, budget=method.budget,
-                        score=loss, new_tokens=len(ids) - args.length, model=bench.name)
+        for reader, loss in bench.losses(ids, args.length, left) if left else ():
+            results.add(task=task, index=args.length, method=reader.method.spec,
+                        budget=reader.method.budget, score=loss, **reader.cost(),
+                        new_tokens=len(ids) - args.length, model=bench.name)
 
 
 def run_recall(args, bench, methods, results):
@@ -518,11 +520,14 @@ def run_sinks(args, bench, methods, results):
 
 
 def at_every_budget(rows: list[dict]) -> list[dict]:
-    """The full cache has no budget: it was run once, and is the same at all of them."""
-    others = [row for row in rows if row["method"] != "full"]
+    """The full cache has no budget, nor have some methods: they were run once, and are the same at
+    all of them."""
+    without = {name for name in METHODS if not has_budget(name)}
+    others = [row for row in rows if split(row["method"])[0] not in without]
     budgets = sorted({row["budget"] for row in others or rows})
-    full = {(row["task"], row["index"]): row for row in rows if row["method"] == "full"}
-    return [row | {"budget": budget} for row in full.values() for budget in budgets] + others
+    once = {(row["task"], row["index"], row["method"]): row for row in rows
+            if split(row["method"])[0] in without}
+    return [row | {"budget": budget} for row in once.values() for budget in budgets] + others
 
 
 def differences(rows: list[dict], reference: str) -> list[dict]:
@@ -597,10 +602,14 @@ def parse(arguments):
 
 
 def asked_methods(args) -> list[Method]:
-    """The full cache has no budget, so it is run once, under the largest."""
-    specs = args.methods.replace(";", " ").split()
-    methods = [Method(s, b) for s in specs for b in args.budgets
-               if s != "full" or b == max(args.budgets)]
+    """What has no budget is run once, under the largest. A class from a file is tried out."""
+    methods = []
+    for spec in args.methods.replace(";", " ").split():
+        name = split(spec)[0]
+        methods += [Method(spec, b) for b in args.budgets
+                    if b == max(args.budgets) or has_budget(name)]
+        if name not in METHODS:
+            try_out(spec)
     for method in methods:
         method.new_cache(_Shape, ["."], 1)
     return methods

@@ -32,7 +32,7 @@ from statistics import median, quantiles
 import torch
 from tqdm import tqdm
 
-from benchmarks.baselines import SETTINGS, settings_of
+from benchmarks.methods import SETTINGS, settings_of
 from course.trace.record import Trace
 from generate import (
     GraphedDecode,

@@ -1,0 +1,363 @@
+"""What the methods share: one prefill for all, what each costs, and three kinds of cache.
+
+A KV method is a unit, a score, a budget, and what happens to the rest. A class of this package says
+these four in its docstring, and computes the first three:
+
+    Evicting     keeps the most important tokens of the prompt, and drops the rest
+    Paged        reads pages of tokens, chosen anew for every token, and drops nothing
+    MethodCache  is under both, for methods of neither kind
+
+They show what a method keeps, not how fast it could be: nothing here is offloaded or tuned. Prefill
+is exact, also where a paper approximates it.
+
+Shapes as in `cache.py`: H query heads, H_kv KV heads, G query heads that share one, T prompt
+tokens, D channels. `kv` is keys and values side by side (H_kv, n, 2, D).
+"""
+
+import copy
+import math
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from sentencekv import token_importance
+
+WINDOW = 32  # SnapKV's observation window: the last queries of the prompt, always kept
+WHOLE = 2**31  # a budget for everything
+
+
+class Cost(NamedTuple):
+    """In tokens of 16 bits a channel, the mean of all KV heads and layers."""
+
+    held: float  # for attention: this is the budget
+    elsewhere: float  # what else is kept, on the host or to choose by
+    read: float  # to write one token
+
+
+class Recording:
+    """Remembers what every layer computed while reading a prompt, for any number of caches."""
+
+    stage = nullcontext
+
+    def __init__(self):
+        self.layers, self.num_tokens = [], 0
+
+    def prefill(self, layer, q, k, v):
+        self.layers.append((q, k, v))
+        return k, v
+
+    def advance(self, n_tokens):
+        self.num_tokens += n_tokens
+
+    def replay(self, cache):
+        """Tell `cache` of the prompt as `Llama.prefill` would have. Returns it."""
+        for layer, (q, k, v) in enumerate(self.layers):
+            cache.prefill(layer, q, k, v)
+        cache.advance(self.num_tokens)
+        return cache
+
+    def document_and_last_queries(self, n_document: int) -> "Recording":
+        """What a method is shown that chooses what to keep of a document for a question after it:
+        the document's tokens, and the question's last ones as the observation window."""
+        shown = Recording()
+        parts = [*range(n_document), *range(self.num_tokens - WINDOW, self.num_tokens)]
+        shown.layers = [tuple(x[:, parts] for x in tensors) for tensors in self.layers]
+        shown.num_tokens = n_document
+        return shown
+
+
+SHARED = []  # functions that remember their results
+
+
+def shared(function):
+    """What many methods and budgets ask of the same prompt is computed once. The arguments are the
+    tensors of a recording themselves, not parts of them."""
+    SHARED.append(lru_cache(maxsize=64)(function))
+    return SHARED[-1]
+
+
+def forget_shared():
+    """Before another prompt: what is remembered keeps the old one's tensors."""
+    for function in SHARED:
+        function.cache_clear()
+
+
+@shared
+def window_attention(q, k, window: int, pool: int):
+    """SnapKV's score of the tokens before the window, (H_kv, T - W)."""
+    if k.shape[1] <= window:
+        return k.new_zeros(len(k), 0)
+    return token_importance(q[:, -window:], k, pool)
+
+
+@shared
+def attention_received(q, k):
+    """Attention that all queries of the prompt pay to each token, float32 (H_kv, T)."""
+    (heads, n_tokens, dim), received = q.shape, torch.zeros(k.shape[:2])
+    grouped = (q / math.sqrt(dim)).unflatten(0, (len(k), -1))  # (H_kv, G, T, D)
+    for start in range(0, n_tokens, 64):  # so few that the processor's cache holds their logits
+        end = min(start + 64, n_tokens)
+        part = grouped[:, :, start:end].flatten(1, 2)
+        logits = (part @ k[:, :end].mT).view(len(k), -1, end - start, end)
+        future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        logits[..., start:].masked_fill_(future, -math.inf)
+        received[:, :end] += logits.softmax(dim=-1).sum(dim=(1, 2))
+    return received * len(k) / heads
+
+
+def group_logits(q, keys):
+    """q (H, n, D) of the same n tokens, keys (H_kv, m, D) -> float32 (H_kv, G, n, m)"""
+    logits = q.reshape(len(keys), -1, q.shape[-1]) @ keys.mT / math.sqrt(q.shape[-1])
+    return logits.float().unflatten(1, (-1, q.shape[1]))
+
+
+def take(x, index):
+    """x (H_kv, n, ...), index (H_kv, m) into n, each head's own -> (H_kv, m, ...)"""
+    return x[torch.arange(len(x))[:, None], index]
+
+
+def best(scores, n):
+    """Indices of the n highest of each head, the highest first; ties in order. (H_kv, n)"""
+    return scores.argsort(dim=-1, descending=True, stable=True)[:, :n]
+
+
+class MethodCache:
+    """A cache with the protocol of `model.FullCache` that tells what it costs.
+
+    Class attributes are settings: `--methods quest:page=32` runs a class with another one.
+    """
+
+    stage = nullcontext
+    budgeted = True  # False: what is held follows from the text, and no budget is asked for
+    reads_on = True  # False: it cannot read a second text, such as a question
+    dense_layers = 0  # of so many first layers everything is attended to
+
+    def __init__(self, model_config, budget: int, spans: list):
+        """`spans` are the sentences of the prompt, (start, end) in tokens."""
+        self.model_config, self.spans = model_config, spans
+        self.n_layers, self.n_kv_heads, _ = model_config.kv_shape
+        self.budget, self.num_tokens = budget, 0
+        self.attended = [0.0] * self.n_layers  # tokens of a KV head, the mean
+
+    def layer_budget(self, layer) -> int:
+        """Tokens of a KV head, everything included."""
+        return WHOLE if layer < self.dense_layers else self.budget
+
+    def decode(self, layer, q, k, v):
+        keys, values, mask = self.attend_to(layer, q, k, v)
+        n_tokens = keys.shape[1]
+        if mask is not None:
+            seen = mask if mask.dtype == torch.bool else mask > -math.inf
+            n_tokens = seen.any(dim=1).sum(dim=-1).float().mean().item()
+        self.attended[layer] = n_tokens
+        return keys, values, mask
+
+    def attend_to(self, layer, q, k, v):
+        """As `decode`. The mask may be float: logarithms of what each key counts for, as so many
+        equal keys."""
+        raise NotImplementedError
+
+    def advance(self, n_tokens):
+        self.num_tokens += n_tokens
+
+    def seal(self, length):
+        """Nothing to do: these methods know no sentences."""
+
+    def held(self) -> float:
+        return sum(self.attended) / self.n_layers
+
+    def index(self) -> list:
+        """Tensors that are read in order to choose, of all layers."""
+        return []
+
+    def cost(self) -> Cost:
+        """After the last token. Here all that is held is read, and nothing else is kept."""
+        held, index = self.held(), in_tokens(self.index(), self.model_config.kv_shape)
+        return Cost(held, index, held + index)
+
+    def fork(self):
+        """A copy that can go on by itself. Tensors are replaced, never changed."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                setattr(other, name, list(value))
+        return other
+
+
+def in_tokens(tensors: list, kv_shape: tuple) -> float:
+    """How many tokens of a KV head take as many numbers."""
+    layers, heads, dim = kv_shape
+    return sum(x.numel() for x in tensors) / (layers * heads * 2 * dim)
+
+
+class Evicting(MethodCache):
+    """Keeps the prompt's most important tokens and its last ones, and forgets the others.
+
+    A subclass says what is important, and perhaps how many tokens each head keeps. Budgets are
+    strict while writing too, where papers let a cache grow: every new token takes the place of the
+    prompt's least important one, until the prompt has half of the budget left, and then of the
+    oldest of the latest. Grouped query heads share one choice, by the mean of their scores.
+    """
+
+    window = WINDOW
+    kept_size = 1.0  # bytes of a kept token, as a part of one of 16 bits
+
+    def __init__(self, model_config, budget, spans):
+        super().__init__(model_config, budget, spans)
+        self.prompt = [None] * self.n_layers  # (kv, importance), until all layers are known
+        self.kept = [None] * self.n_layers  # (H_kv, n, 2, D), the most important first
+        self.kept_at = [None] * self.n_layers  # (H_kv, n) positions of the kept
+        self.totals = [None] * self.n_layers  # (H_kv,) the budget of each head
+        self.recent = [None] * self.n_layers  # (H_kv, n, 2, D), the oldest first
+        self.bias = [None] * self.n_layers  # (H_kv, n) log of what the kept count for; None: of 1
+        self.saved = [0.0] * self.n_layers  # tokens that the kept take less than as many of 16 bits
+
+    def importance(self, layer, q, k, v):
+        """The score (H_kv, T), or fewer columns if the last tokens need none."""
+        raise NotImplementedError
+
+    def by_unit(self, scores: list) -> list:
+        """The unit: scores of all layers (H_kv, n), those of a unit made alike."""
+        return scores
+
+    def budgets(self, scores: list) -> list:
+        """The budget: for every layer, tokens of 16 bits for each head besides the window, (H_kv,).
+        """
+        rooms = [max(self.layer_budget(layer) - self.window, 0) for layer in range(self.n_layers)]
+        return [torch.full((self.n_kv_heads,), room) for room in rooms]
+
+    def spread(self, rooms: list) -> list:
+        """Share out to all heads alike what unequal `budgets` have left of equal ones."""
+        left = sum(int(even.sum()) for even in Evicting.budgets(self, rooms))
+        left = max(left - sum(int(room.sum()) for room in rooms), 0)
+        return [room + left // (self.n_layers * self.n_kv_heads) for room in rooms]
+
+    def shrink(self, layer, kv):
+        """The rest of a kept token: what is left of it in fewer bytes. kv (H_kv, n, 2, D)"""
+        return kv
+
+    def least_kept(self, totals):
+        """So many of the prompt's tokens stay, however much is written. totals (H_kv,)"""
+        return totals // 2
+
+    def prefill(self, layer, q, k, v):
+        """The prompt, or a text after it, which attends to what is kept and makes no choice."""
+        kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
+        if self.num_tokens > 0:
+            self.recent[layer] = torch.cat((self.recent[layer], kv), dim=1)
+            return torch.cat((self.kept[layer], self.recent[layer]), dim=1).unbind(dim=2)
+        n_earlier = max(k.shape[1] - self.window, 0)
+        self.prompt[layer] = kv, self.importance(layer, q, k, v)[:, :n_earlier]
+        return k, v
+
+    def advance(self, n_tokens):
+        if self.num_tokens == 0:
+            self.decide()
+        self.num_tokens += n_tokens
+
+    def decide(self):
+        """All layers have read the prompt: keep what is important."""
+        prompt, scores = zip(*self.prompt)
+        self.prompt = []
+        scores = self.by_unit(list(scores))
+        for layer, (kv, score, rooms) in enumerate(zip(prompt, scores, self.budgets(scores))):
+            self.totals[layer] = rooms + self.window
+            self.kept_at[layer] = best(score, self.fit(rooms).max())
+            unused = torch.arange(self.kept_at[layer].shape[1]) >= self.fit(rooms)[:, None]
+            kept = take(kv, self.kept_at[layer]).masked_fill(unused[..., None, None], 0)
+            self.kept[layer] = self.shrink(layer, kept)
+            self.recent[layer] = kv[:, score.shape[1] :]
+
+    def fit(self, room):
+        """How many kept tokens fit where so many of 16 bits would. (H_kv,)"""
+        return (room / self.kept_size).long()
+
+    def attend_to(self, layer, q, k, v):
+        totals, n_kept = self.totals[layer], self.kept[layer].shape[1]
+        n_kept = self.fit(totals - self.window).clamp(max=n_kept)  # (H_kv,)
+        least = self.least_kept(totals).minimum((n_kept * self.kept_size).ceil().long())
+        latest = (totals - least).clamp(min=self.window)
+        recent = torch.cat((self.recent[layer], torch.stack((k, v), dim=2)), dim=1)
+        self.recent[layer] = recent = recent[:, -latest.max() :]
+        latest = latest.clamp(max=recent.shape[1])
+        room = self.fit((totals - latest).clamp(min=0)).minimum(n_kept)
+        self.saved[layer] = (1 - self.kept_size) * room.float().mean().item()
+        kept = self.kept[layer][:, : room.max()]
+        seen = torch.cat((torch.arange(kept.shape[1]) < room[:, None],
+                          torch.arange(recent.shape[1], 0, -1) <= latest[:, None]), dim=1)
+        kv = torch.cat((kept, recent), dim=1)
+        if not seen.all():  # heads of unequal length: what another head holds is no token here
+            kv = kv.masked_fill(~seen[..., None, None], 0)
+        self.kept[layer], self.recent[layer] = kv.split([kept.shape[1], recent.shape[1]], dim=1)
+        return *kv.unbind(dim=2), self.mask(layer, seen, recent.shape[1])
+
+    def mask(self, layer, seen, n_recent):
+        """For keys of which each head sees some, (H_kv, n)."""
+        if self.bias[layer] is None:
+            return None if seen.all() else seen[:, None]
+        bias = F.pad(self.bias[layer][:, : seen.shape[1] - n_recent], (0, n_recent))
+        return bias.masked_fill(~seen, -math.inf)[:, None]
+
+    def held(self):
+        return super().held() - sum(self.saved) / self.n_layers
+
+    def forget_window(self):
+        """Only what was chosen stays."""
+        self.recent = [recent[:, :0] for recent in self.recent]
+
+
+class Paged(MethodCache):
+    """Pages of tokens, chosen anew for every token; nothing is forgotten. The page being filled is
+    always read. A page is known by `summary`, in place of its keys."""
+
+    page = 16  # tokens
+
+    def __init__(self, model_config, budget, spans):
+        super().__init__(model_config, budget, spans)
+        self.pages = [None] * self.n_layers  # (H_kv, P, page, 2, D), the full ones
+        self.summaries = [None] * self.n_layers  # (n, H_kv, P, D)
+        self.recent = [None] * self.n_layers  # (H_kv, n, 2, D), the page being filled
+
+    def summary(self, layer, keys):
+        """Of keys (H_kv, P, page, D) -> (n, H_kv, P, D)"""
+        raise NotImplementedError
+
+    def scores(self, layer, q):
+        """Of each page, q (H_kv, G, D) -> (H_kv, P)"""
+        raise NotImplementedError
+
+    def prefill(self, layer, q, k, v):
+        """The prompt, or a text after it, which attends to everything."""
+        kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
+        if self.num_tokens > 0:
+            kv = torch.cat((self.pages[layer].flatten(1, 2), self.recent[layer], kv), dim=1)
+        n_full = kv.shape[1] // self.page
+        self.recent[layer] = kv[:, n_full * self.page :]
+        self.pages[layer] = kv[:, : n_full * self.page].unflatten(1, (n_full, self.page))
+        self.summaries[layer] = self.summary(layer, self.pages[layer][:, :, :, 0])
+        return kv.unbind(dim=2)
+
+    def attend_to(self, layer, q, k, v):
+        recent = self.recent[layer]
+        if recent.shape[1] == self.page:
+            page, recent = recent.unsqueeze(1), recent[:, :0]
+            self.pages[layer] = torch.cat((self.pages[layer], page), dim=1)
+            summary = self.summary(layer, page[:, :, :, 0])
+            self.summaries[layer] = torch.cat((self.summaries[layer], summary), dim=2)
+        self.recent[layer] = torch.cat((recent, torch.stack((k, v), dim=2)), dim=1)
+        chosen = self.pages[layer]  # (H_kv, P, page, 2, D)
+        if layer >= self.dense_layers:
+            scores = self.scores(layer, q.view(len(k), -1, q.shape[-1]))
+            room = max(self.layer_budget(layer) - self.recent[layer].shape[1], 0)
+            chosen = take(chosen, best(scores, room // self.page))
+        return *torch.cat((chosen.flatten(1, 2), self.recent[layer]), dim=1).unbind(dim=2), None
+
+    def index(self):
+        return self.summaries
+
+    def cost(self):
+        held, index, read = super().cost()
+        return Cost(held, self.num_tokens - held + index, read)

@@ -1,0 +1,179 @@
+"""Budgets: how many tokens each layer and each head keeps, at the same mean."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.methods.base import (
+    WHOLE,
+    attention_received,
+    best,
+    group_logits,
+    window_attention,
+)
+from benchmarks.methods.evict_prompt import SnapKV, StreamingLLM
+from model import apply_rope, rope_table
+
+
+class PyramidKV(SnapKV):
+    """SnapKV with fewer tokens from layer to layer. 2406.02069.
+
+    Unit and score: as in SnapKV. Budget: falls in a straight line to a twentieth of the mean (β =
+    20 of the paper). Rest: dropped.
+    """
+
+    def layer_budget(self, layer):
+        room = self.budget - self.window
+        last = room // 20
+        step = (2 * room - 2 * last) / max(self.n_layers - 1, 1)
+        return self.window + round(2 * room - last - step * layer)
+
+
+class AdaKV(SnapKV):
+    """SnapKV whose heads share a layer's budget. 2407.11550.
+
+    Unit and score: as in SnapKV. Budget: of a head, its number of places among the layer's best,
+    all heads ranked together; a fifth of it is the mean's (α = 0.2). Rest: dropped.
+    """
+
+    evenly = 0.2
+
+    def budgets(self, scores):
+        rooms = []
+        for score, even in zip(scores, super().budgets(scores)):
+            n_best = min(int(even.sum()), score.numel())
+            heads = best(score.reshape(1, -1), n_best)[0] // max(score.shape[1], 1)
+            places = heads.bincount(minlength=len(score))
+            rooms.append(((1 - self.evenly) * places + self.evenly * even).long())
+        return self.spread(rooms)
+
+
+class PrefixKV(SnapKV):
+    """Each layer keeps the tokens with the same share of its attention. 2412.03409.
+
+    Unit: token of all heads. Score: attention received from all queries, the mean of the heads.
+    Budget: of a layer, as many of its best tokens as have the share p of the attention; p is such
+    that the mean is right. Rest: dropped. The paper finds the layers' shares once, on other texts;
+    here each prompt has its own (its profile mode). The first 4 tokens always stay.
+    """
+
+    def importance(self, layer, q, k, v):
+        scores = attention_received(q, k).mean(dim=0)
+        shares = scores / scores.sum()
+        shares[:4] += 2
+        return shares.expand(len(k), -1)
+
+    def budgets(self, scores):
+        """The search for p: a token is kept if p is above the share of the better ones in its layer,
+        so tokens with the least of it come first."""
+        total = sum(int(rooms[0]) for rooms in super().budgets(scores))
+        better = []  # for each layer (n,)
+        for score in scores:
+            shares = score[0].sort(descending=True).values
+            shares = shares.where(shares < 2, shares - 2)
+            better.append(shares.cumsum(dim=0) - shares)
+        first = torch.cat(better).argsort(stable=True)[:total]
+        layers = torch.cat([torch.full((len(x),), layer) for layer, x in enumerate(better)])
+        n_tokens = layers[first].bincount(minlength=self.n_layers)
+        return self.spread([n.expand(self.n_kv_heads) for n in n_tokens])
+
+
+class DBudgetKV(SnapKV):
+    """As few tokens as the last query does not miss. 2502.16886.
+
+    Unit: token. Score: attention from the last 32 queries, without pooling. Budget: none; a layer
+    keeps the fewest tokens whose attention from the last query, as a vector, has at least 99 % of
+    the length of all of it, the mean of the heads; the first two layers stay whole. Rest: dropped.
+    """
+
+    budgeted, dense_layers, tolerance = False, 2, 0.01
+
+    def __init__(self, model_config, budget, spans):
+        super().__init__(model_config, budget, spans)
+        self.rows = [None] * self.n_layers  # (H, T) the last query's attention
+
+    def importance(self, layer, q, k, v):
+        self.rows[layer] = group_logits(q[:, -1:], k).softmax(dim=-1).flatten(0, 2)
+        return window_attention(q, k, self.window, 1)
+
+    def budgets(self, scores):
+        rows, self.rows = self.rows, []
+        fewest = [self.fewest(score, row) for score, row in zip(scores, rows)]
+        fewest[: self.dense_layers] = [WHOLE] * min(self.dense_layers, len(fewest))
+        return [torch.full((self.n_kv_heads,), n) for n in fewest]
+
+    def fewest(self, score, row) -> int:
+        """Tokens besides the window, for a layer's score (H_kv, n) and row (H, T)."""
+        order = best(score, score.shape[1]).repeat_interleave(len(row) // len(score), dim=0)
+        window = row[:, score.shape[1] :].square().sum(dim=-1, keepdim=True)
+        squares = torch.cat((window, row.gather(-1, order).square()), dim=-1).cumsum(dim=-1)
+        enough = squares.sqrt().mean(dim=0) >= (1 - self.tolerance) * row.norm(dim=-1).mean()
+        return int(enough.int().argmax()) if enough.any() else score.shape[1]
+
+
+class KVCompress(SnapKV):
+    """Blocks of one head's tokens, the cheapest of all layers first. 2410.00161.
+
+    Unit: 16 tokens of a head that have neighbouring scores. Score: the sum of squared attention
+    from the last 32 queries, over a group, the largest of 7 neighbours; a block costs its largest.
+    Budget: over all layers and heads. Rest: dropped, block by block. While writing, nothing is
+    ranked again (the paper's continual mode).
+    """
+
+    block = 16
+
+    def importance(self, layer, q, k, v):
+        n_tokens, first = k.shape[1], max(k.shape[1] - self.window, 0)
+        logits = group_logits(q[:, first:], k)  # (H_kv, G, W, T)
+        future = torch.arange(n_tokens) > torch.arange(first, n_tokens)[:, None]
+        attention = logits.masked_fill(future, -math.inf).softmax(dim=-1)
+        received = attention.square().sum(dim=(1, 2))[:, :first]
+        return F.max_pool1d(received, 7, stride=1, padding=3) if first else received
+
+    def budgets(self, scores):
+        """A head keeps its best blocks whole, so its number of tokens is a multiple of 16."""
+        n_blocks = sum(int(rooms.sum()) for rooms in super().budgets(scores)) // self.block
+        costs = torch.stack([score.sort(dim=-1, descending=True).values[:, :: self.block]
+                             for score in scores])  # (L, H_kv, blocks)
+        kept = torch.zeros(costs.numel(), dtype=torch.long)
+        kept[costs.flatten().argsort(descending=True, stable=True)[:n_blocks]] = self.block
+        return self.spread(list(kept.view_as(costs).sum(dim=-1)))
+
+
+class DuoHeads(StreamingLLM):
+    """A few heads keep everything, the others the first and latest tokens. After 2410.10819.
+
+    Unit: a KV head of a layer. Score: how far back the mean query looks at mean keys, both before
+    RoPE; the paper trains a gate for each head instead, which is DuoAttention. Budget: as many whole
+    heads as fit; the others hold 4 sinks and the latest 32 tokens. Rest: dropped.
+    """
+
+    sinks, positions = 4, 500
+
+    def __init__(self, model_config, budget, spans):
+        super().__init__(model_config, budget, spans)
+        self.looks = [None] * self.n_layers  # (H_kv,) how far back each head looks
+
+    def importance(self, layer, q, k, v):
+        self.looks[layer] = self.look_back(q, k)
+        return super().importance(layer, q, k, v)
+
+    def look_back(self, q, k):
+        """From 0, all attention on the latest token, to 1, all on the first. (H_kv,)"""
+        n_tokens, n = k.shape[1], self.positions
+        cos, sin = rope_table(self.model_config, torch.arange(max(n_tokens, n)), q.dtype)
+        mean_q, mean_k = (apply_rope(x, cos[:n_tokens], -sin[:n_tokens]).mean(dim=1, keepdim=True)
+                          for x in (q, k))
+        query = apply_rope(mean_q, cos[n - 1 : n], sin[n - 1 : n])  # at the last of n positions
+        keys = apply_rope(mean_k.expand(-1, n, -1), cos[:n], sin[:n])
+        return group_logits(query, keys).softmax(dim=-1).cumsum(dim=-1).mean(dim=(1, 2, 3))
+
+    def budgets(self, scores):
+        n_tokens, looks = scores[0].shape[1], torch.cat(self.looks)  # (L * H_kv,)
+        self.looks = []
+        spare = (self.budget - self.window - self.sinks) * len(looks)
+        n_whole = max(spare, 0) // max(n_tokens - self.sinks, 1)
+        rooms = torch.full_like(looks, self.sinks, dtype=torch.long)
+        rooms[looks.argsort(descending=True, stable=True)[:n_whole]] = n_tokens
+        return self.spread(list(rooms.view(self.n_layers, -1)))

@@ -1,0 +1,231 @@
+"""Evict while writing: every new token may push out another, by what its query attends to."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.methods.base import (
+    MethodCache,
+    attention_received,
+    best,
+    group_logits,
+    take,
+)
+
+
+class H2O(MethodCache):
+    """Heavy hitters and the latest. 2306.14048.
+
+    Unit: token. Score: attention received from all queries so far. Budget: the same in all heads,
+    half of it for the latest tokens. Rest: dropped, one for every new token.
+    """
+
+    reads_on = False
+
+    def __init__(self, model_config, budget, spans):
+        super().__init__(model_config, budget, spans)
+        self.latest = budget // 2
+        self.kept = [None] * self.n_layers  # (H_kv, n, 2, D), the latest last
+        self.received = [None] * self.n_layers  # (H_kv, n)
+
+    def prefill(self, layer, q, k, v):
+        received, n_earlier = attention_received(q, k), max(k.shape[1] - self.latest, 0)
+        heavy = best(received[:, :n_earlier], self.budget - self.latest)
+        latest = torch.arange(n_earlier, k.shape[1]).expand(len(k), -1)
+        kept = torch.cat((heavy, latest), dim=1)
+        self.kept[layer] = take(torch.stack((k, v), dim=2), kept)
+        self.received[layer] = received.gather(-1, kept)
+        return k, v
+
+    def attend_to(self, layer, q, k, v):
+        kv, received = self.make_room(self.kept[layer], self.received[layer])
+        kv = torch.cat((kv, torch.stack((k, v), dim=2)), dim=1)
+        keys, values = kv.unbind(dim=2)
+        attention = group_logits(q, keys).softmax(dim=-1).mean(dim=(1, 2))  # (H_kv, n)
+        self.kept[layer], self.received[layer] = kv, F.pad(received, (0, 1)) + attention
+        return keys, values, None
+
+    def make_room(self, kv, received):
+        """Forget each head's least attended token that is not among the latest."""
+        n_tokens = kv.shape[1]
+        if n_tokens < self.budget:
+            return kv, received
+        victim = received[:, : n_tokens + 1 - self.latest].argmin(dim=-1, keepdim=True)
+        left = torch.arange(n_tokens - 1).expand(len(kv), -1)
+        left = left + (left >= victim)
+        return take(kv, left), received.gather(-1, left)
+
+
+class MorphKV(MethodCache):
+    """What the last few tokens attend to, asked anew at every step. 2503.00979 (`sum_fused`).
+
+    Unit: token. Score: logits of the last 32 queries, summed over a group; their softmax over the
+    older tokens, summed over the queries. Budget: the same in all heads, 32 of it for the latest.
+    Rest: dropped, one for every new token; the first step cuts the prompt.
+    """
+
+    reads_on = False
+    latest = 32
+
+    def __init__(self, model_config, budget, spans):
+        super().__init__(model_config, budget, spans)
+        self.kept = [None] * self.n_layers  # (H_kv, n, 2, D), the latest last
+        self.queries = [None] * self.n_layers  # (H, latest, D)
+
+    def prefill(self, layer, q, k, v):
+        self.queries[layer] = q[:, -self.latest :]
+        self.kept[layer] = self.fit(torch.stack((k, v), dim=2), self.queries[layer], self.budget)
+        return k, v
+
+    def attend_to(self, layer, q, k, v):
+        kv = self.fit(self.kept[layer], self.queries[layer], self.budget - 1)
+        self.kept[layer] = kv = torch.cat((kv, torch.stack((k, v), dim=2)), dim=1)
+        self.queries[layer] = torch.cat((self.queries[layer], q), dim=1)[:, -self.latest :]
+        return *kv.unbind(dim=2), None
+
+    def fit(self, kv, queries, size):
+        """The best `size` of kv, with the latest, in order."""
+        n_tokens = kv.shape[1]
+        n_latest = min(self.latest, size, n_tokens)
+        logits = group_logits(queries, kv[:, : n_tokens - n_latest, 0]).sum(dim=1)
+        scores = logits.softmax(dim=-1).sum(dim=1)  # (H_kv, n)
+        older = best(scores, size - n_latest).sort(dim=-1).values
+        latest = torch.arange(n_tokens - n_latest, n_tokens).expand(len(kv), -1)
+        return take(kv, torch.cat((older, latest), dim=1))
+
+    def index(self):
+        """The queries that are kept to ask with."""
+        return self.queries
+
+
+class CORM(MethodCache):
+    """Tokens that none of the last 256 queries found important. 2404.15949.
+
+    Unit: token of a head. Score: whether attention at step t was at least 1/t in one of the last
+    256 queries. Budget: none; the latest 256 stay, and what is held follows. Rest: dropped.
+    Not in the abstract, chosen here: the prompt is cut once, by its last 256 queries; a token stays
+    if one head of the group needs it; t counts the dropped as well.
+    """
+
+    budgeted = reads_on = False
+    latest = 256
+
+    def __init__(self, model_config, budget, spans):
+        super().__init__(model_config, budget, spans)
+        self.kept = [None] * self.n_layers  # (H_kv, n, 2, D), dropped tokens are zeros
+        self.needed = [None] * self.n_layers  # (H_kv, n) the last t that needed it; -1: dropped
+
+    def prefill(self, layer, q, k, v):
+        n_tokens, first = k.shape[1], max(k.shape[1] - self.latest, 0)
+        t = torch.arange(first, n_tokens)[:, None]  # of each query, from 0
+        logits = group_logits(q[:, first:], k)
+        attention = logits.masked_fill(torch.arange(n_tokens) > t, -math.inf).softmax(dim=-1)
+        important = (attention >= 1 / (t + 1)).any(dim=1)  # (H_kv, W, T)
+        needed = torch.where(important, t, -1).amax(dim=1)  # (H_kv, T)
+        needed[:, first:] = needed[:, first:].maximum(t.T)  # the latest stay
+        self.kept[layer], self.needed[layer] = torch.stack((k, v), dim=2), needed
+        self.drop(layer)
+        return k, v
+
+    def drop(self, layer):
+        """Make the dropped zero, and cut off those that no head holds."""
+        needed = self.needed[layer]
+        held = (needed >= 0).any(dim=0)
+        kv, needed = self.kept[layer][:, held], needed[:, held]
+        self.kept[layer] = kv.masked_fill((needed < 0)[..., None, None], 0)
+        self.needed[layer] = needed
+
+    def attend_to(self, layer, q, k, v):
+        t = self.num_tokens  # of this token, from 0
+        kv = torch.cat((self.kept[layer], torch.stack((k, v), dim=2)), dim=1)
+        needed = F.pad(self.needed[layer], (0, 1), value=t)
+        seen = (needed >= 0)[:, None]
+        attention = group_logits(q, kv[:, :, 0]).masked_fill(~seen[:, None], -math.inf).softmax(-1)
+        important = (attention >= 1 / (t + 1)).any(dim=1).squeeze(1)  # (H_kv, n)
+        needed = needed.masked_fill(important, t)
+        # The latest count as needed when they were written: one rule for both.
+        needed = needed.masked_fill(needed <= t - self.latest, -1)
+        self.kept[layer], self.needed[layer] = kv, needed
+        self.drop(layer)
+        return *kv.unbind(dim=2), seen
+
+
+class CascadingKV(MethodCache):
+    """Buffers that each take every second token that falls out of the one before. 2406.17808.
+
+    Unit: token. Score: mean attention so far; a token that its buffer's turn is not for replaces
+    the newest there if it scores no lower. Budget: the same in all heads, in sinks and N equal
+    buffers; the i-th takes a token in every 2^i-th step. Rest: falls out of the last buffer.
+    Departures: 4 sinks, not 64; keys keep their positions; scores of the prompt's tokens are means
+    over the whole prompt; the score is the mean of the group's heads.
+    """
+
+    reads_on = False
+    sinks, buffers = 4, 4
+
+    def __init__(self, model_config, budget, spans):
+        super().__init__(model_config, budget, spans)
+        self.size = (budget - self.sinks) // self.buffers
+        self.kept = [None] * self.n_layers  # (H_kv, n, 2, D)
+        self.scores = [None] * self.n_layers  # (H_kv, n) attention received, and
+        self.counts = [None] * self.n_layers  # (H_kv, n) from how many queries
+        self.order = [None] * self.n_layers  # for every buffer (H_kv, m) of n, the oldest first
+        self.step = 0  # tokens that came into the first buffer
+
+    def prefill(self, layer, q, k, v):
+        self.kept[layer] = torch.stack((k, v), dim=2)
+        self.scores[layer] = attention_received(q, k)
+        self.counts[layer] = torch.arange(k.shape[1], 0, -1.0).expand(len(k), -1)
+        return k, v
+
+    def advance(self, n_tokens):
+        if self.num_tokens > 0:
+            self.step += 1
+        else:  # the prompt's tokens come one by one, for all layers at once
+            means = torch.cat(self.scores) / torch.cat(self.counts)  # (L * H_kv, T)
+            buffers = [torch.empty(len(means), 0, dtype=torch.long)] * self.buffers
+            for token in range(self.sinks, n_tokens):
+                buffers = self.push(buffers, torch.full((len(means), 1), token), means)
+                self.step += 1
+            parts = [buffer.split(self.n_kv_heads) for buffer in buffers]
+            for layer, order in enumerate(zip(*parts)):
+                self.compact(layer, order)
+        self.num_tokens += n_tokens
+
+    def push(self, buffers, token, means) -> list:
+        """Put `token` (n, 1) into the first of buffers (n, m), what falls out into the next."""
+        buffers = list(buffers)
+        for i, buffer in enumerate(buffers):
+            if buffer.shape[1] < self.size:
+                buffers[i] = torch.cat((buffer, token), dim=1)
+                break
+            if self.step % 2**i:
+                newest = buffer[:, -1:]
+                better = means.gather(1, token) >= means.gather(1, newest)
+                buffers[i] = torch.cat((buffer[:, :-1], token.where(better, newest)), dim=1)
+                break
+            buffers[i], token = torch.cat((buffer[:, 1:], token), dim=1), buffer[:, :1]
+        return buffers
+
+    def compact(self, layer, order):
+        """Keep the sinks and what is in the buffers, and forget the others."""
+        n_sinks = min(self.sinks, self.kept[layer].shape[1])
+        sinks = torch.arange(n_sinks).expand(self.n_kv_heads, -1)
+        left = torch.cat((sinks, *order), dim=1)
+        for held in (self.kept, self.scores, self.counts):
+            held[layer] = take(held[layer], left)
+        places = torch.arange(n_sinks, left.shape[1]).expand(len(left), -1)
+        self.order[layer] = places.split([buffer.shape[1] for buffer in order], dim=1)
+
+    def attend_to(self, layer, q, k, v):
+        self.kept[layer] = torch.cat((self.kept[layer], torch.stack((k, v), dim=2)), dim=1)
+        self.scores[layer] = F.pad(self.scores[layer], (0, 1))
+        self.counts[layer] = F.pad(self.counts[layer], (0, 1), value=1e-9)  # it had no query yet
+        new = torch.full((len(k), 1), self.kept[layer].shape[1] - 1)
+        means = self.scores[layer] / self.counts[layer]
+        self.compact(layer, self.push(self.order[layer], new, means))
+        keys, values = self.kept[layer].unbind(dim=2)
+        self.scores[layer] = self.scores[layer] + group_logits(q, keys).softmax(-1).mean((1, 2))
+        self.counts[layer] = self.counts[layer] + 1
+        return keys, values, None

@@ -1,0 +1,59 @@
+"""Precision: more tokens, fewer bits of each."""
+
+import torch
+
+from benchmarks.methods.evict_prompt import SnapKV
+from cache import SentenceKVCache
+
+
+def quantised(kv, bits: int):
+    """What `bits` bits a channel remember: of each vector of D channels 2^bits levels, evenly from
+    its smallest to its largest value. kv (..., D)
+
+    >>> quantised(torch.tensor([[0.0, 0.4, 0.9, 3.0]]), bits=2)
+    tensor([[0., 0., 1., 3.]])
+    """
+    low, high = kv.aminmax(dim=-1, keepdim=True)
+    step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
+    return low + step * ((kv - low) / step).round()
+
+
+def stored_bits(bits: int, dim: int) -> float:
+    """Of a channel, with the 16 bits of each vector's smallest value and of its step."""
+    return bits + 32 / dim
+
+
+class SnapKVBits(SnapKV):
+    """More tokens of SnapKV at 4 bits. After 2412.12706.
+
+    Unit: token and bits. Score: SnapKV's. Budget: bytes, so 3.6 tokens of 64 channels for one of 16
+    bits. Rest: dropped. Departures: SnapKV's window is 32, not 8; levels are even, in groups of one
+    vector, where the code uses HQQ; written tokens and the window have 16 bits.
+    """
+
+    bits = 4
+
+    def __init__(self, model_config, budget, spans):
+        super().__init__(model_config, budget, spans)
+        self.kept_size = stored_bits(self.bits, model_config.head_dim) / 16
+
+    def shrink(self, layer, kv):
+        return quantised(kv, self.bits)
+
+
+class SentenceKVBits(SentenceKVCache):
+    """SentenceKV with 4 bits on the host.
+
+    Unit, score and budget: SentenceKV's; what is attended to has the host's precision, and takes 16
+    bits. Rest: kept, at 4 bits. Vectors are of the exact keys. Written tokens have 16 bits.
+    """
+
+    bits = 4
+
+    @property
+    def row_size(self):
+        """Bytes of a row on the host, as a part of one of 16 bits."""
+        return stored_bits(self.bits, self.host.kv_shape[-1]) / 16
+
+    def keep(self, layer, q, kv):
+        return quantised(super().keep(layer, q, kv), self.bits)
