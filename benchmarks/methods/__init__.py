@@ -168,9 +168,10 @@ def cost(cache) -> Cost:
     if isinstance(cache, FullCache):
         return Cost(cache.num_tokens, 0, cache.num_tokens)
     held = cache.mask.sum(dim=-1).float().mean().item()
-    rows = cache.table.n_rows + cache.num_tokens - cache.open_start
+    n_first = cache.host.first.shape[1]  # rows of the prompt, which may take fewer bits
+    rows = n_first * getattr(cache, "row_size", 1) + cache.table.n_rows - n_first
     index = sentences.index_tokens(cache)
-    return Cost(held, rows * getattr(cache, "row_size", 1) + index, held + index)
+    return Cost(held, rows + index, held + index)
 
 
 def try_out(spec: str):

@@ -199,7 +199,8 @@ class Evicting(MethodCache):
     A subclass says what is important, and perhaps how many tokens each head keeps. Budgets are
     strict while writing too, where papers let a cache grow: every new token takes the place of the
     prompt's least important one, until the prompt has half of the budget left, and then of the
-    oldest of the latest. Grouped query heads share one choice, by the mean of their scores.
+    oldest of the latest. Grouped query heads share one choice, by the mean of their scores. Heads
+    of unequal length cannot read a second text: `model.Attention.prefill` has no mask for it.
     """
 
     window = WINDOW
@@ -273,7 +274,7 @@ class Evicting(MethodCache):
 
     def fit(self, room):
         """How many kept tokens fit where so many of 16 bits would. (H_kv,)"""
-        return (room / self.kept_size).long()
+        return (room.double() / self.kept_size).long()
 
     def attend_to(self, layer, q, k, v):
         totals, n_kept = self.totals[layer], self.kept[layer].shape[1]

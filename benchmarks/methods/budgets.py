@@ -37,6 +37,7 @@ class AdaKV(SnapKV):
     all heads ranked together; a fifth of it is the mean's (α = 0.2). Rest: dropped.
     """
 
+    reads_on = False
     evenly = 0.2
 
     def budgets(self, scores):
@@ -121,6 +122,7 @@ class KVCompress(SnapKV):
     ranked again (the paper's continual mode).
     """
 
+    reads_on = False
     block = 16
 
     def importance(self, layer, q, k, v):
@@ -149,6 +151,7 @@ class DuoHeads(StreamingLLM):
     heads as fit; the others hold 4 sinks and the latest 32 tokens. Rest: dropped.
     """
 
+    reads_on = False
     sinks, positions = 4, 500
 
     def __init__(self, model_config, budget, spans):

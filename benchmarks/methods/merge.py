@@ -12,13 +12,15 @@ class KVMerger(Evicting):
     """Runs of like neighbours become one token. 2407.08454.
 
     Unit: a run of neighbours of a head, joined where cosines of neighbouring keys are highest.
-    Score: attention from the last 32 queries. Budget: a quarter for the best tokens, which stay as
-    they are; the rest is the number of runs of the others, and ε follows. Rest: merged with
+    Score: attention from the last 32 queries. Budget: besides the window, a quarter for the best
+    tokens, which stay as they are; the rest is the number of runs of the others, neighbours among
+    themselves, in place of the paper's limit ε of the cosine. Rest: merged with
     weights exp(-|k_p - k|² / 2σ²), p the token of the run with the best score; the merged token
     counts as often as its run is long. Departures: σ = 5 (the paper's follows from itself); the
     count is in the softmax, where the paper multiplies the value; of neighbours, not with the pivot.
     """
 
+    reads_on = False
     sigma, whole = 5.0, 4
 
     def importance(self, layer, q, k, v):
@@ -60,7 +62,8 @@ class KVMerger(Evicting):
         merged = total(weights * kv.flatten(2)) / total(weights).clamp(min=1e-30)
         order = best(total(score.unsqueeze(-1)).squeeze(-1), n_runs)
         counts = total(torch.ones_like(weights)).squeeze(-1)
-        return take(merged.unflatten(-1, (2, -1)), order), counts.gather(-1, order)
+        merged = take(merged.unflatten(-1, (2, -1)), order).to(kv.dtype)
+        return merged, counts.gather(-1, order)
 
 
 class LESS(Evicting):
@@ -70,8 +73,8 @@ class LESS(Evicting):
     it the latest, 8 for the state. Rest: of a dropped k, v, each feature φ_r(k) is added to z_r and
     φ_r(k) v to H_r; a query q attends to the state as to 8 tokens with values H_r / z_r that count
     φ_r(q) z_r. The paper trains φ for each layer, and this is the method. Here it is random and
-    positive, and right in the mean only: φ_r(x) = exp(w_r · x - |x|²/2), x = k / D^¼. Departure: only
-    tokens of the prompt that are dropped at its end join the state.
+    positive, and right in the mean only: φ_r(x) = exp(w_r · x - |x|²/2) / √8, x = k / D^¼ or q / D^¼.
+    Departure: only tokens that are dropped at the end of the prompt join the state, none later.
     """
 
     reads_on = False
