@@ -23,7 +23,7 @@ BUDGET, N_PROMPT, WINDOW = 72, 150, 32
 MHA = replace(TINY, num_attention_heads=4, num_key_value_heads=4)
 # So many tokens may be left of a budget: pages are whole, and shares are rounded down.
 COARSE = {"quest": 16, "shadowkv": 8, "arkvale": 32, "actqkv": 40, "adakv": 1, "duo_heads": 2,
-          "think": 2, "snapkv_4bit": 4, "cascading": 1,
+          "think": 2, "snapkv_4bit": 4,
           "pyramidkv": 4}
 # A budget for everything is not everything: channels or bits are lost, or a layer gets little.
 LOSSY = {"pyramidkv", "windowkv", "think", "snapkv_4bit", "sentencekv_4bit", "kvsharer",

@@ -74,6 +74,7 @@ class PrefixKV(SnapKV):
             shares = score[0].sort(descending=True).values
             shares = shares.where(shares < 2, shares - 2)
             better.append(shares.cumsum(dim=0) - shares)
+            better[-1][:4] = -1
         first = torch.cat(better).argsort(stable=True)[:total]
         layers = torch.cat([torch.full((len(x),), layer) for layer, x in enumerate(better)])
         n_tokens = layers[first].bincount(minlength=self.n_layers)

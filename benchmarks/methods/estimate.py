@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from benchmarks.methods.base import best, take
+from benchmarks.methods.base import Cost, best, take
 from benchmarks.methods.retrieve import Clustered
 from sentencekv import select_rows
 
@@ -12,12 +12,13 @@ from sentencekv import select_rows
 class RetroInfer(Clustered):
     """Clusters in three zones: read, estimated, left out. 2505.02922.
 
-    Unit: a k-means cluster of centred keys (10 steps), of 16 tokens in the mean. Score: softmax of
-    q · centroid / √D, summed over the group's heads. Budget: 4 sinks, the latest 32, an estimate
-    for each of the next 23.2 % of the clusters, which counts as a token, and the best clusters for
-    the rest, of the last one the first tokens. Rest: estimated as so many tokens with the mean key
-    and the mean value, or left out; all is kept. Departures: the latest 32 tokens, not 64; the whole
-    prompt is one segment, and every 32 written tokens are a cluster.
+    Unit: a k-means cluster of centred keys (10 steps), of 16 tokens in the mean. Score: softmax over
+    clusters of q · mean key / √D, summed over the group's heads. Budget: 4 sinks, the latest 32 to
+    63, an estimate for each of the next 23.2 % of the clusters (of half of what is left at most),
+    which counts as a token, and the best clusters for the rest, of the last one the first tokens.
+    Rest: estimated as so many tokens with the mean key and the mean value of the cluster, or left
+    out; all is kept. Departures: the latest 32 tokens, not 64; the whole prompt is one segment, and
+    every 32 written tokens are a cluster.
     """
 
     local, per_cluster, steps, centred, estimated = 32, 16, 10, True, 0.232
@@ -36,6 +37,7 @@ class RetroInfer(Clustered):
         bias = left.gather(-1, next_best).float().log()[:, None]
         return torch.cat((read, take(means, next_best)), 1), torch.cat((mask, bias), dim=-1)
 
-    def index(self):
-        """Mean keys and mean values."""
-        return self.means
+    def cost(self):
+        """Mean values are kept as well, and those of estimates are among what is held."""
+        held, elsewhere, read = super().cost()
+        return Cost(held, elsewhere + read - held, read)

@@ -91,8 +91,10 @@ class WindowKV(Evicting):
     def by_unit(self, scores):
         chosen = []
         for score in scores[:: self.group]:
-            windows = F.pad(score, (0, -score.shape[1] % self.size)).unflatten(-1, (-1, self.size))
-            means = windows.topk(self.best_tokens, dim=-1).values.mean(dim=(0, 2))
+            padded = F.pad(score, (0, -score.shape[1] % self.size), value=-math.inf)
+            highest = padded.unflatten(-1, (-1, self.size)).topk(self.best_tokens, dim=-1).values
+            highest = highest.masked_fill(highest == -math.inf, math.nan)  # the last may be short
+            means = highest.nanmean(dim=-1).mean(dim=0)
             means = means.repeat_interleave(self.size)[: score.shape[1]]
             chosen.append(means.expand(self.n_kv_heads, -1))
         return [chosen[layer // self.group] for layer in range(self.n_layers)]

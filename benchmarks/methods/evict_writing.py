@@ -75,7 +75,7 @@ class MorphKV(MethodCache):
 
     def prefill(self, layer, q, k, v):
         self.queries[layer] = q[:, -self.latest :]
-        self.kept[layer] = self.fit(torch.stack((k, v), dim=2), self.queries[layer], self.budget)
+        self.kept[layer] = self.fit(torch.stack((k, v), dim=2), self.queries[layer], self.budget - 1)
         return k, v
 
     def attend_to(self, layer, q, k, v):
@@ -156,7 +156,8 @@ class CascadingKV(MethodCache):
 
     Unit: token. Score: mean attention so far; a token that its buffer's turn is not for replaces
     the newest there if it scores no lower. Budget: the same in all heads, in sinks and N equal
-    buffers; the i-th takes a token in every 2^i-th step. Rest: falls out of the last buffer.
+    buffers; once all are full, the i-th takes a token in every 2^i-th step. Rest: falls out of the
+    last buffer.
     Departures: 4 sinks, not 64; keys keep their positions; scores of the prompt's tokens are means
     over the whole prompt; the score is the mean of the group's heads.
     """
@@ -195,12 +196,12 @@ class CascadingKV(MethodCache):
 
     def push(self, buffers, token, means) -> list:
         """Put `token` (n, 1) into the first of buffers (n, m), what falls out into the next."""
-        buffers = list(buffers)
+        buffers, filling = list(buffers), buffers[-1].shape[1] < self.size
         for i, buffer in enumerate(buffers):
             if buffer.shape[1] < self.size:
                 buffers[i] = torch.cat((buffer, token), dim=1)
                 break
-            if self.step % 2**i:
+            if self.step % 2**i and not filling:
                 newest = buffer[:, -1:]
                 better = means.gather(1, token) >= means.gather(1, newest)
                 buffers[i] = torch.cat((buffer[:, :-1], token.where(better, newest)), dim=1)

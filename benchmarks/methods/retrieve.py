@@ -93,10 +93,11 @@ class ActQKV(Paged):
 
     Unit: 32 tokens, known by the mean of the 4 keys that match the block's mean query best. Score:
     the cosine with a probe, the mean of the last 32 queries, each weighted by the mean over channels
-    of (q - μ)² / (σ² + mean(σ²) / 100), with μ and σ² of all queries so far. Budget: all layers
-    share their blocks by the mean entropy of the scores' softmax over ln n; each has at least two,
-    the first and the one being filled. Rest: kept. Departures: each KV head has its own probe and
-    choice, where the code joins heads; while decoding only.
+    of (q - μ)² / (σ² + mean(σ²) / 100), with mean and variance of all queries before. Budget: each
+    layer has the first block and the one being filled; the others are shared by the entropy of the
+    scores' softmax over ln n, the mean over tokens and heads so far. Rest: kept. Departures: a query
+    is the mean of its group, and each KV head has its own probe and choice, where the code joins
+    heads; while decoding only.
     """
 
     reads_on = False
@@ -131,13 +132,18 @@ class ActQKV(Paged):
         self.moments[layer] = count + 1, total + query, squares + query.square()
         return answer
 
+    def index(self):
+        """What stands for the blocks, and the queries of the probe."""
+        return [*self.summaries, *self.queries]
+
     def scores(self, layer, q):
         count, total, squares = self.moments[layer]
         mean = total / count
         queries = torch.cat((self.queries[layer], q.mean(dim=1, keepdim=True)), 1)[:, -self.page :]
         variance = squares / count - mean.square()
         steady = variance + variance.mean(dim=-1, keepdim=True) / 100
-        weights = ((queries - mean).square() / steady).mean(dim=-1, keepdim=True)
+        weights = ((queries - mean).square() / steady.clamp(min=1e-12)).mean(dim=-1, keepdim=True)
+        weights = weights + 1e-12  # queries that are all alike count alike
         probe = (weights * queries).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True)
         scores = torch.cosine_similarity(probe, self.summaries[layer][0], dim=-1)  # (H_kv, P)
         shares = scores.softmax(dim=-1)
@@ -150,6 +156,8 @@ class ActQKV(Paged):
     def layer_budget(self, layer):
         """Blocks are whole, so the mean is a little less than the budget."""
         means = [max(total, 1e-9) / max(count, 1) for total, count in self.entropy]
+        if self.entropy[-1][1] == 0:  # at the first token, not all layers are known
+            means = [1.0] * self.n_layers
         n_shared = (self.budget // self.page - 2) * self.n_layers  # blocks
         return self.page * (2 + int(max(n_shared, 0) * means[layer] / sum(means)))
 
@@ -254,10 +262,10 @@ class Clustered(MethodCache):
 class ClusterKV(Clustered):
     """Clusters of like keys, not of neighbours. 2412.03213.
 
-    Unit: a k-means cluster of a KV head (by cosine, 20 steps), one for 80 tokens. Score: q ·
-    centroid, the mean of the group's heads. Budget: the sinks, the tokens written since the last
-    cluster, and the best clusters until it is full, of the last one the first tokens; the paper
-    reads the first two layers whole (`clusterkv_dense`). Rest: kept. Departures: 4 sinks, not 16;
+    Unit: a k-means cluster of a KV head (by cosine, 20 steps), one for 80 tokens. Score: q · mean
+    key, the mean of the group's heads. Budget: the sinks, the tokens written since the last
+    cluster, and the best clusters until it is full, of the last one the first tokens in the text; the
+    paper reads the first two layers whole (`clusterkv_dense`). Rest: kept. Departures: 4 sinks, not 16;
     every 32 written tokens are a cluster, where the code makes 8 of 320.
     """
 
