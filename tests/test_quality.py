@@ -1,10 +1,11 @@
+import doctest
 import json
 
 import pytest
 import torch
 from conftest import TINY
 
-from benchmarks import compare, quality, tasks
+from benchmarks import compare, leaderboard, quality, tasks
 from generate import generate, prefill
 
 BOOK = "\n\n".join(f"Paragraph {i} of a short book. It says little! Does it?" for i in range(40))
@@ -96,9 +97,11 @@ def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, t
                  "0,0.5,1", "--budgets", "96,128", "--limit", 2, "--out", out)
     assert run(*arguments) == 0
     first = results(out)
-    assert {r["method"] for r in first} == {*quality.METHODS} - {
-        "best_sentences", "best_tokens", "plain", "two_bit_keys", "two_vectors"}
-    assert len(first) == 2 * (1 + 2 * (len({r["method"] for r in first}) - 1))
+    asked = {*quality.METHODS} - {*quality.STUDIES}
+    assert {r["method"] for r in first} == asked
+    assert len(first) == 2 * sum(1 + quality.has_budget(method) for method in asked)
+    assert all(r["held"] <= r["budget"] for r in first
+               if quality.has_budget(r["method"]) and not r["method"].endswith("_dense"))
     assert "| full |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 1000
     assert run(*arguments) == 0
@@ -110,10 +113,10 @@ def test_every_question_of_a_document_is_answered_as_alone(tiny_folder, book, tm
     out = tmp_path / "requests.jsonl"
     arguments = ("requests", "--data", book, "--model", tiny_folder, "--length", 300, "--budgets",
                  "128", "--count", 1, "--out", out, "--methods",
-                 " ".join({*quality.METHODS} - {"h2o"}) + " snapkv:sees=nothing")
+                 " ".join(quality.METHODS) + " snapkv:sees=nothing")
     assert run(*arguments) == 0
     rows = results(out)
-    assert len(rows) == 8 * len(quality.METHODS)
+    assert len(rows) == 8 * (1 + sum(map(quality.reads_on, quality.METHODS)))
     bench = quality.Bench(tiny_folder)
     paragraphs = quality.haystack(bench, BOOK, 300)
     (questions,) = tasks.requests(paragraphs, 1)
@@ -245,7 +248,7 @@ def test_compare_shows_every_method(tiny_folder, book, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:5]]
     assert [row[0] for row in rows] == ["full", "l2norm", "sentencekv"]
     assert rows[0][1:3] == ["100.0%", "0.000"]
-    assert float(rows[1][3]) < float(rows[0][3])  # MiB held
+    assert float(rows[1][3]) == 96 < float(rows[0][3])  # tokens held
     assert compare.main(["--prompt", "nowhere"]) == 2
     assert "cannot read nowhere" in capsys.readouterr().err
 
@@ -276,7 +279,8 @@ def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--methods", "magic"], "method 'magic' is not one of full"),
-    (["--methods", "snapkv:sink_tokens=4"], "method 'snapkv' has no settings"),
+    (["--methods", "snapkv:sink_tokens=4"], "there is no setting 'sink_tokens'"),
+    (["--methods", "nowhere.py:Mine"], "method 'nowhere.py:Mine': FileNotFoundError"),
     (["--methods", "quest:unit=old"], "method 'quest' remembers by no unit"),
     (["--methods", "sentencekv:score"], "settings are name=value"),
     (["--methods", "sentencekv:colour=red"], "there is no setting 'colour'"),
@@ -288,3 +292,49 @@ def test_bad_options_are_one_line(tiny_folder, book, capsys, arguments, message)
     assert run("ruler", "--data", book, "--model", tiny_folder, *arguments) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def leaderboard_rows():
+    """Two methods with a budget and one without, at two budgets."""
+    rows = []
+    for method, budgets in (("full", [256]), ("snapkv", [128, 256]), ("sentencekv", [128, 256])):
+        for budget in budgets:
+            held = budget if method != "full" else 4000
+            for task, index, score in (("niah_single_1", 0, 1.0), ("niah_single_1", 1, 0.0),
+                                       ("single", 0, 1.0), ("nll walden", 3000, 3.0)):
+                better = 0.5 * (method == "snapkv") if task.startswith("nll") else 0
+                rows.append({"task": task, "index": index, "method": method, "budget": budget,
+                             "score": score + better, "held": held, "elsewhere": 1.0, "read": 2.0})
+    return rows
+
+
+def test_the_leaderboard_is_one_table_in_the_readme_and_a_picture(tmp_path, monkeypatch):
+    for name in ("ruler", "reading"):
+        write_lines(tmp_path / f"leaderboard_{name}.jsonl", *[
+            row for row in leaderboard_rows() if row["task"].startswith("nll") == (name == "reading")])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{leaderboard.BEGIN}old\n{leaderboard.END}after\n")
+    monkeypatch.setattr(leaderboard, "RESULTS", tmp_path)
+    made = leaderboard.make(readme)
+    assert readme.read_text() == f"before\n{leaderboard.BEGIN}{made}{leaderboard.END}after\n"
+    heading, _, *lines = made.splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["| full", "| snapkv", "| sentencekv"]
+    cells = dict(zip(heading.split(" | "), lines[1].split(" | ")))
+    assert cells["RULER 128"] == "50 ± 50" and cells["single 256"] == "100"
+    assert cells["loss above full 128"] == "0.500" and cells["held 256"] == "256"
+    assert (tmp_path / "leaderboard.png").stat().st_size > 1000
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="has no lines <!-- leaderboard -->"):
+        leaderboard.make(readme)
+
+
+def test_no_rows_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(leaderboard, "RESULTS", tmp_path)
+    assert run("leaderboard") == 2
+    assert "has no leaderboard_*.jsonl" in capsys.readouterr().err
+    assert run("ruler") == 2
+    assert "ruler needs --data" in capsys.readouterr().err
+
+
+def test_the_front_has_what_no_other_beats():
+    assert doctest.testmod(leaderboard).failed == 0
