@@ -34,6 +34,7 @@ from sentencekv import SCORES, SentenceKVConfig
 from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
 from weights.document import Document, load_document, read_text, save_document
 from weights.download import download
+from weights.parallel import RANK, RANKS, added_up, agreed, start
 from weights.tokenizer import Tokenizer
 
 MEMORY = "out of memory|can't allocate|not enough memory|unable to mmap"  # in a RuntimeError
@@ -232,7 +233,7 @@ class Session:
             "text": text, "interrupted": bool(stopped()), "signal": stopped(),
             "prompt_tokens": n_prompt, "new_tokens": len(new), "sentences": len(self.spans),
             "sentence_limit": self.config.sentence_limit, **times(self.timer, len(new) - 1),
-            **self.cache.report(), "cache": self.args.cache, "clock": self.timer.clock,
+            **added_up(self.cache.report()), "cache": self.args.cache, "clock": self.timer.clock,
             "device": str(self.weight.device),
             "dtype": str(self.weight.dtype).removeprefix("torch."), "torch": torch.__version__}
         if self.trace:
@@ -257,7 +258,7 @@ class Session:
                 if token not in self.tokenizer.special:
                     text += piece
                     print(piece, end="", flush=True)
-                if stopped():
+                if agreed(stopped()):
                     break
         finally:
             print(flush=True)
@@ -297,7 +298,7 @@ def interrupts():
 
 def run(args) -> int:
     config = SentenceKVConfig(**{name: getattr(args, name) for name in SETTINGS})
-    device = pick_device(args.device)
+    device = pick_device(start(args.device) if RANKS > 1 else args.device)
     if args.cuda_graph:
         check_cuda_graph(device)
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
@@ -500,7 +501,10 @@ def parse(arguments=None) -> argparse.Namespace:
         (args.cuda_graph and (args.trace or args.show_sentences),
          "--trace and --show-sentences look into every step: no --cuda-graph"),
         (args.cuda_graph and args.cache == "full",
-         "--cuda-graph needs --cache sentencekv: a full cache grows at every token")):
+         "--cuda-graph needs --cache sentencekv: a full cache grows at every token"),
+        (RANKS > 1 and (args.chat or args.save or args.load or args.trace or args.show_sentences
+                        or args.prompt == "-"), "of several processes each reads --prompt FILE;"
+         " --chat, --save, --load, --trace and --show-sentences need a single one")):
         if wrong:
             raise ValueError(message)
     return args
@@ -567,6 +571,8 @@ if __name__ == "__main__":
     if STARTED:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` is still run
+    if RANK > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr), ("stdin", sys.stdin)):
         if stream is not None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from model import Llama, LlamaConfig
 from weights.folder import check, find, need, one_line, read_json, shown
+from weights.parallel import RANKS, LlamaPart, own_slice, read_part
 
 MOST = 2**24
 LIMITS = {  # of config.json: what a value may be, see `weights.folder.check`
@@ -198,7 +199,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     """Load the Llama in `folder`, its weights as `dtype` on `device`.
 
-    Joined projections are copied one at a time, so the weights are never held twice. Raises
+    Joined projections are copied one at a time, so the weights are never held twice. Of several
+    ranks, each loads its part. Raises
     ValueError with the missing, unexpected and wrongly shaped tensors, up to four names each.
     """
     config, files = load_config(folder), weight_files(folder)
@@ -207,20 +209,21 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
         raise ValueError(f"the weights do not fit config.json: {config.num_hidden_layers} layers,"
                          f" and {len(stored)} tensors")
     with torch.device("meta"):  # the shapes without the memory
-        model = Llama(config)
-    names = checkpoint_names(model)
+        names = checkpoint_names(Llama(config))
+        model = Llama(config) if RANKS == 1 else LlamaPart(config)
     expected = {name: shape for parts in names.values() for name, shape in parts.items()}
     check_names_and_shapes(stored, expected)
 
     def read(file, name):
-        return file.get_tensor(name).to(device, dtype)
+        tensor = file.get_tensor(name) if RANKS == 1 else read_part(file, name)
+        return tensor.to(device, dtype)
 
     tensors = read_tensors(files, config, read)
     # `cat` copies a single part as well: otherwise the weight would stay a page of the file.
     weights = {name: torch.cat([tensors.pop(part) for part in parts])
                for name, parts in names.items()}
     if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+        weights["lm_head.weight"] = weights["embed_tokens.weight"][own_slice(config.vocab_size)]
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False).eval()
     return model

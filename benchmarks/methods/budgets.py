@@ -34,7 +34,7 @@ class AdaKV(SnapKV):
     """SnapKV whose heads share a layer's budget. 2407.11550.
 
     Unit and score: as in SnapKV. Budget: of a head, its number of places among the layer's best,
-    all heads ranked together; a fifth of it is the mean's (α = 0.2). Rest: dropped.
+    all heads ranked together; a fifth of it is the mean's (α = 0.2), rounded down. Rest: dropped.
     """
 
     reads_on = False
@@ -54,9 +54,9 @@ class PrefixKV(SnapKV):
     """Each layer keeps the tokens with the same share of its attention. 2412.03409.
 
     Unit: token of all heads. Score: attention received from all queries, the mean of the heads.
-    Budget: of a layer, as many of its best tokens as have the share p of the attention; p is such
-    that the mean is right. Rest: dropped. The paper finds the layers' shares once, on other texts;
-    here each prompt has its own (its profile mode). The first 4 tokens always stay.
+    Budget: of a layer, as many of its best tokens as have the share p of the attention, the first 4
+    always; p is such that the mean is right. Rest: dropped. The paper finds the layers' shares once,
+    on other texts; here each prompt has its own (its profile mode).
     """
 
     def importance(self, layer, q, k, v):
@@ -86,7 +86,8 @@ class DBudgetKV(SnapKV):
 
     Unit: token. Score: attention from the last 32 queries, without pooling. Budget: none; a layer
     keeps the fewest tokens whose attention from the last query, as a vector, has at least 99 % of
-    the length of all of it, the mean of the heads; the first two layers stay whole. Rest: dropped.
+    the length of all of it, the mean of the heads; the first two layers stay whole, and grow. Rest:
+    dropped; while writing, the others do not grow.
     """
 
     budgeted, dense_layers, tolerance = False, 2, 0.01
@@ -119,8 +120,9 @@ class KVCompress(SnapKV):
 
     Unit: 16 tokens of a head that have neighbouring scores. Score: the sum of squared attention
     from the last 32 queries, over a group, the largest of 7 neighbours; a block costs its largest.
-    Budget: over all layers and heads. Rest: dropped, block by block. While writing, nothing is
-    ranked again (the paper's continual mode).
+    Budget: over all layers and heads. Rest: dropped, block by block; while writing token by token,
+    and nothing is ranked again (the paper's continual mode). Departure: a head's tokens are cut into
+    blocks from the best one down, where the code cuts from the worst one up.
     """
 
     reads_on = False
@@ -135,7 +137,6 @@ class KVCompress(SnapKV):
         return F.max_pool1d(received, 7, stride=1, padding=3) if first else received
 
     def budgets(self, scores):
-        """A head keeps its best blocks whole, so its number of tokens is a multiple of 16."""
         n_blocks = sum(int(rooms.sum()) for rooms in super().budgets(scores)) // self.block
         costs = torch.stack([score.sort(dim=-1, descending=True).values[:, :: self.block]
                              for score in scores])  # (L, H_kv, blocks)
@@ -148,8 +149,9 @@ class DuoHeads(StreamingLLM):
     """A few heads keep everything, the others the first and latest tokens. After 2410.10819.
 
     Unit: a KV head of a layer. Score: how far back the mean query looks at mean keys, both before
-    RoPE; the paper trains a gate for each head instead, which is DuoAttention. Budget: as many whole
-    heads as fit; the others hold 4 sinks and the latest 32 tokens. Rest: dropped.
+    RoPE; the paper trains a gate for each head instead, which is DuoAttention. Budget: as many heads
+    as fit keep the whole prompt, the others 4 sinks and the latest 32 tokens; what is left is shared
+    out to all. Rest: dropped, while writing the oldest that is no sink.
     """
 
     reads_on = False

@@ -9,22 +9,24 @@ class ThinK(SnapKV):
     """SnapKV that also drops channels of keys. 2407.21018.
 
     Unit: a channel of a KV head, for all kept tokens but the latest. Score: the mean square of the
-    last 32 queries times that of the keys. Budget: 60 % of the channels, so that a kept token takes
-    80 % of the bytes, and more tokens fit. Rest: a dropped channel counts as 0. Written keys are
-    whole.
+    last 32 queries times that of the prompt's keys. Budget: 60 % of the channels, so that a kept
+    token takes about 80 % of the bytes, and more tokens fit. Rest: a dropped channel counts as 0.
+    Written keys are whole.
     """
 
-    keep, kept_size = 0.6, 0.8
+    keep = 0.6
 
     def __init__(self, model_config, budget, spans):
         super().__init__(model_config, budget, spans)
+        self.n_kept = round(self.keep * model_config.head_dim)
+        self.kept_size = (1 + self.n_kept / model_config.head_dim) / 2
         self.dropped = [None] * self.n_layers  # (H_kv, D) bool
 
     def importance(self, layer, q, k, v):
         queries = q[:, -self.window :].unflatten(0, (len(k), -1))
         scores = queries.square().mean(dim=(1, 2)) * k.square().mean(dim=1)  # (H_kv, D)
         order = scores.argsort(dim=-1, descending=True, stable=True)
-        dropped = order[:, round(self.keep * k.shape[-1]) :]
+        dropped = order[:, self.n_kept :]
         self.dropped[layer] = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, dropped, True)
         return super().importance(layer, q, k, v)
 

@@ -60,9 +60,10 @@ class H2O(MethodCache):
 class MorphKV(MethodCache):
     """What the last few tokens attend to, asked anew at every step. 2503.00979 (`sum_fused`).
 
-    Unit: token. Score: logits of the last 32 queries, summed over a group; their softmax over the
-    older tokens, summed over the queries. Budget: the same in all heads, 32 of it for the latest.
-    Rest: dropped, one for every new token; the first step cuts the prompt.
+    Unit: token. Score: logits of the 32 queries before the new token's, summed over a group; their
+    softmax over the older tokens, summed over the queries. Budget: the same in all heads, 32 of it
+    for the latest besides the new one. Rest: dropped, one for every new token; the end of the prompt
+    cuts it to the budget.
     """
 
     reads_on = False
@@ -103,8 +104,8 @@ class CORM(MethodCache):
     """Tokens that none of the last 256 queries found important. 2404.15949.
 
     Unit: token of a head. Score: whether attention at step t was at least 1/t in one of the last
-    256 queries. Budget: none; the latest 256 stay, and what is held follows. Rest: dropped.
-    Not in the abstract, chosen here: the prompt is cut once, by its last 256 queries; a token stays
+    256 queries. Budget: none; the latest 256 stay, and what is held follows. Rest: dropped, after
+    it was attended to. Not in the abstract, chosen here: the prompt is cut once, by its last 256 queries; a token stays
     if one head of the group needs it; t counts the dropped as well.
     """
 

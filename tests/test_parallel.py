@@ -1,0 +1,91 @@
+"""Several ranks answer as one process does."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, write_tiny_folder
+
+import generate
+from weights import parallel
+
+TEXT = "It was late. The fox slept, dreaming of three geese! Where had they gone? " * 5
+
+
+def answer(folder, n_ranks, *options):
+    (folder / "prompt.txt").write_text(TEXT)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n_ranks)]
+    done = subprocess.run(
+        [sys.executable, *(launch if n_ranks > 1 else []), "generate.py", "--prompt",
+         folder / "prompt.txt", "--model", folder, "--dtype", "float32", "--token-budget", "64",
+         "--max-new-tokens", "30", "--json", *options], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done
+
+
+@pytest.mark.parametrize("config, options", [
+    (TINY, ()),
+    (replace(TINY, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+     ("--prefill-chunk", "100", "--keep-factor", "2", "--temperature", "1")),
+], ids=["plain", "biases, tied, sampled"])
+def test_two_ranks_write_what_one_process_writes(tmp_path, config, options):
+    folder = write_tiny_folder(tmp_path / "tiny", config)
+    one, two = (answer(folder, n, *options) for n in (1, 2))
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.splitlines()[:-1] == one.stdout.splitlines()[:-1]
+    one, two = (json.loads(done.stdout.splitlines()[-1]) for done in (one, two))
+    for name in ("text", "new_tokens", "full_kv_bytes", "host_kv_bytes", "selected_bytes"):
+        assert one[name] == two[name], name
+    assert two["device_kv_parts"]["slots"] == one["device_kv_parts"]["slots"]
+
+
+def test_heads_that_cannot_be_divided_are_one_line(tmp_path):
+    """Rank 0 says so, and the others are silent."""
+    done = answer(write_tiny_folder(tmp_path / "tiny"), 3)
+    line = "generate.py: 3 ranks cannot share this model: num_key_value_heads is 2"
+    assert done.stderr.count(line) == 1 and not done.stdout and done.returncode != 0
+
+
+def test_what_needs_a_single_process_is_refused(monkeypatch):
+    monkeypatch.setattr(generate, "RANKS", 2)
+    for option in (["--trace", "trace.html"], ["--save", "file"], ["--chat"], ["--show-sentences"]):
+        with pytest.raises(ValueError, match="--show-sentences need a single one"):
+            generate.parse(["--prompt", "file.txt", *option])
+
+
+class Stored:
+    """An open safetensors file of one tensor."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def get_tensor(self, name):
+        assert "q_proj" not in name, "never read whole"
+        return self.tensor
+
+    def get_slice(self, name):
+        return self
+
+    def get_shape(self):
+        return list(self.tensor.shape)
+
+    def __getitem__(self, index):
+        return self.tensor[index]
+
+
+def test_the_parts_of_all_ranks_are_the_whole(monkeypatch):
+    monkeypatch.setattr(parallel, "RANKS", 3)
+    whole = torch.randn(12, 6)
+    parts = {}
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "RANK", rank)
+        for name in ("q_proj.weight", "o_proj.weight", "o_proj.bias", "norm.weight"):
+            parts.setdefault(name, []).append(parallel.read_part(Stored(whole), f"a.{name}"))
+    assert torch.equal(torch.cat(parts["q_proj.weight"]), whole)
+    assert torch.equal(torch.cat(parts["o_proj.weight"], dim=1), whole)
+    assert torch.equal(sum(parts["o_proj.bias"]), whole)
+    assert all(torch.equal(part, whole) for part in parts["norm.weight"])
