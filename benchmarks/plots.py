@@ -198,6 +198,31 @@ def ms_by_length(rows: list[dict], path: Path):
     save(figure, path)
 
 
+def stages_by_length(rows: list[dict], path: Path):
+    """Solid: measured. Dotted: the time to move the stage's bytes once."""
+    figure, axis = pyplot.subplots(figsize=(8.4, 4.6), layout="constrained")
+    looks = (("score", BLUE, "o"), ("take", ORANGE, "s"), ("assign", PINK, "D"),
+             ("load", BROWN, "^"), ("attend", GREY, "v"), ("two levels", VERMILION, "X"))
+    lengths, ends = [row["length"] for row in rows], []
+    for stage, colour, marker in looks:
+        values, look = [row[stage] for row in rows], {"color": colour, "marker": marker}
+        axis.plot(lengths, values, linewidth=1.5, **look)
+        ends.append((values[-1], stage, colour))
+        if stage in rows[0]["bound_ms"]:
+            axis.plot(lengths, [row["bound_ms"][stage] for row in rows], linestyle=":",
+                      linewidth=1, color=colour)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(lengths, [f"{length // 1024:,}k" for length in lengths])
+    axis.minorticks_off()
+    for y, words, colour in ends:
+        axis.annotate(words, (lengths[-1], y), (8, -3), textcoords="offset points", fontsize=10,
+                      color=colour, annotation_clip=False)
+    finish(axis, "tokens", "ms a token and layer")
+    axis.set_title(f"one layer of 8 KV heads, {rows[0]['dtype']}, {rows[0]['machine']}", fontsize=10)
+    save(figure, path)
+
+
 def lines(rows: list[dict], x: str, y: str) -> dict:
     """By method: the values of x, and the mean of y at each."""
     points = {}
@@ -267,7 +292,7 @@ def save(figure, path: Path):
 
 
 BY_TASK = {"needle": needle, "ruler": score_by_budget, "perplexity": loss_by_budget,
-           "speed": ms_by_length, "sinks": sinks_by_layer, "quality": quality}
+           "speed": ms_by_length, "scale": stages_by_length, "sinks": sinks_by_layer, "quality": quality}
 
 if __name__ == "__main__":
     task, *files = sys.argv[1], *map(Path, sys.argv[2:])

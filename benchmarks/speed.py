@@ -15,7 +15,8 @@ of the cache once: their bytes over the bandwidth of a large copy, measured firs
 the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up to
 a power of two. Stage times are of tokens after those, without a graph. `--cuda-graph` adds
 SentenceKV with each token replayed as one graph, `--trace` SentenceKV recorded for a page, and
-`--compare transformers` Hugging Face's Llama, where that is installed.
+`--compare transformers` Hugging Face's Llama, where that is installed. `--scale` measures something
+else, one layer of SentenceKV up to a million tokens: see benchmarks/scale.py.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from statistics import median, quantiles
 import torch
 from tqdm import tqdm
 
+from benchmarks import scale
 from benchmarks.methods import SETTINGS, settings_of
 from course.trace.record import Trace
 from generate import (
@@ -357,8 +359,11 @@ def parse(arguments):
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--cuda-graph", action="store_true", help=f"measure {GRAPHED!r} too")
     add("--trace", action="store_true", help=f"measure {TRACED!r} too")
+    add("--scale", action="store_true", help="one layer, to a million tokens, instead")
     add("--out", type=Path, help="JSON lines; a table and a picture beside it")
     args = parser.parse_args(arguments)
+    if args.scale and args.lengths == parser.get_default("lengths"):
+        args.lengths = scale.LENGTHS
     for name, least in (("new_tokens", 2), ("repeats", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, at least {least}")
@@ -369,6 +374,24 @@ def parse(arguments):
         parser.error(f"--methods {', '.join(unknown)}: the choices are full, sentencekv,"
                      f" {', '.join(SETTINGS)}")
     return args
+
+
+def machine_name(device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return f"{torch.get_num_threads()} threads of {cpu}"
+
+
+def run_scale(args) -> list[dict]:
+    device = pick_device(args.device)
+    dtype, copied = pick_dtype(args.dtype, device), bandwidth(device)
+    print(f"one layer of 8 KV heads, {str(dtype)[6:]}, {machine_name(device)}, torch"
+          f" {torch.__version__}, budget {args.token_budget}; a copy moves {copied / 1e9:.1f} GB/s")
+    return [{"dtype": str(dtype)[6:], "machine": machine_name(device), "torch": torch.__version__,
+             "copy_bytes_per_second": copied, **row} for row in scale.rows(
+                 tqdm(args.lengths, disable=None), args.token_budget, args.new_tokens, device,
+                 dtype, copied)]
 
 
 def run(args) -> list[dict]:
@@ -390,9 +413,7 @@ def run(args) -> list[dict]:
     room = 2 * args.new_tokens + 2 * WARM_UP
     if not args.config:
         check_positions(max(args.lengths), room, model.config)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else (
-        f"{torch.get_num_threads()} threads of"
-        f" {torch.cpu.get_capabilities().get('cpu_name') or platform.machine()}")
+    machine = machine_name(device)
     copied, rows = bandwidth(device), []
     print(f"{args.config or args.model.name}, {str(dtype)[6:]}, {machine}, torch"
           f" {torch.__version__}, budget {args.token_budget}; a copy moves {copied / 1e9:.1f} GB/s")
@@ -416,17 +437,20 @@ def run(args) -> list[dict]:
 def main(arguments=None) -> int:
     args = parse(arguments)
     try:
-        rows = run(args)
+        rows = run_scale(args) if args.scale else run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"benchmarks.speed: {error}", file=sys.stderr)
         return 2
-    report = table(rows)
+    report = scale.table(rows) if args.scale else table(rows)
     print(report)
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
         args.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
         from benchmarks import plots
 
-        plots.ms_by_length(rows, args.out.with_suffix(".png"))
+        draw = plots.stages_by_length if args.scale else plots.ms_by_length
+        draw(rows, args.out.with_suffix(".png"))
     return 0
 
 

@@ -17,6 +17,7 @@ from benchmarks.methods import (
 )
 from benchmarks.methods.base import Evicting, Recording
 from benchmarks.methods.budgets import PyramidKV
+from cache import SentenceKVCache
 from model import apply_rope, rope_table
 
 BUDGET, N_PROMPT, WINDOW = 72, 150, 32
@@ -243,6 +244,27 @@ def test_the_second_vector_counts_as_one_token(recording):
                 attention.append((n - 1) * mean.exp() + (one @ cache.farthest[0][head, s]).exp())
             expected += torch.stack(attention) / sum(attention)
         torch.testing.assert_close(score[: len(lengths)], expected / lengths)
+
+
+def test_two_levels_score_the_sentences_of_the_best_paragraphs(recording):
+    cache, (q, _, _) = recording.replay(new_cache("two_level")), random_token(3)
+    cache.paragraph, cache.n_best = 3, 2
+    q = q.view(TINY.num_key_value_heads, 3, -1)
+    everywhere, table = SentenceKVCache.score(cache, 1, q), cache.table
+    for head, score in enumerate(cache.score(1, q)):
+        bounds, n = table.bounds[1, head].tolist(), table.n_sentences
+        keys = cache.host.read(1, 0, table.n_rows)[head, :, 0]
+        parts = [keys[bounds[a] : bounds[min(a + 3, n)]] for a in range(0, n, 3)]
+        shares = [0.0] * len(parts)
+        for one in q[head]:
+            each = [(one @ part.mean(dim=0) / 8**0.5 + one @ one / 16
+                     * (part - part.mean(dim=0)).square().mean()).exp() for part in parts]
+            total = sum(len(part) * x for part, x in zip(parts, each))
+            shares = [share + x / total for share, x in zip(shares, each)]
+        firsts = sorted(range(len(shares)), key=lambda i: -shares[i])[:2]
+        assert {i // 3 for i, x in enumerate(score[:n]) if x > 0} == set(firsts)
+        inside = [i for i in range(n) if i // 3 in firsts]
+        assert torch.equal(score[inside], everywhere[head, inside])
 
 
 @pytest.mark.parametrize("method", ["best_sentences", "two_bit_keys"])

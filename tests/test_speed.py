@@ -3,7 +3,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import speed
+from benchmarks import scale, speed
+from cache import SentenceKVCache
+from sentencekv import SentenceKVConfig, gaussian, select_rows
 
 
 def run(*arguments):
@@ -62,3 +64,36 @@ def test_bad_options_are_one_line(tiny_folder, capsys, arguments, message):
                *([] if "--model" in arguments else ["--model", tiny_folder]), *arguments) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert message in err[-1] and err[-1].startswith("benchmarks.speed: ")
+
+
+def test_one_layer_is_measured_at_every_length(tmp_path, capsys):
+    out = tmp_path / "scale.jsonl"
+    assert speed.main(["--scale", "--lengths", "1000,3000", "--token-budget", "128", "--new-tokens",
+                       "30", "--device", "cpu", "--dtype", "float32", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["length"] for row in rows] == [1000, 3000]
+    for row in rows:
+        assert set(scale.STAGES) | {"all", "two levels"} <= row.keys()
+        assert 0 < row["hits"] < 1 and row["host"] >= row["length"] * 8 * 2 * 128 * 4
+        assert row["bound_ms"].keys() == set(scale.STAGES)
+    assert "| 3,000 |" in out.with_suffix(".md").read_text()
+    assert out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_two_levels_choose_as_one_if_every_paragraph_is_among_the_best():
+    config = SentenceKVConfig(token_budget=128, secondary_sinks=0, sentence_limit=32)
+    cache = SentenceKVCache(config, scale.SHAPE, [(0, 25)], 100, "cpu", torch.float32)
+    n = scale.PARAGRAPH * 3
+    cache.restore(scale.document(n, torch.device("cpu"), torch.float32))
+    q = torch.randn(8, 4, 128)
+    table = cache.table
+    lengths = torch.full((8, n), scale.SENTENCE)
+    scores = gaussian(q, table.vectors[0, :, :n], table.variances[0, :, :n], lengths.float())
+    expected = select_rows(scores, lengths, cache.row_budget[0])
+    two = scale.TwoLevels(cache)
+    paragraphs = gaussian(q, two.means, two.spread, two.sizes)
+    order = paragraphs.topk(3, dim=-1).indices  # (H_kv, 3): as they are taken
+    got = two(q).unflatten(1, (3, -1))
+    whole = torch.zeros(8, 3, scale.PARAGRAPH, dtype=torch.long)
+    whole.scatter_(1, order[..., None].expand_as(got), got)
+    assert torch.equal(whole.flatten(1), expected)

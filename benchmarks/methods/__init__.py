@@ -62,7 +62,7 @@ DENSE = ("l2norm", "quest", "arkvale", "clusterkv")
 SENTENCE_METHODS = {
     "sentencekv": SentenceKVCache, "published": SentenceKVCache, "plain": SentenceKVCache,
     "last_query": SentenceKVCache, "sentencekv_4bit": precision.SentenceKVBits,
-    "two_vectors": sentences.TwoVectors, "two_bit_keys": sentences.TwoBitKeys,
+    "two_level": sentences.TwoLevel, "two_vectors": sentences.TwoVectors, "two_bit_keys": sentences.TwoBitKeys,
     "best_sentences": sentences.BestSentences,
 }
 CLASSES = {"full": FullCache} | PUBLISHED | {f"{name}_dense": PUBLISHED[name] for name in DENSE}

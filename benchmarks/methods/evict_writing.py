@@ -104,9 +104,9 @@ class CORM(MethodCache):
     """Tokens that none of the last 256 queries found important. 2404.15949.
 
     Unit: token of a head. Score: whether attention at step t was at least 1/t in one of the last
-    256 queries. Budget: none; the latest 256 stay, and what is held follows. Rest: dropped, after
-    it was attended to. Not in the abstract, chosen here: the prompt is cut once, by its last 256 queries; a token stays
-    if one head of the group needs it; t counts the dropped as well.
+    256 queries. Budget: none; the latest 256 stay, and what is held follows. Rest: dropped, after it
+    was attended to. Not in the abstract, chosen here: the prompt is cut once, by its last 256
+    queries; a token stays if one head of the group needs it; t counts the dropped as well.
     """
 
     budgeted = reads_on = False

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.methods.base import in_tokens
 from cache import SentenceKVCache, SentenceTable
+from sentencekv import gaussian
 
 
 def index_tokens(cache) -> float:
@@ -70,6 +71,36 @@ class TwoVectors(SentenceKVCache):
         farthest = (q @ self.stored(layer).mT).masked_fill(lengths == 0, -math.inf)
         attention = torch.logaddexp(others + (lengths - 1).clamp(min=0).log(), farthest).softmax(-1)
         return attention.sum(dim=1) / table.lengths[layer].clamp(min=1)
+
+
+class TwoLevel(SentenceKVCache):
+    """SentenceKV that scores paragraphs first, 16 sentences each, and then the sentences of the best
+    4 alone. What it reads to choose does not grow with the sentences, but with the paragraphs.
+
+    A paragraph's Gaussian has the mean and the variance of all its keys. Other sentences receive
+    nothing from this token.
+    """
+
+    paragraph, n_best = 16, 4
+
+    def score(self, layer, q):
+        table, more = self.table, -self.table.capacity % self.paragraph
+        lengths = table.lengths[layer].float()
+
+        def total(x):  # over each paragraph, (H_kv, S, n) -> (H_kv, P, n)
+            x = torch.nn.functional.pad(x * lengths.unsqueeze(-1), (0, 0, 0, more))
+            return x.unflatten(1, (-1, self.paragraph)).sum(dim=2)
+
+        counts = total(torch.ones_like(lengths).unsqueeze(-1))  # (H_kv, P, 1)
+        vectors, squares = table.vectors[layer].float(), table.vectors[layer].float().square()
+        squares = squares.mean(dim=-1, keepdim=True) + table.variances[layer].unsqueeze(-1)
+        means = total(vectors) / counts.clamp(min=1)
+        variances = total(squares) / counts.clamp(min=1) - means.square().mean(-1, keepdim=True)
+        scores = gaussian(q.float(), means, variances.squeeze(-1), counts.squeeze(-1))
+        first = scores.topk(min(self.n_best, scores.shape[1]), dim=-1).indices  # (H_kv, n)
+        sentence = torch.arange(table.capacity) // self.paragraph
+        is_first = (sentence[None, :, None] == first[:, None]).any(dim=-1)
+        return super().score(layer, q) * is_first
 
 
 class BestSentences(SentenceKVCache):
