@@ -34,8 +34,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import scale
-from benchmarks.methods import SETTINGS, settings_of
+from benchmarks.methods import SENTENCE_METHODS, settings_of
 from course.trace.record import Trace
+from cache import SentenceKVCache
 from generate import (
     GraphedDecode,
     StageTimer,
@@ -144,7 +145,8 @@ class Ours:
         self.method, self.args, self.model, self.text = method, args, model, text
         self.length, self.device = length, model.embed_tokens.weight.device
         settings = {"token_budget": args.token_budget, "keep_factor": args.keep_factor}
-        self.settings = SentenceKVConfig(**settings | settings_of(method))
+        named = {} if method in ("full", GRAPHED, TRACED) else settings_of(method)
+        self.settings = SentenceKVConfig(**settings | named)
         self.spans = token_spans(text.pieces[:length], self.settings.sentence_limit)
         self.forget()
 
@@ -370,9 +372,9 @@ def parse(arguments):
     if args.random_weights and not args.config:
         parser.error("--random-weights needs --config")
     names = {method.partition(":")[0] for method in args.methods}
-    if unknown := names - {"full", "sentencekv", *SETTINGS}:
-        parser.error(f"--methods {', '.join(unknown)}: the choices are full, sentencekv,"
-                     f" {', '.join(SETTINGS)}")
+    settings = [name for name, kind in SENTENCE_METHODS.items() if kind is SentenceKVCache]
+    if unknown := names - {"full", *settings}:
+        parser.error(f"--methods {', '.join(unknown)}: the choices are full, {', '.join(settings)}")
     return args
 
 
