@@ -130,8 +130,8 @@ def family(method: str) -> str:
 def draw(rows: list[dict], path: Path):
     """Answers against what is held. A line joins the budgets of a method; the step line is the
     front of those that do not read every key."""
-    figure, axis = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    found, shown = points(rows), {}
+    figure, axis = pyplot.subplots(figsize=(10, 9), layout="constrained")
+    found, ends = points(rows), []
     rivals = {m: at for m, at in found.items() if m not in CEILINGS}
     best = front([point for at in rivals.values() for point in at])
     axis.step(*zip(*best), where="post", color="black", linewidth=1, zorder=1)
@@ -139,18 +139,17 @@ def draw(rows: list[dict], path: Path):
         name, colour, marker = ("reads every key", "black", "*")
         if method not in CEILINGS:
             name, colour, marker = FAMILIES.get(family(method), FAMILIES["cache"])
-        label = None if name in shown else name
-        shown[name] = True
-        axis.plot(*zip(*at), color=colour, marker=marker, label=label,
-                  linewidth=0.6, markersize=8 if method == "sentencekv" else 6)
-        if method in CEILINGS or set(at) & set(best) or method == "published":
-            axis.annotate(plots.style(method)[0], at[-1], (5, 4), fontsize=9, color=colour,
-                          textcoords="offset points")
+        known = [text.get_label() for text in axis.lines]
+        look = {"color": colour, "marker": marker, "markersize": 8 if method == "sentencekv" else 5}
+        axis.plot(*zip(*at), linewidth=0.6, label=None if name in known else name, **look)
+        ends.append((*at[-1], look | {"markersize": 5}, plots.style(method)[0],
+                     plots.weight(method)))
     axis.set_xscale("log")
     axis.set_xticks([100, 200, 500, 1000, 2000, 4000], ["100", "200", "500", "1,000", "2,000",
                                                        "4,000"])
     axis.minorticks_off()
-    axis.legend(fontsize=9, frameon=False, loc="lower right")
+    figure.legend(fontsize=9, loc="outside upper center", ncols=5, frameon=False)
+    plots.label_ends(axis, ends, room=len(ends) + 1, size=8)
     plots.finish(axis, "held for attention, tokens of 16 bits a KV head", "prompts answered, per cent")
     plots.save(figure, path)
 

@@ -40,6 +40,22 @@ STYLES = {  # method: name in pictures, colour, marker, line
     "quest": ("Quest", VIOLET, "h", "-"),
     "quest_dense": ("Quest, 2 layers whole", VIOLET, "h", "--"),
     "shadowkv": ("ShadowKV's chunks", BROWN, "^", "--"),
+    "windowkv": ("WindowKV", GREY, "v", "-"), "shotkv": ("ShotKV", GREY, "v", "-"),
+    "morphkv": ("MorphKV", BROWN, "^", "-"), "corm": ("CORM", BROWN, "^", "-"),
+    "cascading": ("Cascading KV", BROWN, "^", "-"), "arkvale": ("ArkVale", VIOLET, "h", "-"),
+    "actqkv": ("ActQKV", VIOLET, "h", "-"), "clusterkv": ("ClusterKV", VIOLET, "h", "-"),
+    "l2norm_dense": ("L2-norm, 2 layers whole", ORANGE, "s", "--"),
+    "arkvale_dense": ("ArkVale, 2 layers whole", VIOLET, "h", "--"),
+    "clusterkv_dense": ("ClusterKV, 2 layers whole", VIOLET, "h", "--"),
+    "adakv": ("Ada-KV", PINK, "D", "-"), "prefixkv": ("PrefixKV", PINK, "D", "-"),
+    "dbudgetkv": ("DBudgetKV", PINK, "D", "-"), "kvcompress": ("KV-Compress", PINK, "D", "-"),
+    "duo_heads": ("DuoAttention's split, untrained", PINK, "D", "-"),
+    "think": ("ThinK", ORANGE, "s", "-"), "snapkv_4bit": ("SnapKV at 4 bits", ORANGE, "s", "-"),
+    "kvmerger": ("KVMerger", WINE, "P", "-"), "less": ("LESS, untrained", WINE, "P", "-"),
+    "kvsharer": ("KVSharer", WINE, "P", "-"), "retroinfer": ("RetroInfer", VERMILION, "X", "-"),
+    "last_query": ("SentenceKV, last query", BLUE, "o", ":"),
+    "sentencekv_4bit": ("SentenceKV, 4 bits on the host", BLUE, "o", "--"),
+    "two_level": ("SentenceKV, two levels", BLUE, "o", "-."),
     "published": ("SentenceKV as published, r = 2", ORANGE, "s", "-"),
     "published:keep_factor=3": ("SentenceKV as published, r = 3", ORANGE, "s", "--"),
     "published:keep_factor=inf": ("SentenceKV as published, r = ∞", ORANGE, "s", "-."),
@@ -242,12 +258,13 @@ def draw_line(axis, method: str, xs: list, ys: list, dotted=False, prefix="") ->
     return xs[-1], ys[-1], look, prefix + name, "bold" if thick else "normal"
 
 
-def label_ends(axis, ends: list[tuple]):
-    """To the right of the lines' ends their markers and names, one below the other."""
+def label_ends(axis, ends: list[tuple], room: int = 22, size: int = 10):
+    """To the right of the lines' ends their markers and names, one below the other. There is room
+    for so many names in this font size."""
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom, top)  # labels do not change it
     ends = sorted((end for end in ends if math.isfinite(end[1])), key=lambda end: end[1])
-    places = spread([y for _, y, *_ in ends], (top - bottom) / 22, bottom, top)
+    places = spread([y for _, y, *_ in ends], (top - bottom) / room, bottom, top)
     beside = axis.get_yaxis_transform()  # x in widths of the axes, y in data
     for (x, y, look, words, bold), place in zip(ends, places):
         axis.annotate("", (x, y), (1.07, place), textcoords=beside, annotation_clip=False,
@@ -255,7 +272,7 @@ def label_ends(axis, ends: list[tuple]):
                                   "shrinkA": 5 if look["marker"] else 0, "shrinkB": 6})
         axis.plot(1.07, place, transform=beside, clip_on=False, **look)
         axis.text(1.09, place, words, transform=beside, va="center", color=look["color"],
-                  fontsize=10, fontweight=bold)
+                  fontsize=size, fontweight=bold)
 
 
 def spread(values: list[float], gap: float, low: float, high: float) -> list[float]:
