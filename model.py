@@ -11,7 +11,7 @@ Shapes, here and in all files (one prompt at a time, so there is no batch dimens
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class LlamaConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # the four numbers of "llama3" scaling
+    rope_scaling: dict | None = field(default=None, hash=False)  # four numbers of "llama3"
     attention_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False

@@ -35,8 +35,9 @@ def parse(arguments):
 
 def compare(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Method]):
     """Print one line a method."""
-    print("| method | attention mass | output error | held | elsewhere | read | ms a token | answer |")
-    print("|---|---|---|---|---|---|---|---|")
+    headings = ("method", "attention mass", "output error", "held", "elsewhere", "read",
+                "ms a token", "answer")
+    print(f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|")
     full = Method("full", methods[0].budget)
     writers = {w.method: w for w in bench.answers(ids, max_new_tokens, [full, *methods])}
     others = [m for m in methods if m.name != "full"]

@@ -68,10 +68,10 @@ def table(rows: list[dict]) -> str:
         cells = []
         for heading in headings:
             for budget in budgets:
-                source, tasks = (above, None) if heading not in COLUMNS else (rows, COLUMNS[heading])
-                scores = [r["score"] for r in source if r["method"] == method
-                          and r["budget"] == budget and (tasks is None or r["task"] in tasks)]
                 percent = heading in COLUMNS
+                source = [r for r in rows if r["task"] in COLUMNS[heading]] if percent else above
+                scores = [r["score"] for r in source
+                          if r["method"] == method and r["budget"] == budget]
                 cells.append(with_error(scores, 100 if percent else 1, "{:.0f}" if percent
                                         else "{:.3f}"))
         cells += [bytes_of(rows, method, budget, "held") for budget in budgets]
@@ -150,7 +150,8 @@ def draw(rows: list[dict], path: Path):
     axis.minorticks_off()
     figure.legend(fontsize=9, loc="outside upper center", ncols=5, frameon=False)
     plots.label_ends(axis, ends, room=len(ends) + 1, size=8)
-    plots.finish(axis, "held for attention, tokens of 16 bits a KV head", "prompts answered, per cent")
+    plots.finish(axis, "held for attention, tokens of 16 bits a KV head",
+                 "prompts answered, per cent")
     plots.save(figure, path)
 
 

@@ -5,7 +5,8 @@
 
 Every line is a process of its own. `peak` is the most that reading took beside the weights, `left`
 what it takes afterwards: mostly the rows on the host. Tokens are random. With `--document` the text
-(of the first length) is saved in FILE; another process loads it, reads 20 tokens and writes 32. Linux, CPU.
+(of the first length) is saved in FILE; another process loads it, reads 20 tokens and writes
+32. Linux, CPU.
 """
 
 import argparse

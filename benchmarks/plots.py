@@ -235,7 +235,7 @@ def stages_by_length(rows: list[dict], path: Path):
         axis.annotate(words, (lengths[-1], y), (8, -3), textcoords="offset points", fontsize=10,
                       color=colour, annotation_clip=False)
     finish(axis, "tokens", "ms a token and layer")
-    axis.set_title(f"one layer of 8 KV heads, {rows[0]['dtype']}, {rows[0]['machine']}", fontsize=10)
+    axis.set_title("one layer of 8 KV heads, {dtype}, {machine}".format(**rows[0]), fontsize=10)
     save(figure, path)
 
 
@@ -309,7 +309,8 @@ def save(figure, path: Path):
 
 
 BY_TASK = {"needle": needle, "ruler": score_by_budget, "perplexity": loss_by_budget,
-           "speed": ms_by_length, "scale": stages_by_length, "sinks": sinks_by_layer, "quality": quality}
+           "speed": ms_by_length, "scale": stages_by_length, "sinks": sinks_by_layer,
+           "quality": quality}
 
 if __name__ == "__main__":
     task, *files = sys.argv[1], *map(Path, sys.argv[2:])

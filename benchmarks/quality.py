@@ -1,6 +1,6 @@
 """What each method still answers, side by side on one prefill.
 
-    python -m benchmarks.quality ruler --data RULER.jsonl --methods full,snapkv,sentencekv
+    python -m benchmarks.quality ruler --data RULER.jsonl --methods "full snapkv sentencekv"
     python -m benchmarks.quality ruler --generate single,vt --data BOOK.txt --length 4000
     python -m benchmarks.quality needle --data BOOK.txt --lengths 1000,2000,4000 --depths 0,.5,1
     python -m benchmarks.quality longbench --data QASPER.jsonl
@@ -49,7 +49,13 @@ from benchmarks.methods import (
     split,
     try_out,
 )
-from benchmarks.methods.base import Evicting, MethodCache, Recording, forget_shared, window_attention
+from benchmarks.methods.base import (
+    Evicting,
+    MethodCache,
+    Recording,
+    forget_shared,
+    window_attention,
+)
 from benchmarks.segmentation import old_spans
 from cache import NO_ROW
 from generate import check_positions, prefill, seal_finished

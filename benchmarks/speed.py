@@ -12,8 +12,8 @@ is random tokens in sentences of 8 to 42: its times are real, its hit rate is no
 a token` is the median over `--new-tokens` of every repeat, `p90` their 90th percentile. In every
 repeat the methods take turns. The floor is the time to read the weights and what the device holds
 of the cache once: their bytes over the bandwidth of a large copy, measured first. What comes from
-the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up to
-a power of two. Stage times are of tokens after those, without a graph. `--cuda-graph` adds
+the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up
+to a power of two. Stage times are of tokens after those, without a graph. `--cuda-graph` adds
 SentenceKV with each token replayed as one graph, `--trace` SentenceKV recorded for a page, and
 `--compare transformers` Hugging Face's Llama, where that is installed. `--scale` measures something
 else, one layer of SentenceKV up to a million tokens: see benchmarks/scale.py.

@@ -1,8 +1,12 @@
 """Small random Llamas to prove things on, and the default model to prove them on again."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as workers, before torch is loaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

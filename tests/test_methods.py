@@ -1,3 +1,4 @@
+import doctest
 import math
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from benchmarks.methods import (
     cost,
     has_budget,
     make_cache,
+    precision,
     reads_on,
     settings_of,
     try_out,
@@ -311,16 +313,16 @@ def recorded(config, n_tokens):
 @pytest.mark.parametrize("config", [TINY, MHA], ids=["GQA", "MHA"])
 @pytest.mark.parametrize("n_prompt", [5, 40, N_PROMPT])
 def test_no_method_holds_more_than_its_budget(config, n_prompt):
-    """While 200 tokens are written after a prompt shorter than the window, than the budget, and
+    """While 80 tokens are written after a prompt shorter than the window, than the budget, and
     longer. A budget is the mean of all heads and layers."""
     model, recording = recorded(config, n_prompt)
     for method in METHODS:
         if not has_budget(method) or method.endswith("_dense"):
             continue
         cache = recording.replay(make_cache(
-            method, config, BUDGET, random_spans(n_prompt), 200, **settings_of(method)))
+            method, config, BUDGET, random_spans(n_prompt), 80, **settings_of(method)))
         held = []
-        for step, token in enumerate(random_ids(n_prompt + 200, "cpu")[n_prompt:]):
+        for step, token in enumerate(random_ids(n_prompt + 80, "cpu")[n_prompt:]):
             if step and step % 10 == 0:
                 cache.seal(10)
             assert model.decode(token[None], cache).isfinite().all()
@@ -392,7 +394,8 @@ def test_every_token_is_attended_to_where_it_was_read(method):
         for layer in range(TINY.num_hidden_layers):
             seen = cache.decode(layer, *written[-1])
     for head in range(TINY.num_key_value_heads):
-        everything = torch.cat([recording.layers[layer][1][head], *(k[head] for _, k, _ in written)])
+        prompt = recording.layers[layer][1][head]
+        everything = torch.cat([prompt, *(k[head] for _, k, _ in written)])
         keys = masked_keys(seen, head)
         own = keys[is_in(keys, everything)]
         assert len(own.unique(dim=0)) == len(own), "no token twice"
@@ -449,6 +452,19 @@ def test_a_second_text_is_read_and_a_fork_does_not_disturb(model, recording, met
         states = model.prefill(random_ids(20, "cpu"), own)
         answers.append(torch.cat([states[-1:], write(model, own, 20)]))
     assert torch.equal(*answers) and answers[0].isfinite().all()
+
+
+def test_the_example_of_quantisation():
+    assert doctest.testmod(precision).failed == 0
+
+
+def test_rope_scaling_does_not_stand_in_the_way(recording):
+    """Results are remembered by their arguments, and a dictionary cannot be one."""
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 100}
+    config = replace(TINY, rope_scaling=scaling)
+    cache = recording.replay(make_cache("expected_attention", config, BUDGET, [], 5))
+    assert cache.decode(0, *random_token(1))[0].shape[1] == BUDGET
 
 
 def test_an_unknown_method_is_refused():

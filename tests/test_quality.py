@@ -311,7 +311,8 @@ def leaderboard_rows():
 def test_the_leaderboard_is_one_table_in_the_readme_and_a_picture(tmp_path, monkeypatch):
     for name in ("ruler", "reading"):
         write_lines(tmp_path / f"leaderboard_{name}.jsonl", *[
-            row for row in leaderboard_rows() if row["task"].startswith("nll") == (name == "reading")])
+            row for row in leaderboard_rows()
+            if row["task"].startswith("nll") == (name == "reading")])
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{leaderboard.BEGIN}old\n{leaderboard.END}after\n")
     monkeypatch.setattr(leaderboard, "RESULTS", tmp_path)

@@ -7,12 +7,12 @@ The files are a lesson, in this order:
     evict_writing  every written token may push out another
     retrieve       everything stays, and every token chooses what to read
     budgets        how many tokens each layer and head keeps
-    channels       less of each key
-    precision      fewer bits
-    merge          dropped tokens live on in others
-    layers         a layer's keys serve another layer
-    estimate       what is not read is guessed
-    sentences      SentenceKV, and what it could know
+    channels       fewer channels of each key
+    precision      fewer bits of each token
+    merge          dropped tokens are merged
+    layers         layers share keys and values
+    estimate       attention to unread tokens is estimated
+    sentences      variants of SentenceKV
 
 A budget is bytes held for attention, in tokens of 16 bits a channel. `cost` says what else is kept,
 and what is read. To add a method, see benchmarks/README.md.
@@ -57,23 +57,24 @@ PUBLISHED = {
     "kvmerger": merge.KVMerger, "less": merge.LESS, "kvsharer": layers.KVSharer,
     "retroinfer": estimate.RetroInfer,
 }
-# The papers' first two layers are whole: the same classes with that setting.
+# `_dense`: the first two layers keep and read everything, as in the papers.
 DENSE = ("l2norm", "quest", "arkvale", "clusterkv")
 SENTENCE_METHODS = {
     "sentencekv": SentenceKVCache, "published": SentenceKVCache, "plain": SentenceKVCache,
     "last_query": SentenceKVCache, "sentencekv_4bit": precision.SentenceKVBits,
-    "two_level": sentences.TwoLevel, "two_vectors": sentences.TwoVectors, "two_bit_keys": sentences.TwoBitKeys,
-    "best_sentences": sentences.BestSentences,
+    "two_level": sentences.TwoLevel, "two_vectors": sentences.TwoVectors,
+    "two_bit_keys": sentences.TwoBitKeys, "best_sentences": sentences.BestSentences,
 }
 CLASSES = {"full": FullCache} | PUBLISHED | {f"{name}_dense": PUBLISHED[name] for name in DENSE}
 CLASSES |= SENTENCE_METHODS | {"best_tokens": retrieve.BestTokens}
 METHODS = tuple(CLASSES)
 
 # What some names set, and `sentencekv` does not. `published` has the settings of the paper, where
-# keep_factor was 2 to 5; `plain` has the Gaussian score, and keeps everything.
+# keep_factor is 1 to 5; `plain` has the Gaussian score, and keeps everything.
 PLAIN = {"query_decay": 1.0, "secondary_sinks": 0, "sentence_limit": 128}
 SETTINGS = {"plain": PLAIN, "last_query": {"query_decay": 0.0},
-            "best_sentences": {"query_decay": 0.0}, "shotkv": {"sentence_limit": 128},
+            "best_sentences": {"query_decay": 0.0},
+            "shotkv": {"sentence_limit": evict_prompt.ShotKV.sentence_limit},
             "published": PLAIN | {"score": "mean_query", "sink_tokens": 32, "keep_factor": 2.0}}
 SETTINGS |= {f"{name}_dense": {"dense_layers": 2} for name in DENSE}
 

@@ -1,7 +1,7 @@
-"""What the methods share: one prefill for all, what each costs, and three kinds of cache.
+"""What the methods share: one prefill for all, what each costs, and two kinds of cache.
 
-A KV method is a unit, a score, a budget, and what happens to the rest. A class of this package says
-these four in its docstring, and computes the first three:
+A KV method is a unit, a score, a budget, and what happens to the rest. The docstring of a class of
+this package names the four. Most classes compute them in the hooks of one of two kinds of cache:
 
     Evicting     keeps the most important tokens of the prompt, and drops the rest
     Paged        reads pages of tokens, chosen anew for every token, and drops nothing
@@ -33,7 +33,7 @@ class Cost(NamedTuple):
     """In tokens of 16 bits a channel, the mean of all KV heads and layers."""
 
     held: float  # for attention: this is the budget
-    elsewhere: float  # what else is kept, on the host or to choose by
+    elsewhere: float  # what else is kept, on the host or to choose by; copies count
     read: float  # to write one token
 
 
@@ -60,8 +60,8 @@ class Recording:
         return cache
 
     def document_and_last_queries(self, n_document: int) -> "Recording":
-        """What a method is shown that chooses what to keep of a document for a question after it:
-        the document's tokens, and the question's last ones as the observation window."""
+        """For a method that evicts: the document, and then the question's last 32 tokens, as its
+        observation window."""
         shown = Recording()
         parts = [*range(n_document), *range(self.num_tokens - WINDOW, self.num_tokens)]
         shown.layers = [tuple(x[:, parts] for x in tensors) for tensors in self.layers]
@@ -73,8 +73,8 @@ SHARED = []  # functions that remember their results
 
 
 def shared(function):
-    """What many methods and budgets ask of the same prompt is computed once. The arguments are the
-    tensors of a recording themselves, not parts of them."""
+    """Compute once for all methods and budgets. The arguments are the tensors of a recording
+    themselves: a slice of one would be another object."""
     SHARED.append(lru_cache(maxsize=64)(function))
     return SHARED[-1]
 
@@ -119,6 +119,17 @@ def take(x, index):
     return x[torch.arange(len(x))[:, None], index]
 
 
+def append(kv, k, v):
+    """kv (H_kv, n, 2, D) with the tokens k, v (H_kv, m, D) after it."""
+    return torch.cat((kv, torch.stack((k, v), dim=2)), dim=1)
+
+
+def sums(x, group, n_groups):
+    """Of x (H_kv, n, m) by group (H_kv, n), the number of each row's -> (H_kv, n_groups, m)"""
+    out = x.new_zeros(len(x), n_groups, x.shape[-1])
+    return out.scatter_add_(1, group.unsqueeze(-1).expand_as(x), x)
+
+
 def best(scores, n):
     """Indices of the n highest of each head, the highest first; ties in order. (H_kv, n)"""
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :n]
@@ -132,7 +143,8 @@ class MethodCache:
 
     stage = nullcontext
     budgeted = True  # False: what is held follows from the text, and no budget is asked for
-    reads_on = True  # False: it cannot read a second text, such as a question
+    reads_on = True  # False: it cannot read a second text, which would attend without its mask
+    keeps_all = False  # True: tokens that are not held are kept elsewhere
     dense_layers = 0  # of so many first layers everything is attended to
 
     def __init__(self, model_config, budget: int, spans: list):
@@ -164,7 +176,7 @@ class MethodCache:
         self.num_tokens += n_tokens
 
     def seal(self, length):
-        """Nothing to do: these methods know no sentences."""
+        """Nothing to do: no method here uses the sentences that are written."""
 
     def held(self) -> float:
         return sum(self.attended) / self.n_layers
@@ -174,9 +186,9 @@ class MethodCache:
         return []
 
     def cost(self) -> Cost:
-        """After the last token. Here all that is held is read, and nothing else is kept."""
+        """After the last token. All that is held is read, and the index."""
         held, index = self.held(), in_tokens(self.index(), self.model_config.kv_shape)
-        return Cost(held, index, held + index)
+        return Cost(held, index + self.keeps_all * (self.num_tokens - held), held + index)
 
     def fork(self):
         """A copy that can go on by itself. Tensors are replaced, never changed."""
@@ -196,11 +208,11 @@ def in_tokens(tensors: list, kv_shape: tuple) -> float:
 class Evicting(MethodCache):
     """Keeps the prompt's most important tokens and its last ones, and forgets the others.
 
-    A subclass says what is important, and perhaps how many tokens each head keeps. Budgets are
-    strict while writing too, where papers let a cache grow: every new token takes the place of the
-    prompt's least important one, until the prompt has half of the budget left, and then of the
-    oldest of the latest. Grouped query heads share one choice, by the mean of their scores. Heads
-    of unequal length cannot read a second text: `model.Attention.prefill` has no mask for it.
+    A subclass says what is important, and perhaps how many tokens each head keeps. The last 32
+    tokens of the prompt always stay. Budgets are strict while writing too, where papers let a cache
+    grow: a new token replaces the least important token of the prompt, and when only half of the
+    budget is left for the prompt, the oldest of the recent tokens. Grouped query heads share one
+    choice, by the mean of their scores.
     """
 
     window = WINDOW
@@ -213,25 +225,24 @@ class Evicting(MethodCache):
         self.kept_at = [None] * self.n_layers  # (H_kv, n) positions of the kept
         self.totals = [None] * self.n_layers  # (H_kv,) the budget of each head
         self.recent = [None] * self.n_layers  # (H_kv, n, 2, D), the oldest first
-        self.bias = [None] * self.n_layers  # (H_kv, n) log of what the kept count for; None: of 1
-        self.saved = [0.0] * self.n_layers  # tokens that the kept take less than as many of 16 bits
+        self.bias = [None] * self.n_layers  # (H_kv, n) log of how many tokens each is; None: one
+        self.saved = [0.0] * self.n_layers  # tokens of 16 bits that compression saves
 
     def importance(self, layer, q, k, v):
         """The score (H_kv, T), or fewer columns if the last tokens need none."""
         raise NotImplementedError
 
     def by_unit(self, scores: list) -> list:
-        """The unit: scores of all layers (H_kv, n), those of a unit made alike."""
+        """The unit: give all tokens of a unit the same score. A list of (H_kv, n), by layer."""
         return scores
 
     def budgets(self, scores: list) -> list:
-        """The budget: for every layer, tokens of 16 bits for each head besides the window, (H_kv,).
-        """
+        """The budget: by layer, tokens of 16 bits for each head besides the window (H_kv,)."""
         rooms = [max(self.layer_budget(layer) - self.window, 0) for layer in range(self.n_layers)]
         return [torch.full((self.n_kv_heads,), room) for room in rooms]
 
     def spread(self, rooms: list) -> list:
-        """Share out to all heads alike what unequal `budgets` have left of equal ones."""
+        """Divide what unequal budgets leave unused equally among all heads."""
         left = sum(int(even.sum()) for even in Evicting.budgets(self, rooms))
         left = max(left - sum(int(room.sum()) for room in rooms), 0)
         return [room + left // (self.n_layers * self.n_kv_heads) for room in rooms]
@@ -267,9 +278,7 @@ class Evicting(MethodCache):
         for layer, (kv, score, rooms) in enumerate(zip(prompt, scores, self.budgets(scores))):
             self.totals[layer] = rooms + self.window
             self.kept_at[layer] = best(score, self.fit(rooms).max())
-            unused = torch.arange(self.kept_at[layer].shape[1]) >= self.fit(rooms)[:, None]
-            kept = take(kv, self.kept_at[layer]).masked_fill(unused[..., None, None], 0)
-            self.kept[layer] = self.shrink(layer, kept)
+            self.kept[layer] = self.shrink(layer, take(kv, self.kept_at[layer]))
             self.recent[layer] = kv[:, score.shape[1] :]
 
     def fit(self, room):
@@ -281,7 +290,7 @@ class Evicting(MethodCache):
         n_kept = self.fit(totals - self.window).clamp(max=n_kept)  # (H_kv,)
         least = self.least_kept(totals).minimum((n_kept * self.kept_size).ceil().long())
         latest = (totals - least).clamp(min=self.window)
-        recent = torch.cat((self.recent[layer], torch.stack((k, v), dim=2)), dim=1)
+        recent = append(self.recent[layer], k, v)
         self.recent[layer] = recent = recent[:, -latest.max() :]
         latest = latest.clamp(max=recent.shape[1])
         room = self.fit((totals - latest).clamp(min=0)).minimum(n_kept)
@@ -290,7 +299,7 @@ class Evicting(MethodCache):
         seen = torch.cat((torch.arange(kept.shape[1]) < room[:, None],
                           torch.arange(recent.shape[1], 0, -1) <= latest[:, None]), dim=1)
         kv = torch.cat((kept, recent), dim=1)
-        if not seen.all():  # heads of unequal length: what another head holds is no token here
+        if not seen.all():  # heads of unequal length: zero what a head does not keep
             kv = kv.masked_fill(~seen[..., None, None], 0)
         self.kept[layer], self.recent[layer] = kv.split([kept.shape[1], recent.shape[1]], dim=1)
         return *kv.unbind(dim=2), self.mask(layer, seen, recent.shape[1])
@@ -306,7 +315,7 @@ class Evicting(MethodCache):
         return super().held() - sum(self.saved) / self.n_layers
 
     def forget_window(self):
-        """Only what was chosen stays."""
+        """Drop the recent tokens, where they are those of a question."""
         self.recent = [recent[:, :0] for recent in self.recent]
 
 
@@ -314,6 +323,7 @@ class Paged(MethodCache):
     """Pages of tokens, chosen anew for every token; nothing is forgotten. The page being filled is
     always read. A page is known by `summary`, in place of its keys."""
 
+    keeps_all = True
     page = 16  # tokens
 
     def __init__(self, model_config, budget, spans):
@@ -348,7 +358,7 @@ class Paged(MethodCache):
             self.pages[layer] = torch.cat((self.pages[layer], page), dim=1)
             summary = self.summary(layer, page[:, :, :, 0])
             self.summaries[layer] = torch.cat((self.summaries[layer], summary), dim=2)
-        self.recent[layer] = torch.cat((recent, torch.stack((k, v), dim=2)), dim=1)
+        self.recent[layer] = append(recent, k, v)
         chosen = self.pages[layer]  # (H_kv, P, page, 2, D)
         if layer >= self.dense_layers:
             scores = self.scores(layer, q.view(len(k), -1, q.shape[-1]))
@@ -358,7 +368,3 @@ class Paged(MethodCache):
 
     def index(self):
         return self.summaries
-
-    def cost(self):
-        held, index, read = super().cost()
-        return Cost(held, self.num_tokens - held + index, read)

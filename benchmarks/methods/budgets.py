@@ -5,13 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from benchmarks.methods.base import (
-    WHOLE,
-    attention_received,
-    best,
-    group_logits,
-    window_attention,
-)
+from benchmarks.methods.base import WHOLE, Evicting, attention_received, best, group_logits
 from benchmarks.methods.evict_prompt import SnapKV, StreamingLLM
 from model import apply_rope, rope_table
 
@@ -33,8 +27,9 @@ class PyramidKV(SnapKV):
 class AdaKV(SnapKV):
     """SnapKV whose heads share a layer's budget. 2407.11550.
 
-    Unit and score: as in SnapKV. Budget: of a head, its number of places among the layer's best,
-    all heads ranked together; a fifth of it is the mean's (α = 0.2), rounded down. Rest: dropped.
+    Unit and score: as in SnapKV. Budget: all tokens of a layer's heads are ranked together, and a
+    head gets as many as are among the best; this counts 80 %, the even budget 20 % (α), rounded
+    down. Rest: dropped.
     """
 
     reads_on = False
@@ -50,24 +45,24 @@ class AdaKV(SnapKV):
         return self.spread(rooms)
 
 
-class PrefixKV(SnapKV):
+class PrefixKV(Evicting):
     """Each layer keeps the tokens with the same share of its attention. 2412.03409.
 
     Unit: token of all heads. Score: attention received from all queries, the mean of the heads.
     Budget: of a layer, as many of its best tokens as have the share p of the attention, the first 4
-    always; p is such that the mean is right. Rest: dropped. The paper finds the layers' shares once,
+    always; p is chosen to meet the budget. Rest: dropped. The paper finds the layers' budgets once,
     on other texts; here each prompt has its own (its profile mode).
     """
 
     def importance(self, layer, q, k, v):
         scores = attention_received(q, k).mean(dim=0)
         shares = scores / scores.sum()
-        shares[:4] += 2
+        shares[:4] += 2  # they are best; `budgets` takes it away again
         return shares.expand(len(k), -1)
 
     def budgets(self, scores):
-        """The search for p: a token is kept if p is above the share of the better ones in its layer,
-        so tokens with the least of it come first."""
+        """A token is kept if the better tokens of its layer have a share below p. So all tokens are
+        sorted by that share."""
         total = sum(int(rooms[0]) for rooms in super().budgets(scores))
         better = []  # for each layer (n,)
         for score in scores:
@@ -82,15 +77,16 @@ class PrefixKV(SnapKV):
 
 
 class DBudgetKV(SnapKV):
-    """As few tokens as the last query does not miss. 2502.16886.
+    """The fewest tokens that keep 99 % of the last query's attention. 2502.16886.
 
     Unit: token. Score: attention from the last 32 queries, without pooling. Budget: none; a layer
     keeps the fewest tokens whose attention from the last query, as a vector, has at least 99 % of
     the length of all of it, the mean of the heads; the first two layers stay whole, and grow. Rest:
-    dropped; while writing, the others do not grow.
+    dropped; while writing, other layers do not grow.
     """
 
-    budgeted, dense_layers, tolerance = False, 2, 0.01
+    budgeted = False
+    pool, dense_layers, tolerance = 1, 2, 0.01
 
     def __init__(self, model_config, budget, spans):
         super().__init__(model_config, budget, spans)
@@ -98,7 +94,7 @@ class DBudgetKV(SnapKV):
 
     def importance(self, layer, q, k, v):
         self.rows[layer] = group_logits(q[:, -1:], k).softmax(dim=-1).flatten(0, 2)
-        return window_attention(q, k, self.window, 1)
+        return super().importance(layer, q, k, v)
 
     def budgets(self, scores):
         rows, self.rows = self.rows, []
@@ -115,14 +111,14 @@ class DBudgetKV(SnapKV):
         return int(enough.int().argmax()) if enough.any() else score.shape[1]
 
 
-class KVCompress(SnapKV):
+class KVCompress(Evicting):
     """Blocks of one head's tokens, the cheapest of all layers first. 2410.00161.
 
     Unit: 16 tokens of a head that have neighbouring scores. Score: the sum of squared attention
     from the last 32 queries, over a group, the largest of 7 neighbours; a block costs its largest.
     Budget: over all layers and heads. Rest: dropped, block by block; while writing token by token,
-    and nothing is ranked again (the paper's continual mode). Departure: a head's tokens are cut into
-    blocks from the best one down, where the code cuts from the worst one up.
+    and nothing is ranked again (the paper's continual mode). Departure: a head's tokens are cut
+    into blocks from the best one down, where the code cuts from the worst one up.
     """
 
     reads_on = False
@@ -149,13 +145,13 @@ class DuoHeads(StreamingLLM):
     """A few heads keep everything, the others the first and latest tokens. After 2410.10819.
 
     Unit: a KV head of a layer. Score: how far back the mean query looks at mean keys, both before
-    RoPE; the paper trains a gate for each head instead, which is DuoAttention. Budget: as many heads
-    as fit keep the whole prompt, the others 4 sinks and the latest 32 tokens; what is left is shared
-    out to all. Rest: dropped, while writing the oldest that is no sink.
+    RoPE; the paper trains a gate for each head instead, which is DuoAttention. Budget: as many
+    heads as fit keep the whole prompt, the others 4 sinks and the latest 32 tokens; what is left is
+    shared out to all. Rest: dropped, while writing the oldest that is no sink.
     """
 
     reads_on = False
-    sinks, positions = 4, 500
+    positions = 500
 
     def __init__(self, model_config, budget, spans):
         super().__init__(model_config, budget, spans)

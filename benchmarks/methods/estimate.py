@@ -12,12 +12,12 @@ from sentencekv import select_rows
 class RetroInfer(Clustered):
     """Clusters in three zones: read, estimated, left out. 2505.02922.
 
-    Unit: a k-means cluster of centred keys (10 steps), of 16 tokens in the mean. Score: softmax over
-    clusters of q · mean key / √D, summed over the group's heads. Budget: 4 sinks, the latest 32 to
-    63, an estimate for each of the next 23.2 % of the clusters (of half of what is left at most),
-    which counts as a token, and the best clusters for the rest, of the last one the first tokens.
-    Rest: estimated as so many tokens with the mean key and the mean value of the cluster, or left
-    out; all is kept. Departures: the latest 32 tokens, not 64; the whole prompt is one segment, and
+    Unit: a k-means cluster of centred keys (10 steps), of 16 tokens in the mean. Score: softmax
+    over clusters of q · mean key / √D, summed over the group's heads. Budget: 4 sinks, the latest
+    33 to 64, an estimate for each of the next 23.2 % of the clusters (of half of what is left at
+    most), which counts as a token, and the best clusters for the rest, the last one cut. Rest:
+    estimated as so many tokens with the mean key and the mean value of the cluster, or left out;
+    all is kept. Departures: the latest 32 tokens, not 64; the whole prompt is one segment, and
     every 32 written tokens are a cluster.
     """
 

@@ -1,6 +1,6 @@
 """Evict after the prompt: a score of each token decides once what stays.
 
-All are `Evicting`. Where the last 32 tokens ask, these are the prompt's observation window.
+All are `Evicting`. The last 32 queries of the prompt are the observation window.
 """
 
 import math
@@ -19,13 +19,15 @@ class StreamingLLM(Evicting):
     Departure: positions are not renumbered.
     """
 
+    sinks = 4
+
     def importance(self, layer, q, k, v):
         position = torch.arange(k.shape[1], dtype=torch.float32)
-        position[:4] = math.inf
+        position[: self.sinks] = math.inf
         return position.expand(len(k), -1)
 
     def least_kept(self, totals):
-        return torch.full_like(totals, 4)
+        return torch.full_like(totals, self.sinks)
 
 
 class L2Norm(Evicting):
@@ -46,21 +48,20 @@ class SnapKV(Evicting):
     Budget: the same in all heads. Rest: dropped.
     """
 
+    pool = 7
+
     def importance(self, layer, q, k, v):
-        return window_attention(q, k, self.window, 7)
+        return window_attention(q, k, self.window, self.pool)
 
 
-class ChunkKV(Evicting):
+class ChunkKV(SnapKV):
     """SnapKV in chunks. 2502.00299.
 
     Unit: 10 tokens of all heads. Score: the sum of SnapKV's scores, without pooling. Budget: the
     same in all heads; every second layer takes the choice of the one before. Rest: dropped.
     """
 
-    chunk, reuse = 10, 2
-
-    def importance(self, layer, q, k, v):
-        return window_attention(q, k, self.window, 1)
+    pool, chunk, reuse = 1, 10, 2
 
     def by_unit(self, scores):
         sums = [chunk_sums(score.sum(dim=0), self.chunk) for score in scores[:: self.reuse]]
@@ -74,19 +75,16 @@ def chunk_sums(scores, size):
     return chunks.sum(dim=-1).repeat_interleave(size)[: len(scores)]
 
 
-class WindowKV(Evicting):
+class WindowKV(SnapKV):
     """Windows of neighbours, chosen once for a group of layers. 2503.17922 (its code's QA mode).
 
-    Unit: 8 tokens of all heads. Score: attention from the last 32 queries, the mean of a window's
-    4 best tokens, then of the heads. Budget: falls in a straight line from the first group of 6
-    layers, 2B - 8B/14, to the last, 8B/14; all layers of a group take its first one's choice. Rest:
-    dropped. Departure: a setting, no classifier, tells the mode.
+    Unit: 8 tokens of all heads. Score: attention from the last 32 queries, the mean of a window's 4
+    best tokens, then of the heads. Budget: falls in a straight line from the first group of 6
+    layers, 2B - 8B/14, to the last, 8B/14, where B is without the window; all layers of a group
+    take the choice of its first. Rest: dropped. Departure: no classifier chooses the mode.
     """
 
-    size, best_tokens, group = 8, 4, 6
-
-    def importance(self, layer, q, k, v):
-        return window_attention(q, k, self.window, 1)
+    pool, size, best_tokens, group = 1, 8, 4, 6
 
     def by_unit(self, scores):
         chosen = []
@@ -108,17 +106,16 @@ class WindowKV(Evicting):
         return self.window + int(first - step * (layer // self.group))
 
 
-class ShotKV(Evicting):
+class ShotKV(SnapKV):
     """Whole examples of a few-shot prompt; here whole sentences, so an analogue. 2502.01941.
 
     Unit: a sentence of all heads and layers. Score: the mean of its tokens' attention from the last
     32 queries, over heads and layers. Budget: the same in all heads; the best shots until it is
-    full, of the last one the first tokens. Rest: dropped. Which queries ask is not in the paper's
-    abstract. Departure: written tokens are dropped by age.
+    full, the last one cut. Rest: dropped. The abstract does not say which queries score, nor how;
+    written tokens are dropped by age here.
     """
 
-    def importance(self, layer, q, k, v):
-        return window_attention(q, k, self.window, 1)
+    pool, sentence_limit = 1, 128  # the sentences have at most so many tokens
 
     def by_unit(self, scores):
         received = torch.stack(scores).mean(dim=(0, 1))  # (n,)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from benchmarks.methods.base import (
     MethodCache,
+    append,
     attention_received,
     best,
     group_logits,
@@ -40,7 +41,7 @@ class H2O(MethodCache):
 
     def attend_to(self, layer, q, k, v):
         kv, received = self.make_room(self.kept[layer], self.received[layer])
-        kv = torch.cat((kv, torch.stack((k, v), dim=2)), dim=1)
+        kv = append(kv, k, v)
         keys, values = kv.unbind(dim=2)
         attention = group_logits(q, keys).softmax(dim=-1).mean(dim=(1, 2))  # (H_kv, n)
         self.kept[layer], self.received[layer] = kv, F.pad(received, (0, 1)) + attention
@@ -62,8 +63,8 @@ class MorphKV(MethodCache):
 
     Unit: token. Score: logits of the 32 queries before the new token's, summed over a group; their
     softmax over the older tokens, summed over the queries. Budget: the same in all heads, 32 of it
-    for the latest besides the new one. Rest: dropped, one for every new token; the end of the prompt
-    cuts it to the budget.
+    for the latest besides the new one. Rest: dropped, one for every new token; after prefill the
+    prompt is cut to the budget.
     """
 
     reads_on = False
@@ -76,12 +77,13 @@ class MorphKV(MethodCache):
 
     def prefill(self, layer, q, k, v):
         self.queries[layer] = q[:, -self.latest :]
-        self.kept[layer] = self.fit(torch.stack((k, v), dim=2), self.queries[layer], self.budget - 1)
+        kv = torch.stack((k, v), dim=2)
+        self.kept[layer] = self.fit(kv, self.queries[layer], self.budget - 1)
         return k, v
 
     def attend_to(self, layer, q, k, v):
         kv = self.fit(self.kept[layer], self.queries[layer], self.budget - 1)
-        self.kept[layer] = kv = torch.cat((kv, torch.stack((k, v), dim=2)), dim=1)
+        self.kept[layer] = kv = append(kv, k, v)
         self.queries[layer] = torch.cat((self.queries[layer], q), dim=1)[:, -self.latest :]
         return *kv.unbind(dim=2), None
 
@@ -104,8 +106,8 @@ class CORM(MethodCache):
     """Tokens that none of the last 256 queries found important. 2404.15949.
 
     Unit: token of a head. Score: whether attention at step t was at least 1/t in one of the last
-    256 queries. Budget: none; the latest 256 stay, and what is held follows. Rest: dropped, after it
-    was attended to. Not in the abstract, chosen here: the prompt is cut once, by its last 256
+    256 queries. Budget: none; the latest 256 stay, and what is held follows. Rest: dropped, after
+    it was attended to. Not in the abstract, chosen here: the prompt is cut once, by its last 256
     queries; a token stays if one head of the group needs it; t counts the dropped as well.
     """
 
@@ -139,7 +141,7 @@ class CORM(MethodCache):
 
     def attend_to(self, layer, q, k, v):
         t = self.num_tokens  # of this token, from 0
-        kv = torch.cat((self.kept[layer], torch.stack((k, v), dim=2)), dim=1)
+        kv = append(self.kept[layer], k, v)
         needed = F.pad(self.needed[layer], (0, 1), value=t)
         seen = (needed >= 0)[:, None]
         attention = group_logits(q, kv[:, :, 0]).masked_fill(~seen[:, None], -math.inf).softmax(-1)
@@ -155,12 +157,11 @@ class CORM(MethodCache):
 class CascadingKV(MethodCache):
     """Buffers that each take every second token that falls out of the one before. 2406.17808.
 
-    Unit: token. Score: mean attention so far; a token that its buffer's turn is not for replaces
-    the newest there if it scores no lower. Budget: the same in all heads, in sinks and N equal
-    buffers; once all are full, the i-th takes a token in every 2^i-th step. Rest: falls out of the
-    last buffer.
-    Departures: 4 sinks, not 64; keys keep their positions; scores of the prompt's tokens are means
-    over the whole prompt; the score is the mean of the group's heads.
+    Unit: token. Score: mean attention so far. Budget: the same in all heads, in sinks and N equal
+    buffers; once all are full, the i-th takes a token in every 2^i-th step. In other steps the
+    token replaces the newest one there if it scores no lower, and is dropped if it does not. Rest:
+    falls out of the last buffer. Departures: 4 sinks, not 64; keys keep their positions; scores of
+    the prompt's tokens are means over the whole prompt; the score is the mean of the group's heads.
     """
 
     reads_on = False
@@ -221,7 +222,7 @@ class CascadingKV(MethodCache):
         self.order[layer] = places.split([buffer.shape[1] for buffer in order], dim=1)
 
     def attend_to(self, layer, q, k, v):
-        self.kept[layer] = torch.cat((self.kept[layer], torch.stack((k, v), dim=2)), dim=1)
+        self.kept[layer] = append(self.kept[layer], k, v)
         self.scores[layer] = F.pad(self.scores[layer], (0, 1))
         self.counts[layer] = F.pad(self.counts[layer], (0, 1), value=1e-9)  # it had no query yet
         new = torch.full((len(k), 1), self.kept[layer].shape[1] - 1)

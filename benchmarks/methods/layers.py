@@ -4,17 +4,18 @@ from itertools import combinations
 
 import torch
 
-from benchmarks.methods.base import Cost, MethodCache
+from benchmarks.methods.base import Cost, MethodCache, append
 
 
 class KVSharer(MethodCache):
     """Layers that share keys and values, the most unlike ones. 2410.18517.
 
     Unit: a layer. Score: the distance of two layers' keys and values, Euclidean, the mean over
-    tokens of each; the most unlike pair first. Budget: 4 layers have none of their own; what is held
-    follows from the text. Rest: the later layer's are dropped, and the earlier's serve. The paper
-    ranks pairs once, on other texts, and takes one if the model's last states stay alike; here each
-    prompt ranks its own, and nothing is tried. Departure: while decoding only.
+    tokens of each; the most unlike pair first. Budget: 4 layers have none of their own; what is
+    held follows from the text. Rest: the later layer's are dropped, and the earlier's serve. The
+    paper ranks pairs once, on other texts, and keeps a pair only if the final hidden states stay
+    similar. Here each prompt ranks its own, and nothing is tried. Departure: the prompt is read
+    without sharing.
     """
 
     budgeted = False
@@ -54,7 +55,7 @@ class KVSharer(MethodCache):
     def attend_to(self, layer, q, k, v):
         source = self.source[layer]
         if source == layer:
-            kv = torch.cat((self.kv[layer], torch.stack((k, v), dim=2)), dim=1)
+            kv = append(self.kv[layer], k, v)
             self.kv[layer] = kv
         return *self.kv[source].unbind(dim=2), None
 

@@ -1,30 +1,30 @@
 """Merge: what is not kept whole is joined with others, and counts for as many."""
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.methods.base import Evicting, attention_received, best, take, window_attention
+from benchmarks.methods.base import Evicting, attention_received, best, sums, take
+from benchmarks.methods.evict_prompt import SnapKV
 
 
-class KVMerger(Evicting):
+class KVMerger(SnapKV):
     """Runs of like neighbours become one token. 2407.08454.
 
     Unit: a run of neighbours of a head, joined where cosines of neighbouring keys are highest.
     Score: attention from the last 32 queries. Budget: besides the window, a quarter for the best
     tokens, which stay as they are; the rest is the number of runs of the others, neighbours among
-    themselves, in place of the paper's limit ε of the cosine. Rest: merged with
-    weights exp(-|k_p - k|² / 2σ²), p the token of the run with the best score; the merged token
-    counts as often as its run is long. Departures: σ = 5 (the paper's follows from itself); the
-    count is in the softmax, where the paper multiplies the value; of neighbours, not with the pivot.
+    themselves, in place of the paper's limit ε of the cosine. Rest: merged with weights exp(-|k_p -
+    k|² / 2σ²), p the token of the run with the best score; the merged token counts as often as its
+    run is long. Departures: σ is 5, where the paper computes it from the data; the count is a bias
+    of the softmax, where the paper multiplies the value; cosines are those of neighbours, not with
+    p.
     """
 
     reads_on = False
-    sigma, whole = 5.0, 4
-
-    def importance(self, layer, q, k, v):
-        return window_attention(q, k, self.window, 1)
+    pool, sigma, whole = 1, 5.0, 4
 
     def decide(self):
         prompt, self.prompt = self.prompt, []
@@ -49,11 +49,7 @@ class KVMerger(Evicting):
         cuts = likeness.argsort(dim=-1, stable=True)[:, : n_runs - 1]
         is_first = torch.zeros_like(score, dtype=torch.long).scatter_(-1, cuts + 1, 1)
         run = is_first.cumsum(dim=-1)  # (H_kv, n)
-
-        def total(x):  # over each run, (H_kv, n, m) -> (H_kv, n_runs, m)
-            index = run.unsqueeze(-1).expand_as(x)
-            return x.new_zeros(len(x), n_runs, x.shape[-1]).scatter_add_(1, index, x)
-
+        total = partial(sums, group=run, n_groups=n_runs)
         most = score.new_zeros(len(score), n_runs).scatter_reduce_(1, run, score, "amax")
         is_pivot = (score == most.gather(-1, run)).float().unsqueeze(-1)
         pivot = total(keys * is_pivot) / total(is_pivot).clamp(min=1)  # the mean, if two are best
@@ -67,14 +63,14 @@ class KVMerger(Evicting):
 
 
 class LESS(Evicting):
-    """H2O's choice, and a small state that remembers what it drops. 2402.09398, untrained.
+    """H2O's choice at the prompt's end, and a small state of what it drops. 2402.09398, untrained.
 
     Unit: token, and 8 random features. Score: attention received from all queries. Budget: half of
     it the latest, 8 for the state. Rest: of a dropped k, v, each feature φ_r(k) is added to z_r and
     φ_r(k) v to H_r; a query q attends to the state as to 8 tokens with values H_r / z_r that count
-    φ_r(q) z_r. The paper trains φ for each layer, and this is the method. Here it is random and
-    positive, and right in the mean only: φ_r(x) = exp(w_r · x - |x|²/2) / √8, x = k / D^¼ or q / D^¼.
-    Departure: only tokens that are dropped at the end of the prompt join the state, none later.
+    φ_r(q) z_r. The paper trains φ for each layer. Here it is random and positive, and right in the
+    mean only: φ_r(x) = exp(w_r · x - |x|²/2) / √8, x = k / D^¼ or q / D^¼. Departure: only tokens
+    that are dropped at the end of the prompt join the state, none later.
     """
 
     reads_on = False

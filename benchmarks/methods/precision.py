@@ -1,14 +1,14 @@
 """Precision: more tokens, fewer bits of each."""
 
-import torch
+import torch  # noqa: F401  the example below needs it
 
 from benchmarks.methods.evict_prompt import SnapKV
 from cache import SentenceKVCache
 
 
 def quantised(kv, bits: int):
-    """What `bits` bits a channel remember: of each vector of D channels 2^bits levels, evenly from
-    its smallest to its largest value. kv (..., D)
+    """Quantise and dequantise: 2^bits even levels from the smallest to the largest value of each
+    vector of D channels. kv (..., D)
 
     >>> quantised(torch.tensor([[0.0, 0.4, 0.9, 3.0]]), bits=2)
     tensor([[0., 0., 1., 3.]])

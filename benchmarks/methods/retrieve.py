@@ -8,17 +8,26 @@ import math
 import torch
 import torch.nn.functional as F
 
-from benchmarks.methods.base import Cost, MethodCache, Paged, group_logits, shared, take
+from benchmarks.methods.base import (
+    Cost,
+    MethodCache,
+    Paged,
+    append,
+    group_logits,
+    shared,
+    sums,
+    take,
+)
 from model import FullCache
 from sentencekv import select_rows
 
 
 class Quest(Paged):
-    """Pages by the most that q · k can be. 2406.10774.
+    """Pages ranked by an upper bound of q · k. 2406.10774.
 
-    Unit: 16 tokens. Score: for keys between the page's smallest and largest value of each channel,
-    the largest q · k, the mean of the group's heads. Budget: pages, with the one being filled; the
-    paper reads the first two layers whole (`quest_dense`). Rest: kept.
+    Unit: 16 tokens. Score: the bound that follows from the smallest and the largest value of each
+    channel, the mean of the group's heads. Budget: pages, with the one being filled; the paper
+    reads the first two layers whole (`quest_dense`). Rest: kept.
     """
 
     def summary(self, layer, keys):
@@ -32,8 +41,8 @@ class Quest(Paged):
 class ArkVale(Quest):
     """Quest with tighter bounds, the cuboid-mean. NeurIPS 2024.
 
-    Unit: 32 tokens. Score: as in Quest, for keys no farther from the middle of each channel than
-    the mean of the page's keys is. Budget: pages, of them the first two, the latest two and the one
+    Unit: 32 tokens. Score: as in Quest, for a smaller box: in each channel, the middle ± the mean
+    distance of the keys from it. Budget: pages, of them the first two, the latest two and the one
     being filled; the paper reads the first two layers whole (`arkvale_dense`). Rest: kept.
     """
 
@@ -55,10 +64,10 @@ class ArkVale(Quest):
 class ShadowKV(Paged):
     """Chunks by their mean key, the landmark, and outliers. 2410.21465, the choice alone.
 
-    Unit: 8 tokens. Score: the chunk's share of a softmax over landmarks, the most of the group's
-    heads. Budget: chunks, of them always the latest 4 and the outliers, whose keys are least like
-    their landmark, 24 for 1,024 tokens (in the CPU variant of the authors' code). Rest: kept.
-    Departures: keys are not of low rank; the local chunks are the latest, not the prompt's.
+    Unit: 8 tokens. Score: the chunk's share of a softmax over landmarks, the maximum over the
+    group's heads. Budget: chunks, of them always the latest 4 and the outliers, whose keys are
+    least like their landmark, 24 for 1,024 tokens (in the CPU variant of the authors' code). Rest:
+    kept. Departures: keys are not of low rank; the local chunks are the latest, not the prompt's.
     """
 
     page, local_chunks = 8, 4
@@ -83,7 +92,8 @@ class ShadowKV(Paged):
     def scores(self, layer, q):
         logits = q @ self.summaries[layer][0].mT / math.sqrt(q.shape[-1])  # (H_kv, G, P)
         always = torch.zeros_like(logits[:, 0], dtype=torch.bool)
-        always.scatter_(-1, self.outliers[layer], True)[:, -self.local_chunks :] = True
+        always.scatter_(-1, self.outliers[layer], True)
+        always[:, -self.local_chunks :] = True
         shares = logits.masked_fill(always.unsqueeze(1), -math.inf).softmax(dim=-1).amax(dim=1)
         return shares.masked_fill(always, math.inf)
 
@@ -92,12 +102,12 @@ class ActQKV(Paged):
     """Blocks by their best keys, asked by the queries that stand out. 2502.13542.
 
     Unit: 32 tokens, known by the mean of the 4 keys that match the block's mean query best. Score:
-    the cosine with a probe, the mean of the last 32 queries, each weighted by the mean over channels
-    of (q - μ)² / (σ² + mean(σ²) / 100), with mean and variance of all queries before. Budget: each
-    layer has the first block and the one being filled; the others are shared by the entropy of the
-    scores' softmax over ln n, the mean over tokens and heads so far. Rest: kept. Departures: a query
-    is the mean of its group, and each KV head has its own probe and choice, where the code joins
-    heads; while decoding only.
+    the cosine with a probe, the mean of the last 32 queries, each weighted by the mean over
+    channels of (q - μ)² / (σ² + mean(σ²) / 100), with mean and variance of all queries before.
+    Budget: each layer has the first block and the one being filled. The others are shared by the
+    entropy of the scores' softmax, divided by ln n, the mean over tokens and heads so far. Rest:
+    kept. Departures: a query is the mean of its group, and each KV head has its own probe and
+    choice, where the code joins heads; while decoding only.
     """
 
     reads_on = False
@@ -178,16 +188,11 @@ def k_means(k, first: int, last: int, n_clusters: int, steps: int, centred: bool
     return cluster
 
 
-def sums(x, cluster, n_clusters):
-    """Of x (H_kv, n, m) by cluster (H_kv, n) -> (H_kv, n_clusters, m)"""
-    out = x.new_zeros(len(x), n_clusters, x.shape[-1])
-    return out.scatter_add_(1, cluster.unsqueeze(-1).expand_as(x), x)
-
-
 class Clustered(MethodCache):
     """The prompt's keys in clusters, of any tokens. Always attended to are the sinks, the latest
     `local` tokens, and up to `fresh` more, which then become one cluster."""
 
+    keeps_all = True
     sinks, local, fresh, per_cluster, steps, centred = 4, 0, 32, 80, 20, False
 
     def __init__(self, model_config, budget, spans):
@@ -219,7 +224,7 @@ class Clustered(MethodCache):
     def attend_to(self, layer, q, k, v):
         while self.recent[layer].shape[1] >= self.local + self.fresh:
             self.add_cluster(layer)
-        self.recent[layer] = torch.cat((self.recent[layer], torch.stack((k, v), dim=2)), dim=1)
+        self.recent[layer] = append(self.recent[layer], k, v)
         always = torch.cat((self.first[layer], self.recent[layer]), dim=1)
         room = max(self.layer_budget(layer) - always.shape[1], 0)
         found, bias = self.find(layer, q.view(len(k), -1, q.shape[-1]), room)
@@ -236,8 +241,8 @@ class Clustered(MethodCache):
         self.means[layer] = torch.cat((self.means[layer], mean), dim=1)
 
     def find(self, layer, q, room: int):
-        """For q (H_kv, G, D), at most `room` more: kv (H_kv, n, 2, D) and, for the mask, log of what
-        each counts for, (H_kv, 1, n)."""
+        """For q (H_kv, G, D), at most `room` more: kv (H_kv, n, 2, D) and, for the mask, log of
+        what each counts for, (H_kv, 1, n)."""
         raise NotImplementedError
 
     def members(self, layer, selected):
@@ -254,19 +259,15 @@ class Clustered(MethodCache):
     def index(self):
         return [means[:, :, 0] for means in self.means]
 
-    def cost(self):
-        held, index, read = super().cost()
-        return Cost(held, self.num_tokens - held + index, read)
-
 
 class ClusterKV(Clustered):
     """Clusters of like keys, not of neighbours. 2412.03213.
 
     Unit: a k-means cluster of a KV head (by cosine, 20 steps), one for 80 tokens. Score: q · mean
     key, the mean of the group's heads. Budget: the sinks, the tokens written since the last
-    cluster, and the best clusters until it is full, of the last one the first tokens in the text; the
-    paper reads the first two layers whole (`clusterkv_dense`). Rest: kept. Departures: 4 sinks, not 16;
-    every 32 written tokens are a cluster, where the code makes 8 of 320.
+    cluster, and the best clusters until it is full, the last one cut; the paper reads the first two
+    layers whole (`clusterkv_dense`). Rest: kept. Departures: 4 sinks, not 16; every 32 written
+    tokens are a cluster, where the code makes 8 clusters from 320.
     """
 
     def find(self, layer, q, room):

@@ -6,6 +6,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.methods.base import in_tokens
 from cache import SentenceKVCache, SentenceTable
@@ -49,14 +50,14 @@ class TwoVectors(SentenceKVCache):
     def stored(self, layer):
         """The second vectors, as many as the table has places."""
         more = self.table.capacity - self.farthest[layer].shape[1]
-        return torch.nn.functional.pad(self.farthest[layer], (0, 0, 0, more))
+        return F.pad(self.farthest[layer], (0, 0, 0, more))
 
     @staticmethod
     def choose(keys, bounds, vectors):
         """keys (H_kv, N, D), bounds (H_kv, S + 1), vectors (H_kv, S, D) -> (H_kv, S, D)"""
         rows = torch.arange(keys.shape[1]).expand(len(keys), -1).contiguous()
         sentence = torch.searchsorted(bounds.contiguous(), rows, right=True)  # from 1; 0: none
-        means = torch.nn.functional.pad(vectors, (0, 0, 1, 0))
+        means = F.pad(vectors, (0, 0, 1, 0))
         distances = (keys - means.gather(1, sentence[..., None].expand_as(keys))).norm(dim=-1)
         order = distances.argsort(dim=-1, descending=True, stable=True)
         order = order.gather(-1, sentence.gather(-1, order).argsort(dim=-1, stable=True))
@@ -74,21 +75,26 @@ class TwoVectors(SentenceKVCache):
 
 
 class TwoLevel(SentenceKVCache):
-    """SentenceKV that scores paragraphs first, 16 sentences each, and then the sentences of the best
-    4 alone. What it reads to choose does not grow with the sentences, but with the paragraphs.
+    """SentenceKV that scores paragraphs first, 16 sentences each, and then the sentences of the
+    best 4 alone. Other sentences receive nothing from this token.
 
-    A paragraph's Gaussian has the mean and the variance of all its keys. Other sentences receive
-    nothing from this token.
+    A paragraph's Gaussian has the mean and the variance of all its keys. A version for speed would
+    read one vector a paragraph, and those of 64 sentences; this one scores all, and sets others to
+    0.
     """
 
     paragraph, n_best = 16, 4
+
+    def index_tokens(self):
+        n_vectors = self.table.n_sentences / self.paragraph + self.n_best * self.paragraph
+        return n_vectors * (self.host.kv_shape[-1] + 1) / (2 * self.host.kv_shape[-1])
 
     def score(self, layer, q):
         table, more = self.table, -self.table.capacity % self.paragraph
         lengths = table.lengths[layer].float()
 
         def total(x):  # over each paragraph, (H_kv, S, n) -> (H_kv, P, n)
-            x = torch.nn.functional.pad(x * lengths.unsqueeze(-1), (0, 0, 0, more))
+            x = F.pad(x * lengths.unsqueeze(-1), (0, 0, 0, more))
             return x.unflatten(1, (-1, self.paragraph)).sum(dim=2)
 
         counts = total(torch.ones_like(lengths).unsqueeze(-1))  # (H_kv, P, 1)
@@ -104,9 +110,9 @@ class TwoLevel(SentenceKVCache):
 
 
 class BestSentences(SentenceKVCache):
-    """The ceiling: sentences ranked by the attention that this very token pays to a row of them.
+    """The ceiling of a choice of sentences: ranked by this token's mean attention to their rows.
 
-    It looks at every key, which no method may; a choice of whole sentences can hardly do better.
+    It reads every key, which no method may; a choice of whole sentences can hardly do better.
     """
 
     def __init__(self, *args):
@@ -133,7 +139,7 @@ class BestSentences(SentenceKVCache):
     def score(self, layer, q):
         """What a retrievable row of each sentence receives from one token's queries, the mean."""
         logits = (q @ self.keys(layer).mT).float() / math.sqrt(q.shape[-1])  # (H_kv, G, N)
-        total = torch.nn.functional.pad(logits.softmax(-1).mean(dim=1).double().cumsum(-1), (1, 0))
+        total = F.pad(logits.softmax(-1).mean(dim=1).double().cumsum(-1), (1, 0))
         starts, lengths = self.table.starts[layer], self.table.n_retrievable[layer]
         received = total.gather(-1, starts + lengths) - total.gather(-1, starts)
         return (received / lengths.clamp(min=1)).float()
