@@ -285,18 +285,21 @@ class Evicting(MethodCache):
         """How many kept tokens fit where so many of 16 bits would. (H_kv,)"""
         return (room.double() / self.kept_size).long()
 
-    def attend_to(self, layer, q, k, v):
-        totals, n_kept = self.totals[layer], self.kept[layer].shape[1]
-        n_kept = self.fit(totals - self.window).clamp(max=n_kept)  # (H_kv,)
+    def divide(self, layer, n_recent: int):
+        """How many of the kept and of `n_recent` recent tokens each head attends to, two of (H_kv,).
+        """
+        totals = self.totals[layer]
+        n_kept = self.fit(totals - self.window).clamp(max=self.kept[layer].shape[1])
         least = self.least_kept(totals).minimum((n_kept * self.kept_size).ceil().long())
-        latest = (totals - least).clamp(min=self.window)
+        latest = (totals - least).clamp(min=self.window).clamp(max=n_recent)
+        return self.fit((totals - latest).clamp(min=0)).minimum(n_kept), latest
+
+    def attend_to(self, layer, q, k, v):
         recent = append(self.recent[layer], k, v)
-        self.recent[layer] = recent = recent[:, -latest.max() :]
-        latest = latest.clamp(max=recent.shape[1])
-        room = self.fit((totals - latest).clamp(min=0)).minimum(n_kept)
-        self.saved[layer] = (1 - self.kept_size) * room.float().mean().item()
-        kept = self.kept[layer][:, : room.max()]
-        seen = torch.cat((torch.arange(kept.shape[1]) < room[:, None],
+        n_kept, latest = self.divide(layer, recent.shape[1])
+        self.saved[layer] = (1 - self.kept_size) * n_kept.float().mean().item()
+        kept, recent = self.kept[layer][:, : n_kept.max()], recent[:, -latest.max() :]
+        seen = torch.cat((torch.arange(kept.shape[1]) < n_kept[:, None],
                           torch.arange(recent.shape[1], 0, -1) <= latest[:, None]), dim=1)
         kv = torch.cat((kept, recent), dim=1)
         if not seen.all():  # heads of unequal length: zero what a head does not keep
