@@ -2,8 +2,8 @@
 
     python -m benchmarks.plots needle benchmarks/results/needle.jsonl
 
-draws a picture again, beside its rows: `needle`, `ruler`, `perplexity`, `sinks` or `speed`. `rows`
-are the lines of such a file, as dictionaries. The colours are told apart by the colour-blind as
+draws a picture again, beside its rows: `needle`, `ruler`, `perplexity`, `sinks`, `speed` or
+`scale`. `rows` are the lines of such a file, as dictionaries. The colours are told apart by the colour-blind as
 well, and each method has its own marker and line.
 
     python -m benchmarks.plots quality benchmarks/results/{multikey,perplexity}.jsonl
@@ -233,9 +233,12 @@ def stages_by_length(rows: list[dict], path: Path):
     axis.set_yscale("log")
     axis.set_xticks(lengths, [f"{length // 1024:,}k" for length in lengths])
     axis.minorticks_off()
-    for y, words, colour in ends:
-        axis.annotate(words, (lengths[-1], y), (8, -3), textcoords="offset points", fontsize=10,
-                      color=colour, annotation_clip=False)
+    low, high = map(math.log10, axis.get_ylim())
+    ends = sorted((math.log10(y), words, colour) for y, words, colour in ends)
+    places = spread([y for y, _, _ in ends], (high - low) / 22, low, high)
+    for place, (_, words, colour) in zip(places, ends):
+        axis.annotate(words, (lengths[-1], 10**place), (8, -3), textcoords="offset points",
+                      fontsize=10, color=colour, annotation_clip=False)
     finish(axis, "tokens", "ms a token and layer")
     axis.set_title("one layer of 8 KV heads, {dtype}, {machine}".format(**rows[0]), fontsize=10)
     save(figure, path)
