@@ -49,7 +49,7 @@ def test_every_flag_that_is_mentioned_exists(capsys):
     known = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     for file in ("README.md", "examples/README.md", "weights/README.md"):
         text = (ROOT / file).read_text(encoding="utf-8")
-        others = r"^python -m .*|python tests/[^`]*|torchrun\s[^`]*"  # flags of other programs
+        others = r"^\S*python -m .*|python tests/[^`]*|torchrun\s[^`]*"  # flags of other programs
         text = re.sub(others, "", text, flags=re.MULTILINE)
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= known, file
 
