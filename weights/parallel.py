@@ -92,11 +92,16 @@ class LlamaPart(Llama):
         return torch.cat(parts, dim=-1)
 
 
+def here() -> str:
+    """Where the ranks exchange tensors."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
 def agreed(number: int) -> int:
     """The greatest of all ranks' numbers: a signal may reach them between different tokens."""
     if RANKS == 1:
         return number
-    greatest = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    greatest = torch.tensor(number, device=here())
     dist.all_reduce(greatest, dist.ReduceOp.MAX)
     return int(greatest)
 
@@ -105,11 +110,12 @@ def added_up(report: dict) -> dict:
     """A cache's report, its bytes those of all ranks."""
     if RANKS == 1:
         return report
-    reports = [None] * RANKS
-    dist.all_gather_object(reports, report)
-    total = {name: sum(r[name] for r in reports) for name in report if name.endswith("_bytes")}
-    total["device_kv_parts"] = {part: sum(r["device_kv_parts"][part] for r in reports)
-                                for part in report["device_kv_parts"]}
+    parts = report["device_kv_parts"]
+    names = [name for name in report if name.endswith("_bytes")]
+    sizes = torch.tensor([*(report[name] for name in names), *parts.values()], device=here())
+    total = summed(sizes).tolist()
+    report = report | dict(zip(names, total))
+    report["device_kv_parts"] = dict(zip(parts, total[len(names) :]))
     if report["hit_rate"] is not None:
-        total["hit_rate"] = 1 - total["loaded_bytes"] / total["selected_bytes"]
-    return report | total
+        report["hit_rate"] = 1 - report["loaded_bytes"] / report["selected_bytes"]
+    return report
