@@ -76,11 +76,14 @@ class LlamaCpp:
         params.n_ctx, params.n_parallel, params.n_gpu_layers = len(text.ids) + 8, 1, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.verbosity = -1
-        self.server = xllamacpp.Server(params)
-        self.thread, self.tokens = None, Queue()
+        self.new_server = lambda: xllamacpp.Server(params)
+        self.server, self.thread, self.tokens = None, None, Queue()
+
+    def prepare(self):
+        """Before it is timed: load the weights."""
+        self.server = self.new_server()
 
     def prefill(self):
-        self.forget()
         request = {"prompt": self.prompt, "n_predict": self.n_new, "temperature": 0.0,
                    "stream": True, "ignore_eos": True, "cache_prompt": False}
         self.thread = Thread(target=self.server.handle_completions,
@@ -93,10 +96,10 @@ class LlamaCpp:
             raise ValueError(f"llama.cpp: {found['error']}")
 
     def forget(self):
-        """Let it come to its end."""
+        """Let it come to its end. Its idle threads are busy waiting, and would slow down others."""
         if self.thread:
             self.thread.join()
-        self.thread, self.tokens = None, Queue()
+        self.server, self.thread, self.tokens = None, None, Queue()
 
     def warm(self):
         """Nothing to do."""

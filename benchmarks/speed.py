@@ -293,6 +293,8 @@ def measure(subjects: list, args, device, weights: int, bytes_a_second: float) -
         if device.type == "cuda":
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+        if hasattr(subject, "prepare"):
+            subject.prepare()
         first, others = once(subject, args, device)
         ttft[i].append(first)
         tokens[i] += others

@@ -123,9 +123,10 @@ class Server:
 
 def test_llama_cpp_s_tokens_are_waited_for_one_by_one():
     subject = llamacpp.LlamaCpp.__new__(llamacpp.LlamaCpp)
-    subject.server, subject.prompt, subject.n_new = Server(), [7], 5
+    subject.new_server, subject.prompt, subject.n_new = Server, [7], 5
     subject.thread, subject.tokens = None, Queue()
     for _ in range(2):  # a second time it begins again
+        subject.prepare()
         subject.prefill()
         for _ in range(4):
             subject.step()
