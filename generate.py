@@ -34,7 +34,7 @@ from sentencekv import SCORES, SentenceKVConfig
 from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
 from weights.document import Document, load_document, read_text, save_document
 from weights.download import download
-from weights.parallel import RANK, RANKS, added_up, agreed, start
+from weights.parallel import RANK, RANKS, added_up, agreed, join_ranks
 from weights.tokenizer import Tokenizer
 
 MEMORY = "out of memory|can't allocate|not enough memory|unable to mmap"  # in a RuntimeError
@@ -227,10 +227,11 @@ class Session:
             self.cache.stage = nullcontext  # stages inside a graph cannot be timed
         with nullcontext(stopped) if stopped else interrupts() as stopped:
             text = self.write(first, self.max_tokens - n_prompt, stopped)
+        came = agreed(stopped())
         self.unread = [] if new[-1] in self.stop else [new[-1]]
         report = {} if question is None else {"question": question}
         report |= {
-            "text": text, "interrupted": bool(stopped()), "signal": stopped(),
+            "text": text, "interrupted": bool(came), "signal": came,
             "prompt_tokens": n_prompt, "new_tokens": len(new), "sentences": len(self.spans),
             "sentence_limit": self.config.sentence_limit, **times(self.timer, len(new) - 1),
             **added_up(self.cache.report()), "cache": self.args.cache, "clock": self.timer.clock,
@@ -298,7 +299,7 @@ def interrupts():
 
 def run(args) -> int:
     config = SentenceKVConfig(**{name: getattr(args, name) for name in SETTINGS})
-    device = pick_device(start(args.device) if RANKS > 1 else args.device)
+    device = pick_device(join_ranks(args.device) if RANKS > 1 else args.device)
     if args.cuda_graph:
         check_cuda_graph(device)
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)

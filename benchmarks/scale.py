@@ -83,14 +83,10 @@ class Clock:
                                     (cache_module, "assign_slots", "assign"),
                                     (HostTier, "load", "load")):
             function = getattr(target, name)
-            stack.enter_context(mock.patch.object(target, name, self.method(stage, function)))
+            stack.enter_context(mock.patch.object(target, name, self.timed(stage, function)))
         timed = {name: self.timed("score", function) for name, function in SCORES.items()}
         stack.enter_context(mock.patch.dict(SCORES, timed))
         return stack
-
-    def method(self, stage: str, function):
-        timed = self.timed(stage, function)
-        return lambda *arguments: timed(*arguments)  # a plain function can be a method
 
 
 def queries(device, dtype):
@@ -106,7 +102,7 @@ def one_layer(n_tokens: int, budget: int, n_new: int, device, dtype) -> tuple[di
     """ms of each stage for a token, the median, and the bytes that it must move."""
     n_sentences = n_tokens // SENTENCE
     config = SentenceKVConfig(token_budget=budget, secondary_sinks=0, sentence_limit=32)
-    cache = SentenceKVCache(config, SHAPE, [(0, SENTENCE)] * 1, 4 * n_new + budget, device, dtype)
+    cache = SentenceKVCache(config, SHAPE, [(0, SENTENCE)], 4 * n_new + budget, device, dtype)
     cache.restore(document(n_sentences, device, dtype))
     clock = Clock(device)
     attend = clock.timed("attend", F.scaled_dot_product_attention)
@@ -118,11 +114,12 @@ def one_layer(n_tokens: int, budget: int, n_new: int, device, dtype) -> tuple[di
                 cache.seal(SENTENCE)
             if i == 4:  # warm
                 clock.ms.clear()
-                cache.total_selected.zero_(), cache.total_loaded.zero_()
+                cache.total_selected.zero_()
+                cache.total_loaded.zero_()
             k, v = torch.randn(2, 8, 1, 128, device=device, dtype=dtype)
             whole(q, k, v)
             cache.advance(1)
-        for q in [q for _, q in zip(range(n_new), queries(device, dtype))]:
+        for _, q in zip(range(n_new), queries(device, dtype)):
             two_levels(q.view(8, 4, 128))
     ms = {stage: median(values) for stage, values in clock.ms.items()}
     report, s = cache.report(), 8 * n_sentences

@@ -16,8 +16,8 @@ the host, `load`, is not in it. `host KV` is what is stored there; PyTorch round
 to a power of two. Stage times are of tokens after those, without a graph. `--cuda-graph` adds
 SentenceKV with each token replayed as one graph, `--trace` SentenceKV recorded for a page, and
 `--compare transformers` Hugging Face's Llama and `--compare llama.cpp` that of llama.cpp, where
-they are installed. `--scale` measures something
-else, one layer of SentenceKV up to a million tokens: see benchmarks/scale.py.
+they are installed. `--scale` measures one layer of SentenceKV instead, up to a million tokens: see
+benchmarks/scale.py.
 """
 
 import argparse
@@ -37,8 +37,8 @@ from tqdm import tqdm
 from benchmarks import scale
 from benchmarks.llamacpp import BF16, FOUR_BITS, LlamaCpp
 from benchmarks.methods import SENTENCE_METHODS, settings_of
-from course.trace.record import Trace
 from cache import SentenceKVCache
+from course.trace.record import Trace
 from generate import (
     GraphedDecode,
     StageTimer,

@@ -21,7 +21,7 @@ ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")  # part
 COLUMNS = ("o_proj", "down_proj")  # parts of the input: their outputs are summed
 
 
-def start(device: str) -> str:
+def join_ranks(device: str) -> str:
     """Join the other ranks. Returns the name of this one's device, of its own if there are GPUs."""
     cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
