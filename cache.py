@@ -49,6 +49,11 @@ class HostTier:
         return torch.empty(layers, n_rows, heads, 2, dim, dtype=self.dtype,
                            pin_memory=self.device.type == "cuda")
 
+    def hold(self, first):
+        """Have these rows (L, N, H_kv, 2, D) as those of the first text."""
+        if first is not self.first:
+            self.first, self.n_moves = first, self.n_moves + 1
+
     def reserve(self, n_rows: int):
         """Make room for so many rows in all. `later` doubles, so that it seldom moves."""
         n_later = n_rows - self.first.shape[1]
@@ -62,8 +67,7 @@ class HostTier:
     def trim(self, n_rows: int):
         """Keep only so many rows of the first text, and give back the memory of the others."""
         if n_rows < self.first.shape[1]:
-            kept = self.empty(n_rows)
-            self.first = kept.copy_(self.first[:, :n_rows])
+            self.hold(self.empty(n_rows).copy_(self.first[:, :n_rows]))
 
     def write(self, layer: int, first_row: int, kv):
         """Start to copy one layer's kv (H_kv, n, 2, D) to the rows from `first_row` on. At most one
@@ -98,22 +102,33 @@ class HostTier:
             self.release(layer)
         return kv
 
-    def load(self, layer: int, slots, rows, missing):
-        """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D)."""
-        first, later = self.first[layer], self.later[layer]
-        if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):  # 1: in tests
-            (heads, n_row_slots), size = rows.shape, slots[0, 0].numel()
-            copy_missing[n_row_slots, heads](
-                first, later, len(first), slots, rows, missing, slots.shape[1], size,
-                triton.next_power_of_2(size), num_warps=1)
-            return
-        is_later = rows >= len(first)
-        for part, wanted, start in ((first, missing & ~is_later, 0),
-                                    (later, missing & is_later, len(first))):
-            if len(part):
-                head, slot = wanted.nonzero(as_tuple=True)  # the CPU waits for a GPU, then gathers
-                found = part[(rows[head, slot] - start).to(part.device), head.to(part.device)]
-                slots[head, slot] = found.to(slots.device)
+
+# As one operator: `torch.compile` does not look into it.
+@torch.library.custom_op("sentencekv::load_rows", mutates_args={"slots"})
+def load_rows(first: torch.Tensor, later: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor,
+              missing: torch.Tensor) -> None:
+    """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D), from one
+    layer of a host tier's `first` and `later` (N, H_kv, 2, D)."""
+    if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):  # 1: in tests
+        (heads, n_row_slots), size = rows.shape, slots[0, 0].numel()
+        copy_missing[n_row_slots, heads](
+            first, later, len(first), slots, rows, missing, slots.shape[1], size,
+            triton.next_power_of_2(size), num_warps=1)
+        return
+    head, slot = missing.nonzero(as_tuple=True)  # the CPU waits for a GPU, then gathers
+    place = (rows[head, slot] * len(rows) + head).to(first.device)  # as if the parts were one
+    first, later = first.flatten(0, 1), later.flatten(0, 1)
+    found = first.index_select(0, place.clamp(max=len(first) - 1))  # (n, 2, D)
+    is_later = place >= len(first)
+    if is_later.any():
+        others = later.index_select(0, (place - len(first)).clamp(min=0))
+        found = others.where(is_later[:, None, None], found)
+    slots.flatten(0, 1).index_copy_(0, head * slots.shape[1] + slot, found.to(slots.device))
+
+
+@load_rows.register_fake
+def _(first, later, slots, rows, missing):
+    """It changes `slots` alone, and returns nothing."""
 
 
 if triton:
@@ -220,6 +235,29 @@ class SentenceTable:
         self.n_retrievable.copy_(retrievable.diff(dim=-1))
 
 
+class Layer:
+    """One layer of a cache: its views of the tensors that a decode step reads and writes, under
+    their names there. It serves as the number of the layer, too.
+
+    With views, a step of one layer is a function of tensors, the same for all layers: compiled for
+    one layer, it runs for all.
+    """
+
+    def __init__(self, number: int, cache):
+        self.number = number
+        for part, names in (
+                (cache, ("slots", "slot_row", "slot_sentence", "slot_missing", "row_budget",
+                         "mask")),
+                (cache.table, ("vectors", "variances", "scores", "n_resident", "lengths", "starts",
+                               "n_retrievable")),
+                (cache.host, ("first", "later"))):
+            for name in names:
+                setattr(self, name, getattr(part, name)[number])
+
+    def __index__(self) -> int:
+        return self.number
+
+
 class SentenceKVCache:
     """Every kept row on the host; sinks, recent tokens and selected rows in slots on the device.
 
@@ -276,11 +314,21 @@ class SentenceKVCache:
         self.mask = torch.zeros(layers, heads, 1, n_slots, device=device, dtype=torch.bool)
         self.total_selected = torch.zeros((), device=device, dtype=torch.long)  # since a text
         self.total_loaded = torch.zeros_like(self.total_selected)
+        self.views_version = None  # of `layers`
 
     @property
     def version(self) -> int:
         """Changes when a tensor is reallocated: a graph captured before must not be replayed."""
         return self.table.n_resizes + self.host.n_moves
+
+    @property
+    def layers(self) -> list:
+        """What `decode` is given for each layer."""
+        if self.views_version != self.version:
+            layers, _, _ = self.host.kv_shape
+            self.views = [Layer(number, self) for number in range(layers)]
+            self.views_version = self.version
+        return self.views
 
     def row_of(self, position: int) -> int:
         """The row of a position from `recent_start` to `open_start`. Prefill drops and reorders
@@ -312,7 +360,7 @@ class SentenceKVCache:
         if first_row > 0:
             kv = self.host.read(layer, 0, first_row, kv)  # (H_kv, n, 2, D)
         elif layer == 0:
-            self.host.first = self.host.empty(self.text_end)
+            self.host.hold(self.host.empty(self.text_end))
         rows, window = kv[:, first_row:], self.config.observation_window
         q = torch.cat((self.last_queries[layer], q[:, -window:]), dim=1)[:, -window:]
         self.last_queries[layer] = q
@@ -406,8 +454,7 @@ class SentenceKVCache:
         The settings must be those of the snapshot, but for budget, score, decay, and a recent
         window that is not longer. `release(layer)` gives back the memory of mapped rows."""
         self.num_tokens = self.text_end = snapshot["num_tokens"].item()
-        if self.host.first is not snapshot["kv"]:
-            self.host.first, self.host.n_moves = snapshot["kv"], self.host.n_moves + 1
+        self.host.hold(snapshot["kv"])
         self.host.release, self.positions = release, snapshot.get("positions")
         self.table.restore(snapshot, self.host.first.shape[1])
         self.slot_row.fill_(NO_ROW)
@@ -445,35 +492,37 @@ class SentenceKVCache:
         self.mask[..., self.sink_slot : self.sink_slot + self.n_sinks] = True
         self.mask[..., self.slot_of(start) : self.slot_of(end)] = True
 
-    def decode(self, layer: int, q, k, v) -> tuple:
+    def decode(self, layer: Layer, q, k, v) -> tuple:
         """Select rows, load those that are missing (Section 3.3), return all slots and the mask."""
-        self.slots[layer].index_copy_(1, self.next_slot, torch.stack((k, v), dim=2))
+        layer.slots.index_copy_(1, self.next_slot, torch.stack((k, v), dim=2))
         with self.stage("select"):
             self.select(layer, q.view(len(k), -1, q.shape[-1]))  # (H_kv, G, D)
         with self.stage("load"):  # the other selected rows are in slots already
-            self.host.load(layer, self.slots[layer], self.slot_row[layer], self.slot_missing[layer])
-        return *self.slots[layer].unbind(dim=2), self.mask[layer]
+            self.load(layer)
+        return *layer.slots.unbind(dim=2), layer.mask
 
-    def select(self, layer: int, q):
+    def select(self, layer: Layer, q):
         """Select the rows of the best sentences, and find slots for them. q (H_kv, G, D)"""
-        table = self.table
         # Scores add up over the sentence being written, with less weight for older tokens. `seal`
         # sets them to zero: what stays open after it no longer counts.
-        torch.add(self.score(layer, q), table.scores[layer], alpha=self.config.query_decay,
-                  out=table.scores[layer])
-        selected = select_rows(table.scores[layer], table.n_retrievable[layer],
-                               self.row_budget[layer])
-        self.slot_row[layer], self.slot_sentence[layer], self.slot_missing[layer] = assign_slots(
-            self.slot_row[layer], self.slot_sentence[layer], table.starts[layer],
-            table.n_resident[layer], selected)
-        table.n_resident[layer] = selected
-        torch.lt(self.slot_row[layer], NO_ROW, out=self.mask[layer, :, 0, : self.n_row_slots])
+        torch.add(self.score(layer, q), layer.scores, alpha=self.config.query_decay,
+                  out=layer.scores)
+        selected = select_rows(layer.scores, layer.n_retrievable, layer.row_budget)
+        rows, sentences, missing = assign_slots(
+            layer.slot_row, layer.slot_sentence, layer.starts, layer.n_resident, selected)
+        layer.slot_row.copy_(rows)
+        layer.slot_sentence.copy_(sentences)
+        layer.slot_missing.copy_(missing)
+        layer.n_resident.copy_(selected)
+        layer.mask[:, 0, : self.n_row_slots] = rows < NO_ROW
 
-    def score(self, layer: int, q):
+    def score(self, layer: Layer, q):
         """How well each sentence matches one token's queries (H_kv, G, D) -> (H_kv, S)."""
-        table = self.table
-        return SCORES[self.config.score](
-            q, table.vectors[layer], table.variances[layer], table.lengths[layer])
+        return SCORES[self.config.score](q, layer.vectors, layer.variances, layer.lengths)
+
+    def load(self, layer: Layer):
+        """Copy the missing rows from the host into the slots that were found for them."""
+        load_rows(layer.first, layer.later, layer.slots, layer.slot_row, layer.slot_missing)
 
     def seal(self, length: int):
         """Offload the first `length` tokens of the sentence being written, and make them a sentence

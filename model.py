@@ -10,12 +10,18 @@ Shapes, here and in all files (one prompt at a time, so there is no batch dimens
 """
 
 import math
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+# Of attention to one token's query, the fastest first. Those that a mask excludes are passed over.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,14 @@ class Attention(nn.Module):
             out = causal_attention(q, keys, values)  # (H, T, D)
         return project(out.transpose(0, 1).flatten(1), self.o_proj)
 
-    def decode(self, x, rope, cache):
-        """One token attends to what the cache returns, x (1, hidden) -> (1, hidden)."""
-        return project(self.attend(*self.qkv(x, rope), cache), self.o_proj)
+    def decode(self, x, rope, cache, layer):
+        """One token attends to what the cache returns, x (1, hidden) -> (1, hidden). `layer` is
+        this layer's of `cache.layers`."""
+        return project(self.attend(*self.qkv(x, rope), cache, layer), self.o_proj)
 
-    def attend(self, q, k, v, cache):
+    def attend(self, q, k, v, cache, layer):
         """q (H, 1, D), k and v (H_kv, 1, D) of one token -> (1, H * D)."""
-        keys, values, mask = cache.decode(self.layer, q, k, v)
+        keys, values, mask = cache.decode(layer, q, k, v)
         with cache.stage("attention"):
             # The G query heads that share a key become G query positions: it is read once.
             grouped = q.view(len(k), -1, self.head_dim)  # (H_kv, G, D)
@@ -153,10 +160,14 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, attention):
-        """`attention` is `self_attn.prefill` or `.decode` with its other arguments bound."""
-        x = x + attention(self.input_layernorm(x))
+    def forward(self, x, attention, *arguments):
+        """`attention` is `self_attn.prefill` or `.decode`."""
+        x = x + attention(self.input_layernorm(x), *arguments)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def decode(self, x, rope, cache, layer):
+        """A layer's step for one token, x (1, hidden): what `Llama.compile_step` compiles."""
+        return self(x, self.self_attn.decode, rope, cache, layer)
 
 
 class Llama(nn.Module):
@@ -178,7 +189,7 @@ class Llama(nn.Module):
         positions = cache.num_tokens + torch.arange(len(ids), device=ids.device)
         rope = rope_table(self.config, positions, x.dtype)
         for block in progress(self.layers):
-            x = block(x, lambda h: block.self_attn.prefill(h, rope, cache))
+            x = block(x, block.self_attn.prefill, rope, cache)
         cache.advance(len(ids))
         return self.norm(x)
 
@@ -193,14 +204,23 @@ class Llama(nn.Module):
         """`decode` without the host's counts: what a CUDA graph can hold. ids, position (1,)"""
         x = self.embed_tokens(ids)
         rope = rope_table(self.config, position, x.dtype)
-        for block in self.layers:
-            x = block(x, lambda h: block.self_attn.decode(h, rope, cache))
+        with fast_for_one_token():
+            for block, layer in zip(self.layers, cache.layers):
+                x = self.layer_step(block, x, rope, cache, layer)
         return self.norm(x)
+
+    layer_step = staticmethod(Block.decode)
+
+    def compile_step(self):
+        """Let `torch.compile` make one function of a layer's step, which serves all layers. It
+        fuses small operations, and Python is left out."""
+        self.layer_step = torch.compile(Block.decode, fullgraph=True)
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(n, hidden) -> (n, vocab). After prefill, only the last state's are needed."""
-        return project(states, self.lm_head)
+        with fast_for_one_token() if len(states) == 1 else nullcontext():
+            return project(states, self.lm_head)
 
 
 class GraphedDecode:
@@ -212,17 +232,18 @@ class GraphedDecode:
         self.model = model
         self.ids = torch.zeros(1, dtype=torch.long, device=model.embed_tokens.weight.device)
         self.position = torch.zeros_like(self.ids)
-        self.warm, self.graph, self.captured, self.states = False, None, None, None
+        self.warm, self.captured, self.graph, self.states = None, None, None, None
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        if not self.warm:  # kernels are compiled while the first token is decoded
-            self.warm = True
+        now = cache, cache.version
+        if self.warm != now:  # kernels are compiled while a first token is decoded
+            self.warm = now
             return self.model.decode(self.ids, cache)
-        if self.captured != (cache, cache.version):
-            self.captured, self.graph = (cache, cache.version), torch.cuda.CUDAGraph()
+        if self.captured != now:
+            self.captured, self.graph = now, torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.states = self.model.step(self.ids, self.position, cache)
         self.graph.replay()
@@ -235,6 +256,7 @@ class FullCache:
     protocol, what attention and `generate.py` expect of a cache:
 
     num_tokens                    tokens that all layers have seen: the position of the next one
+    layers                        what `decode` is given for each layer
     prefill(layer, q, k, v)       takes q (H, T, D), k and v (H_kv, T, D) of the next T tokens,
                                   returns keys and values (H_kv, n, D) of all, these last
     decode(layer, q, k, v)        takes q (H, 1, D), k and v (H_kv, 1, D) of one token, returns
@@ -252,6 +274,7 @@ class FullCache:
     def __init__(self, model_config, max_tokens: int, device, dtype, stage=nullcontext):
         self.stage, self.num_tokens = stage, 0
         layers, heads, dim = model_config.kv_shape  # kv (L, H_kv, max_tokens, 2, D)
+        self.layers = range(layers)
         self.kv = torch.zeros(layers, heads, max_tokens, 2, dim, device=device, dtype=dtype)
 
     def prefill(self, layer: int, q, k, v) -> tuple:
@@ -287,23 +310,34 @@ class FullCache:
 
 
 def project(x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
-    """`projection(x)`, x (n, in) -> (n, out), with a faster way for one token on a CPU.
+    """`projection(x)`, x (n, in) -> (n, out), with a faster way for one token on a CPU in float32.
 
-    One token is bandwidth bound. In float32, a matrix times a vector runs on one thread, which does
-    not reach the memory's bandwidth; a batched product runs on all threads, so each gets a block of
-    rows. In 16 bits, oneDNN (the library behind PyTorch's products) rearranges the weights for
-    every token; PyTorch's own kernel does not.
+    One token is bandwidth bound. A matrix times a vector runs on one thread, which does not reach
+    the memory's bandwidth; a batched product runs on all threads, so each gets a block of rows.
     """
-    if x.is_cuda or x.shape[0] > 1:
+    if x.is_cuda or x.shape[0] > 1 or x.dtype != torch.float32:
         return projection(x)
-    if x.dtype == torch.float32:
-        n_blocks = math.gcd(projection.out_features, torch.get_num_threads())
-        blocks = projection.weight.view(n_blocks, -1, x.shape[1])  # (blocks, rows, in)
-        out = (blocks @ x.mT.expand(n_blocks, -1, -1)).view(1, -1)
-        return out if projection.bias is None else out + projection.bias
+    n_blocks = math.gcd(projection.out_features, n_threads())
+    blocks = projection.weight.view(n_blocks, -1, x.shape[1])  # (blocks, rows, in)
+    out = (blocks @ x.mT.expand(n_blocks, -1, -1)).view(1, -1)
+    return out if projection.bias is None else out + projection.bias
+
+
+@torch.compiler.assume_constant_result
+def n_threads() -> int:
+    return torch.get_num_threads()
+
+
+@contextmanager
+def fast_for_one_token():
+    """In here PyTorch takes what is fastest for one token. For products in 16 bits on a CPU, that
+    is its own kernel: oneDNN rearranges the weights for every token. For attention without a mask
+    on a GPU, FlashAttention: cuDNN reads the keys of a head in one piece, and prepares anew for
+    every number of them."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False
     try:
-        return projection(x)
+        with sdpa_kernel(BACKENDS, set_priority=True):
+            yield
     finally:
         torch.backends.mkldnn.enabled = before

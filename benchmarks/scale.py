@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import cache as cache_module
-from cache import SENTENCE_BLOCK, HostTier, SentenceKVCache
+from cache import SENTENCE_BLOCK, SentenceKVCache
 from model import LlamaConfig
 from sentencekv import SCORES, SentenceKVConfig, gaussian, select_rows, sentence_vectors
 
@@ -81,7 +81,7 @@ class Clock:
         stack = ExitStack()
         for target, name, stage in ((cache_module, "select_rows", "take"),
                                     (cache_module, "assign_slots", "assign"),
-                                    (HostTier, "load", "load")):
+                                    (cache_module, "load_rows", "load")):
             function = getattr(target, name)
             stack.enter_context(mock.patch.object(target, name, self.timed(stage, function)))
         timed = {name: self.timed("score", function) for name, function in SCORES.items()}
@@ -131,7 +131,7 @@ def one_layer(n_tokens: int, budget: int, n_new: int, device, dtype) -> tuple[di
 
 
 def attend_once(cache, attend, q, k, v):
-    keys, values, mask = cache.decode(0, q, k, v)
+    keys, values, mask = cache.decode(cache.layers[0], q, k, v)
     attend(q.view(1, 8, 4, 128), keys[None], values[None], attn_mask=mask[None])
 
 

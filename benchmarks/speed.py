@@ -27,6 +27,7 @@ import random
 import sys
 import time
 from contextlib import contextmanager
+from copy import copy
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
@@ -42,6 +43,7 @@ from course.trace.record import Trace
 from generate import (
     GraphedDecode,
     StageTimer,
+    check_compiler,
     check_cuda_graph,
     check_positions,
     make_cache,
@@ -58,6 +60,7 @@ from weights.tokenizer import Tokenizer
 
 WARM_UP = 4  # tokens that are not timed
 GRAPHED, TRACED = "sentencekv, graph", "sentencekv, traced"
+COMPILED, BOTH = "sentencekv, compiled", "sentencekv, compiled, graph"
 LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5,
            "max_position_embeddings": 131072, "rope_theta": 500000.0, "num_attention_heads": 32,
            "num_key_value_heads": 8}
@@ -144,10 +147,14 @@ class Ours:
     """This project's model with one of its caches."""
 
     def __init__(self, method, args, model, text, length):
-        self.method, self.args, self.model, self.text = method, args, model, text
+        self.method, self.args, self.eager, self.model = method, args, model, model
+        self.text = text
         self.length, self.device = length, model.embed_tokens.weight.device
         settings = {"token_budget": args.token_budget, "keep_factor": args.keep_factor}
-        named = {} if method in ("full", GRAPHED, TRACED) else settings_of(method)
+        if method in (COMPILED, BOTH):
+            self.model = copy(model)  # with the same weights
+            self.model.compile_step()
+        named = {} if method == "full" or "," in method else settings_of(method)
         self.settings = SentenceKVConfig(**settings | named)
         self.spans = token_spans(text.pieces[:length], self.settings.sentence_limit)
         self.forget()
@@ -165,7 +172,7 @@ class Ours:
                 lambda logits: logits.argmax().item())
         self.at, self.sentences = self.length, SentenceStream(self.settings.sentence_limit)
         self.decode = self.model.decode
-        if self.method == GRAPHED:
+        if self.method in (GRAPHED, BOTH):
             self.decode = GraphedDecode(self.model)
         self.tokens = self.read_on()
         if self.method == TRACED:
@@ -189,7 +196,7 @@ class Ours:
     def stages(self, steps: int) -> dict:
         """Milliseconds a token, by stage."""
         timer = StageTimer(self.device)
-        self.cache.stage, self.decode = timer, self.model.decode
+        self.cache.stage, self.decode = timer, self.eager.decode
         for _ in range(steps):
             with timer("decode"):
                 self.step()
@@ -368,6 +375,7 @@ def parse(arguments):
     add("--device", default="auto")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--cuda-graph", action="store_true", help=f"measure {GRAPHED!r} too")
+    add("--compile", action="store_true", help=f"measure {COMPILED!r} too, and with a graph")
     add("--trace", action="store_true", help=f"measure {TRACED!r} too")
     add("--scale", action="store_true", help="one layer, to a million tokens, instead")
     add("--out", type=Path, help="JSON lines; a table and a picture beside it")
@@ -411,6 +419,9 @@ def run(args) -> list[dict]:
     if args.cuda_graph:
         check_cuda_graph(device)
         methods.append(GRAPHED)
+    if args.compile:
+        check_compiler(device)
+        methods += [COMPILED] + [BOTH] * args.cuda_graph
     if args.trace:
         methods.append(TRACED)
     if "transformers" in args.compare:

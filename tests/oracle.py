@@ -19,7 +19,7 @@ class SlowSentenceKV:
 
     def __init__(self, config, model_config, spans):
         self.config, self.spans = config, list(spans)
-        self.n_prompt = spans[-1][1]
+        self.n_prompt, self.layers = spans[-1][1], range(model_config.num_hidden_layers)
         self.kv = [[] for _ in range(model_config.num_hidden_layers)]  # [layer][position] -> (k, v)
         self.kept = {}  # (layer, KV head) -> positions kept of the prompt
         self.secondary = {}  # (layer, KV head) -> positions of secondary sinks

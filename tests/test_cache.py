@@ -111,20 +111,19 @@ def test_a_small_budget_selects_what_the_slow_way_selects(
 
 
 class AllResident(SentenceKVCache):
-    """Every kept row stays on the device as well, and every slot is filled anew at every step."""
+    """Every slot is filled anew at every step, from all rows."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.host.load = self.load
+    def load(self, layer):
+        fill(layer, layer.slot_row < NO_ROW)
 
-    def load(self, layer, slots, rows, missing):
-        everything = self.host.read(layer, 0, self.table.n_rows)  # (H_kv, N, 2, D)
-        heads = torch.arange(len(rows), device=rows.device)[:, None]
-        wanted = rows < NO_ROW
-        filled = everything[heads, rows.where(wanted, 0)]  # (H_kv, B, 2, D)
-        row_slots = slots[:, : rows.shape[1]]
-        row_slots.copy_(filled.where(wanted[..., None, None], row_slots))
-        HostTier.load(self.host, layer, slots, rows, missing)
+
+def fill(layer, wanted):
+    """Put the wanted rows (H_kv, B) into slots, in static shapes."""
+    rows, heads = layer.slot_row.where(wanted, 0), torch.arange(len(wanted), device=wanted.device)
+    kv = torch.cat((layer.first, layer.later)).to(rows.device)
+    found = kv[rows, heads[:, None]]  # (H_kv, B, 2, D)
+    slots = layer.slots[:, : rows.shape[1]]
+    slots.copy_(found.where(wanted[..., None, None], slots))
 
 
 @pytest.mark.parametrize("keep_factor", [2.5, math.inf, None])
@@ -312,11 +311,8 @@ class Traced(GraphedDecode):
         return states
 
 
-def load_in_static_shapes(self, layer, slots, rows, missing):
-    head, slots = torch.arange(len(rows), device=rows.device)[:, None], slots[:, : rows.shape[1]]
-    kv = torch.cat((self.first[layer], self.later[layer]))
-    loaded = kv[rows.where(missing, 0), head]
-    slots.copy_(loaded.where(missing[..., None, None], slots))
+def load_in_static_shapes(self, layer):
+    fill(layer, layer.slot_missing)
 
 
 @pytest.mark.parametrize("score", ["mean_query", "gaussian"])
@@ -326,7 +322,7 @@ def test_a_step_captured_once_serves_every_later_token(
     """So nothing in it depends on a number of the host or is brought back to it."""
     monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)  # there is no room now and then
     if device.type == "cpu":
-        monkeypatch.setattr(HostTier, "load", load_in_static_shapes)
+        monkeypatch.setattr(SentenceKVCache, "load", load_in_static_shapes)
     config = SentenceKVConfig(keep_factor=keep_factor, score=score, **SMALL)
     plain, captured = (sentencekv_cache(config, 300, device) for _ in range(2))
     decode = (Traced if device.type == "cpu" else GraphedDecode)(tiny)
@@ -346,7 +342,7 @@ def test_a_captured_step_survives_a_rewind(tiny, device, monkeypatch):
     """The table grows with every text, shrinks to what it was, and grows to the same size again."""
     monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)
     if device.type == "cpu":
-        monkeypatch.setattr(HostTier, "load", load_in_static_shapes)
+        monkeypatch.setattr(SentenceKVCache, "load", load_in_static_shapes)
     plain, captured = (sentencekv_cache(SentenceKVConfig(**SMALL), 100, device) for _ in range(2))
     decode, ids = (Traced if device.type == "cpu" else GraphedDecode)(tiny), random_ids(170, device)
     for cache in (plain, captured):
@@ -379,7 +375,7 @@ rows[:, 7], missing[:, 7] = cache.NO_ROW, False
 expected = slots.clone()
 for h, i in missing.nonzero().tolist():
     expected[h, i] = kv[0, rows[h, i], h]
-host.load(0, slots, rows, missing)
+cache.load_rows(host.first[0], host.later[0], slots, rows, missing)
 assert torch.equal(slots, expected)
 """
     subprocess.run([sys.executable, "-c", test], check=True, cwd=Path(cache_module.__file__).parent,
@@ -399,26 +395,32 @@ def test_the_oracles_hold_with_the_kernel_too():
     assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout + done.stderr
 
 
+@torch.library.custom_op("tests::load_poisoned", mutates_args=("first", "later", "slots"))
+def load_poisoned(first: torch.Tensor, later: torch.Tensor, slots: torch.Tensor,
+                  rows: torch.Tensor, missing: torch.Tensor) -> None:
+    """`load_rows`, and for that time all other rows are NaN."""
+    parts = first, later
+    kept = [part.clone() for part in parts]
+    heads, i = missing.nonzero(as_tuple=True)
+    selected = torch.zeros(sum(map(len, parts)), len(rows), dtype=torch.bool)
+    selected[rows[heads, i].cpu(), heads.cpu()] = True
+    for part, chosen in zip(parts, selected.split([*map(len, parts)])):
+        part[~chosen] = math.nan
+    cache_module.load_rows(first, later, slots, rows, missing)
+    if rows.is_cuda:
+        torch.cuda.synchronize()  # the GPU reads these very rows
+    for part, rows in zip(parts, kept):
+        part.copy_(rows)
+
+
+load_poisoned.register_fake(lambda first, later, slots, rows, missing: None)
+
+
 class Poisoned(SentenceKVCache):
     """Rows on the host that are not selected are NaN; slots that nobody attends to are wild."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.host.load = self.load
-
-    def load(self, layer, slots, rows, missing):
-        parts = self.host.first[layer], self.host.later[layer]
-        kept = [part.clone() for part in parts]
-        heads, i = missing.nonzero(as_tuple=True)
-        selected = torch.zeros(sum(map(len, parts)), len(rows), dtype=torch.bool)
-        selected[rows[heads, i].cpu(), heads.cpu()] = True
-        for part, chosen in zip(parts, selected.split([*map(len, parts)])):
-            part[~chosen] = math.nan
-        HostTier.load(self.host, layer, slots, rows, missing)
-        if slots.is_cuda:
-            torch.cuda.synchronize()  # the GPU reads these very rows
-        for part, rows in zip(parts, kept):
-            part.copy_(rows)
+    def load(self, layer):
+        load_poisoned(layer.first, layer.later, layer.slots, layer.slot_row, layer.slot_missing)
 
     def decode(self, layer, q, k, v):
         keys, values, mask = super().decode(layer, q, k, v)

@@ -70,7 +70,7 @@ def test_a_shared_prefill_answers_like_a_prefill_alone(model, recording, method)
 
 def attended(cache, layer, head, keys, q, k, v):
     """Positions that a head attends to when the next token is q, k, v, found by their keys."""
-    got, _, mask = cache.decode(layer, q, k, v)
+    got, _, mask = cache.decode(cache.layers[layer], q, k, v)
     got = got[head] if mask is None else got[head][mask[head, 0]]
     everything = torch.cat((keys, k), dim=1)[head]
     return sorted((everything == row).all(-1).nonzero().item() for row in got)
@@ -235,7 +235,8 @@ def test_the_second_vector_is_the_key_farthest_from_the_mean(recording):
 def test_the_second_vector_counts_as_one_token(recording):
     cache, (q, _, _) = recording.replay(new_cache("two_vectors")), random_token(3)
     table, scale = cache.table, TINY.head_dim**0.5
-    for head, score in enumerate(cache.score(0, q.view(TINY.num_key_value_heads, 3, -1))):
+    q = q.view(TINY.num_key_value_heads, 3, -1)
+    for head, score in enumerate(cache.score(cache.layers[0], q)):
         lengths = table.lengths[0, head]
         lengths = lengths[lengths > 0]  # empty sentences are last
         expected = torch.zeros(len(lengths))
@@ -252,8 +253,8 @@ def test_two_levels_score_the_sentences_of_the_best_paragraphs(recording):
     cache, (q, _, _) = recording.replay(new_cache("two_level")), random_token(3)
     cache.paragraph, cache.n_best = 3, 2
     q = q.view(TINY.num_key_value_heads, 3, -1)
-    everywhere, table = SentenceKVCache.score(cache, 1, q), cache.table
-    for head, score in enumerate(cache.score(1, q)):
+    everywhere, table = SentenceKVCache.score(cache, cache.layers[1], q), cache.table
+    for head, score in enumerate(cache.score(cache.layers[1], q)):
         bounds, n = table.bounds[1, head].tolist(), table.n_sentences
         keys = cache.host.read(1, 0, table.n_rows)[head, :, 0]
         parts = [keys[bounds[a] : bounds[min(a + 3, n)]] for a in range(0, n, 3)]
@@ -273,7 +274,8 @@ def test_two_levels_score_the_sentences_of_the_best_paragraphs(recording):
 def test_a_row_of_a_sentence_counts_if_it_can_be_selected(recording, method):
     cache, (q, _, _) = recording.replay(new_cache(method)), random_token(3)
     known = cache.known(0, recording.layers[0][1])
-    for head, score in enumerate(cache.score(0, q.view(TINY.num_key_value_heads, 3, -1))):
+    q = q.view(TINY.num_key_value_heads, 3, -1)
+    for head, score in enumerate(cache.score(cache.layers[0], q)):
         secondary = {tuple(row.tolist()) for row in cache.host.first[
             0, : cache.table.n_secondary[0, head], head, 0]}
         keys = recording.layers[0][1][head]
@@ -363,7 +365,7 @@ def test_nothing_of_a_forgotten_token_is_left(method):
         for x in layer:
             x.fill_(math.nan)
     for step in range(60):
-        seen = [cache.decode(layer, *random_token(step)) for layer in range(len(prompt))]
+        seen = [cache.decode(layer, *random_token(step)) for layer in cache.layers]
         for keys, values, mask in seen:
             assert keys.isfinite().all() and values.isfinite().all()
             assert mask is None or not mask.isnan().any()
@@ -392,7 +394,7 @@ def test_every_token_is_attended_to_where_it_was_read(method):
             cache.seal(10)
         written.append(random_token(step))
         for layer in range(TINY.num_hidden_layers):
-            seen = cache.decode(layer, *written[-1])
+            seen = cache.decode(cache.layers[layer], *written[-1])
     for head in range(TINY.num_key_value_heads):
         prompt = recording.layers[layer][1][head]
         everything = torch.cat([prompt, *(k[head] for _, k, _ in written)])
@@ -410,7 +412,7 @@ def test_the_first_tokens_stay(recording, method):
     cache = recording.replay(new_cache(method))
     for step in range(10):
         for layer in range(TINY.num_hidden_layers):
-            seen = cache.decode(layer, *random_token(step))
+            seen = cache.decode(cache.layers[layer], *random_token(step))
         cache.advance(1)
     for head in range(TINY.num_key_value_heads):
         assert is_in(recording.layers[-1][1][head, :4], masked_keys(seen, head)).all()
@@ -420,7 +422,7 @@ def test_the_first_tokens_stay(recording, method):
 def test_the_prompt_s_best_tokens_outlast_a_long_text(recording, method, least):
     cache = recording.replay(new_cache(method))
     for step in range(100):
-        keys = cache.decode(0, *random_token(step))[0]
+        keys = cache.decode(cache.layers[0], *random_token(step))[0]
         cache.advance(1)
     prompt = recording.layers[0][1][0]
     left = sum((prompt == key).all(-1).any().item() for key in keys[0])
@@ -464,7 +466,7 @@ def test_rope_scaling_does_not_stand_in_the_way(recording):
                "original_max_position_embeddings": 100}
     config = replace(TINY, rope_scaling=scaling)
     cache = recording.replay(make_cache("expected_attention", config, BUDGET, [], 5))
-    assert cache.decode(0, *random_token(1))[0].shape[1] == BUDGET
+    assert cache.decode(cache.layers[0], *random_token(1))[0].shape[1] == BUDGET
 
 
 def test_an_unknown_method_is_refused():

@@ -166,7 +166,7 @@ def test_sentences_that_received_most_are_printed(capfd, tiny_folder, prompt, bu
     (["--trace", "x.html", "--cache", "full"], "nothing to show"),
     (["--trace", "{tmp}/prompt.txt"], "would replace"),
     (["--show-sentences", "--cache", "full"], "nothing to show"),
-    (["--trace", "x.html", "--cuda-graph"], "no --cuda-graph"),
+    (["--trace", "x.html", "--cuda-graph"], "--cuda-graph is not for --trace"),
 ])
 def test_what_cannot_be_traced_is_refused_before_reading(capfd, prompt, tmp_path, arguments,
                                                          message):

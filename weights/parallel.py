@@ -65,8 +65,8 @@ class AttentionPart(Attention):
     def prefill(self, x, rope, cache):
         return summed(super().prefill(x, rope, cache))
 
-    def decode(self, x, rope, cache):
-        return summed(super().decode(x, rope, cache))
+    def decode(self, *arguments):
+        return summed(super().decode(*arguments))
 
 
 class MLPPart(MLP):

@@ -188,7 +188,7 @@ def try_out(spec: str):
         recording.replay(cache)
         for layer in range(2):
             q, k, v = (torch.randn(heads, 1, 8) for heads in (4, 2, 2))
-            keys, values, _ = cache.decode(layer, q, k, v)
+            keys, values, _ = cache.decode(cache.layers[layer], q, k, v)
             if keys.shape != values.shape or keys.shape[::2] != (2, 8):
                 raise ValueError(f"decode returns keys {tuple(keys.shape)} and values"
                                  f" {tuple(values.shape)}, and not (2, n, 8)")

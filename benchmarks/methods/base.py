@@ -151,6 +151,7 @@ class MethodCache:
         """`spans` are the sentences of the prompt, (start, end) in tokens."""
         self.model_config, self.spans = model_config, spans
         self.n_layers, self.n_kv_heads, _ = model_config.kv_shape
+        self.layers = range(self.n_layers)
         self.budget, self.num_tokens = budget, 0
         self.attended = [0.0] * self.n_layers  # tokens of a KV head, the mean
 
