@@ -25,7 +25,7 @@ from sentencekv import (SCORES, SentenceKVConfig, find_secondary_sinks, keep_tok
                         select_rows, sentence_bounds, sentence_vectors, token_importance)
 
 NO_ROW = 2**62  # the row of an empty slot; greater than any row
-SENTENCE_BLOCK = 64  # the table grows by this many sentences at a time
+SENTENCE_BLOCK = 64  # the table has room for a multiple of so many: GPU kernels are faster then
 ROW_BLOCK = 256  # the least room on the host for rows after the first text
 
 
@@ -148,6 +148,11 @@ if triton:
             tl.store(target, tl.load(source, mask=channel < size), mask=channel < size)
 
 
+def room_for(n_sentences: int) -> int:
+    """A capacity of the table: one more block is free, so that it seldom grows."""
+    return (n_sentences // SENTENCE_BLOCK + 2) * SENTENCE_BLOCK
+
+
 class SentenceTable:
     """What the device knows of each sentence, per layer and KV head. S is the capacity: the first
     `n_sentences` are in use by at least one head, with `n_rows` rows a head. Others are empty.
@@ -191,8 +196,8 @@ class SentenceTable:
         self.n_rows += n_rows
         self.n_sentences = self.count()
         free = self.capacity - self.n_sentences
-        if not 0 < free <= SENTENCE_BLOCK:
-            self.resize(self.n_sentences + SENTENCE_BLOCK)
+        if not 0 < free < 2 * SENTENCE_BLOCK:
+            self.resize(room_for(self.n_sentences))
 
     def count(self) -> int:
         return int((self.bounds.diff(dim=-1) > 0).sum(dim=-1).max())
@@ -285,7 +290,7 @@ class SentenceKVCache:
         n_prompt = spans[-1][1]
         self.n_kept = config.n_kept(n_prompt)
         self.host = HostTier(kv_shape, device, dtype)
-        self.table = SentenceTable(kv_shape, len(spans) + SENTENCE_BLOCK, device, dtype)
+        self.table = SentenceTable(kv_shape, room_for(len(spans)), device, dtype)
 
         self.num_tokens = self.open_start = 0  # tokens from `open_start` on are in no sentence yet
         self.n_sinks = self.recent_start = min(config.sink_tokens, n_prompt)
@@ -349,7 +354,9 @@ class SentenceKVCache:
         self.sentence_ends = torch.tensor(ends, device=self.slots.device)
         self.text_end = ends[-1]
         self.host.reserve(self.table.n_rows + spans[-1][1])
-        self.table.resize(max(self.table.capacity, self.table.n_sentences + len(ends) + 1))
+        n_sentences = self.table.n_sentences + len(ends)
+        if n_sentences >= self.table.capacity:
+            self.table.resize(room_for(n_sentences))
 
     def prefill(self, layer: int, q, k, v) -> tuple:
         """Take the next part of a text and offload it. With the last part, make its sentences.
@@ -507,7 +514,8 @@ class SentenceKVCache:
         # sets them to zero: what stays open after it no longer counts.
         torch.add(self.score(layer, q), layer.scores, alpha=self.config.query_decay,
                   out=layer.scores)
-        selected = select_rows(layer.scores, layer.n_retrievable, layer.row_budget)
+        selected = select_rows(layer.scores, layer.n_retrievable, layer.row_budget,
+                               self.n_row_slots)
         rows, sentences, missing = assign_slots(
             layer.slot_row, layer.slot_sentence, layer.starts, layer.n_resident, selected)
         layer.slot_row.copy_(rows)

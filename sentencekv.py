@@ -227,17 +227,20 @@ def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
 SCORES = {"mean_query": mean_query, "gaussian": gaussian}
 
 
-def select_rows(scores, lengths, row_budget) -> torch.Tensor:
+def select_rows(scores, lengths, row_budget, most: int = MOST) -> torch.Tensor:
     """How many rows to select of each sentence: all of the best ones, until the budget is full, and
-    the first rows of the last one (Section 3.3). Only S scores are sorted, and no tokens.
+    the first rows of the last one (Section 3.3). Only S scores are compared, and no tokens.
 
-    scores (H_kv, S), lengths (H_kv, S) in rows, row_budget (H_kv, 1) -> (H_kv, S)
+    scores (H_kv, S), lengths (H_kv, S) in rows, row_budget (H_kv, 1), at most `most` -> (H_kv, S)
 
     >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[3, 3, 2]]), torch.tensor([[4]]))
     tensor([[0, 3, 1]])
     """
-    order = scores.argsort(dim=-1, descending=True, stable=True)  # best sentence first
-    lengths = lengths.gather(-1, order)
-    excess = (lengths.cumsum(dim=-1) - row_budget).clamp(min=0)  # rows too many, up to this one
-    selected = (lengths - excess).clamp(min=0)
-    return torch.empty_like(selected).scatter_(-1, order, selected)
+    # A sentence takes at least one row, so `most` of them are enough: no need to sort all. An empty
+    # one would be in the way.
+    n = min(most, scores.shape[-1])
+    best = scores.masked_fill(lengths == 0, -math.inf).topk(n, dim=-1).indices
+    available = lengths.gather(-1, best)
+    excess = (available.cumsum(dim=-1) - row_budget).clamp(min=0)  # rows too many, up to this one
+    selected = (available - excess).clamp(min=0)
+    return torch.zeros_like(lengths).scatter_(-1, best, selected)

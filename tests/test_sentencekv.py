@@ -152,6 +152,7 @@ def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
     scores = torch.tensor([data.draw(st.permutations(range(n_sentences))) for _ in lengths]).float()
     room = data.draw(st.integers(0, 40))
     selected = select_rows(scores, lengths, torch.tensor([[room]]))
+    assert torch.equal(select_rows(scores, lengths, torch.tensor([[room]]), max(room, 1)), selected)
     for head in range(n_heads):
         left, expected = room, [0] * n_sentences
         for s in sorted(range(n_sentences), key=lambda s: -scores[head, s]):
