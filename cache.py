@@ -103,8 +103,6 @@ class HostTier:
         return kv
 
 
-# As one operator: `torch.compile` does not look into it.
-@torch.library.custom_op("sentencekv::load_rows", mutates_args={"slots"})
 def load_rows(first: torch.Tensor, later: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor,
               missing: torch.Tensor) -> None:
     """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D), from one
@@ -126,9 +124,9 @@ def load_rows(first: torch.Tensor, later: torch.Tensor, slots: torch.Tensor, row
     slots.flatten(0, 1).index_copy_(0, head * slots.shape[1] + slot, found.to(slots.device))
 
 
-@load_rows.register_fake
-def _(first, later, slots, rows, missing):
-    """It changes `slots` alone, and returns nothing."""
+# For `torch.compile` it is one operator, which is not looked into, and changes `slots` alone.
+load_rows_op = torch.library.custom_op("sentencekv::load_rows", load_rows, mutates_args={"slots"})
+load_rows_op.register_fake(lambda first, later, slots, rows, missing: None)
 
 
 if triton:
@@ -172,9 +170,9 @@ class SentenceTable:
         self.n_sentences = self.n_rows = self.n_resizes = 0
         self.vectors = torch.zeros(layers, heads, capacity, dim, device=device, dtype=dtype)
         self.variances = torch.zeros(layers, heads, capacity, device=device)
-        self.scores = torch.zeros_like(self.variances)
+        self.scores, self.lengths = (torch.zeros_like(self.variances) for _ in range(2))
         self.n_resident = torch.zeros_like(self.variances, dtype=torch.long)
-        self.lengths, self.starts, self.n_retrievable = (self.n_resident.clone() for _ in range(3))
+        self.starts, self.n_retrievable = self.n_resident.clone(), self.n_resident.clone()
         self.bounds = F.pad(self.n_resident, (0, 1))
 
     @property
@@ -530,7 +528,7 @@ class SentenceKVCache:
 
     def load(self, layer: Layer):
         """Copy the missing rows from the host into the slots that were found for them."""
-        load_rows(layer.first, layer.later, layer.slots, layer.slot_row, layer.slot_missing)
+        load_rows_op(layer.first, layer.later, layer.slots, layer.slot_row, layer.slot_missing)
 
     def seal(self, length: int):
         """Offload the first `length` tokens of the sentence being written, and make them a sentence

@@ -10,7 +10,7 @@ Shapes, here and in all files (one prompt at a time, so there is no batch dimens
 """
 
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-# Of attention to one token's query, the fastest first. Those that a mask excludes are passed over.
+# Of attention to one token's query on a GPU, the fastest first. FlashAttention takes no mask. cuDNN
+# does, but reads the keys of a head in one piece, and prepares anew for every number of them.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -204,7 +205,7 @@ class Llama(nn.Module):
         """`decode` without the host's counts: what a CUDA graph can hold. ids, position (1,)"""
         x = self.embed_tokens(ids)
         rope = rope_table(self.config, position, x.dtype)
-        with fast_for_one_token():
+        with sdpa_kernel(BACKENDS, set_priority=True):
             for block, layer in zip(self.layers, cache.layers):
                 x = self.layer_step(block, x, rope, cache, layer)
         return self.norm(x)
@@ -219,8 +220,7 @@ class Llama(nn.Module):
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(n, hidden) -> (n, vocab). After prefill, only the last state's are needed."""
-        with fast_for_one_token() if len(states) == 1 else nullcontext():
-            return project(states, self.lm_head)
+        return project(states, self.lm_head)
 
 
 class GraphedDecode:
@@ -310,16 +310,20 @@ class FullCache:
 
 
 def project(x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
-    """`projection(x)`, x (n, in) -> (n, out), with a faster way for one token on a CPU in float32.
+    """`projection(x)`, x (n, in) -> (n, out), with a faster way for one token on a CPU.
 
-    One token is bandwidth bound. A matrix times a vector runs on one thread, which does not reach
-    the memory's bandwidth; a batched product runs on all threads, so each gets a block of rows.
+    One token is bandwidth bound. In float32, a matrix times a vector runs on one thread, which does
+    not reach the memory's bandwidth; a batched product runs on all threads, so each gets a block of
+    rows.
     """
-    if x.is_cuda or x.shape[0] > 1 or x.dtype != torch.float32:
+    if x.is_cuda or x.shape[0] > 1:
         return projection(x)
-    n_blocks = math.gcd(projection.out_features, n_threads())
-    blocks = projection.weight.view(n_blocks, -1, x.shape[1])  # (blocks, rows, in)
-    out = (blocks @ x.mT.expand(n_blocks, -1, -1)).view(1, -1)
+    if x.dtype == torch.float32:
+        n_blocks = math.gcd(projection.out_features, n_threads())
+        blocks = projection.weight.view(n_blocks, -1, x.shape[1])  # (blocks, rows, in)
+        out = (blocks @ x.mT.expand(n_blocks, -1, -1)).view(1, -1)
+    else:
+        out = product_in_16_bits(x, projection.weight)
     return out if projection.bias is None else out + projection.bias
 
 
@@ -328,16 +332,18 @@ def n_threads() -> int:
     return torch.get_num_threads()
 
 
-@contextmanager
-def fast_for_one_token():
-    """In here PyTorch takes what is fastest for one token. For products in 16 bits on a CPU, that
-    is its own kernel: oneDNN rearranges the weights for every token. For attention without a mask
-    on a GPU, FlashAttention: cuDNN reads the keys of a head in one piece, and prepares anew for
-    every number of them."""
+@torch.library.custom_op("sentencekv::product_in_16_bits", mutates_args=())
+def product_in_16_bits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`F.linear` of one token by PyTorch's own kernel. oneDNN (the library behind its products)
+    rearranges the weights for every token. An operator, because `torch.compile` sees no setting."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False
     try:
-        with sdpa_kernel(BACKENDS, set_priority=True):
-            yield
+        return F.linear(x, weight)
     finally:
         torch.backends.mkldnn.enabled = before
+
+
+@product_in_16_bits.register_fake
+def _(x, weight):
+    return x.new_empty(1, len(weight))

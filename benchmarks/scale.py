@@ -81,7 +81,7 @@ class Clock:
         stack = ExitStack()
         for target, name, stage in ((cache_module, "select_rows", "take"),
                                     (cache_module, "assign_slots", "assign"),
-                                    (cache_module, "load_rows", "load")):
+                                    (SentenceKVCache, "load", "load")):
             function = getattr(target, name)
             stack.enter_context(mock.patch.object(target, name, self.timed(stage, function)))
         timed = {name: self.timed("score", function) for name, function in SCORES.items()}

@@ -27,12 +27,12 @@ def attend(function):
     cache = FullCache(TINY, 8, "cpu", torch.float32)
     cache.prefill(0, None, random(1, 2, 5, 4), random(2, 2, 5, 4))
     cache.num_tokens = 5
-    attention = SimpleNamespace(layer=0, head_dim=4)
-    yield function(attention, random(3, 4, 1, 4), random(4, 2, 1, 4), random(5, 2, 1, 4), cache)
+    attention = SimpleNamespace(head_dim=4)
+    yield function(attention, random(3, 4, 1, 4), random(4, 2, 1, 4), random(5, 2, 1, 4), cache, 0)
     keys = random(6, 2, 6, 4)
     mask = torch.tensor([[[1, 0, 1, 1, 0, 1]], [[0, 1, 1, 0, 0, 1]]]).bool()
     some = SimpleNamespace(stage=cache.stage, decode=lambda *_: (keys, -keys, mask))
-    yield function(attention, random(3, 4, 1, 4), keys[:, :1], keys[:, :1], some)
+    yield function(attention, random(3, 4, 1, 4), keys[:, :1], keys[:, :1], some, 0)
 
 
 def is_end(function):
@@ -147,7 +147,7 @@ def seal_after(function, spans: list):
             yield "rows on the host", cache.host.read(1, 0, n_rows)
             yield "vectors", table.vectors[:, :, : table.n_sentences].clone()
             yield "mask", cache.mask.clone()
-        for layer in (0, 1):
+        for layer in cache.layers:
             cache.decode(layer, random(i, 4, 1, 4), random(i + 50, 2, 1, 4), random(i, 2, 1, 4))
         cache.advance(1)
 
