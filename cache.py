@@ -103,8 +103,7 @@ class HostTier:
         return kv
 
 
-def load_rows(first: torch.Tensor, later: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor,
-              missing: torch.Tensor) -> None:
+def load_rows(first, later, slots, rows, missing):
     """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D), from one
     layer of a host tier's `first` and `later` (N, H_kv, 2, D)."""
     if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):  # 1: in tests
@@ -124,9 +123,11 @@ def load_rows(first: torch.Tensor, later: torch.Tensor, slots: torch.Tensor, row
     slots.flatten(0, 1).index_copy_(0, head * slots.shape[1] + slot, found.to(slots.device))
 
 
-# For `torch.compile` it is one operator, which is not looked into, and changes `slots` alone.
-load_rows_op = torch.library.custom_op("sentencekv::load_rows", load_rows, mutates_args={"slots"})
-load_rows_op.register_fake(lambda first, later, slots, rows, missing: None)
+# For `torch.compile` it is one operator, which is not looked into.
+torch.library.define("sentencekv::load_rows", "(Tensor first, Tensor later, Tensor(a!) slots,"
+                     " Tensor rows, Tensor missing) -> ()")
+torch.library.impl("sentencekv::load_rows", "CompositeExplicitAutograd", load_rows)
+torch.library.register_fake("sentencekv::load_rows", lambda *tensors: None)
 
 
 if triton:
@@ -528,7 +529,9 @@ class SentenceKVCache:
 
     def load(self, layer: Layer):
         """Copy the missing rows from the host into the slots that were found for them."""
-        load_rows_op(layer.first, layer.later, layer.slots, layer.slot_row, layer.slot_missing)
+        compiling = torch.compiler.is_compiling()  # calling it as an operator takes more time
+        load = torch.ops.sentencekv.load_rows if compiling else load_rows
+        load(layer.first, layer.later, layer.slots, layer.slot_row, layer.slot_missing)
 
     def seal(self, length: int):
         """Offload the first `length` tokens of the sentence being written, and make them a sentence

@@ -22,7 +22,7 @@ if STARTED:  # Ctrl-C during the imports ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 # For torch: waiting CPU threads sleep early. Busy waiting can delay the thread they wait for.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Of host memory that a GPU reads, one thread prepares 2 GB a second, eight threads five times more.
+# Also for torch: one thread prepares only 2 GB a second of the host memory that a GPU reads.
 os.environ.setdefault("PYTORCH_ALLOC_CONF",
                       "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
 

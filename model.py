@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-
 # Of attention to one token's query on a GPU, the fastest first. FlashAttention takes no mask. cuDNN
 # does, but reads the keys of a head in one piece, and prepares anew for every number of them.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
@@ -214,8 +213,9 @@ class Llama(nn.Module):
 
     def compile_step(self):
         """Let `torch.compile` make one function of a layer's step, which serves all layers. It
-        fuses small operations, and Python is left out."""
-        self.layer_step = torch.compile(Block.decode, fullgraph=True)
+        fuses small operations. On a CPU the others are called from C++ and not from Python."""
+        options = {"cpp_wrapper": not self.lm_head.weight.is_cuda}
+        self.layer_step = torch.compile(Block.decode, fullgraph=True, options=options)
 
     @torch.inference_mode()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
@@ -323,7 +323,9 @@ def project(x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
         blocks = projection.weight.view(n_blocks, -1, x.shape[1])  # (blocks, rows, in)
         out = (blocks @ x.mT.expand(n_blocks, -1, -1)).view(1, -1)
     else:
-        out = product_in_16_bits(x, projection.weight)
+        compiling = torch.compiler.is_compiling()  # calling it as an operator takes more time
+        product = torch.ops.sentencekv.product_in_16_bits if compiling else product_in_16_bits
+        out = product(x, projection.weight)
     return out if projection.bias is None else out + projection.bias
 
 
@@ -332,10 +334,9 @@ def n_threads() -> int:
     return torch.get_num_threads()
 
 
-@torch.library.custom_op("sentencekv::product_in_16_bits", mutates_args=())
 def product_in_16_bits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`F.linear` of one token by PyTorch's own kernel. oneDNN (the library behind its products)
-    rearranges the weights for every token. An operator, because `torch.compile` sees no setting."""
+    """`F.linear` of one token by PyTorch's own kernel. oneDNN, the library behind its products,
+    rearranges the weights for every token."""
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False
     try:
@@ -344,6 +345,9 @@ def product_in_16_bits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         torch.backends.mkldnn.enabled = before
 
 
-@product_in_16_bits.register_fake
-def _(x, weight):
-    return x.new_empty(1, len(weight))
+# For `torch.compile`, which does not know that setting, it is one operator.
+torch.library.define("sentencekv::product_in_16_bits", "(Tensor x, Tensor weight) -> Tensor")
+torch.library.impl("sentencekv::product_in_16_bits", "CompositeExplicitAutograd",
+                   product_in_16_bits)
+torch.library.register_fake("sentencekv::product_in_16_bits",
+                            lambda x, weight: x.new_empty(1, len(weight)))

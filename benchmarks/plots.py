@@ -68,6 +68,8 @@ STYLES = {  # method: name in pictures, colour, marker, line
         ("SentenceKV, paper's score, 32 sinks", BLUE, "d", "-"),
     "sentencekv:sink_tokens=32": ("SentenceKV, 32 sinks", BLUE, "p", "--"),
     "sentencekv, graph": ("SentenceKV, CUDA graph", BLUE, "d", "--"),
+    "sentencekv, compiled": ("SentenceKV, compiled", BLUE, "s", "--"),
+    "sentencekv, compiled, graph": ("SentenceKV, compiled, CUDA graph", BLUE, "v", "--"),
     "best_sentences": ("best sentences", "black", "*", "--"),
     "best_tokens": ("best tokens", "black", "P", "-."),
     "transformers": ("transformers", VERMILION, "X", "-"),

@@ -150,7 +150,7 @@ class Writer:
 
     def attend(self, attention, q, k, v):
         with self.clock():
-            return attention.attend(q, k, v, self.cache)
+            return attention.attend(q, k, v, self.cache, self.cache.layers[attention.layer])
 
     def advance(self):
         with self.clock():

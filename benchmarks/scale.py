@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import cache as cache_module
-from cache import SENTENCE_BLOCK, SentenceKVCache
+from cache import SentenceKVCache, room_for
 from model import LlamaConfig
 from sentencekv import SCORES, SentenceKVConfig, gaussian, select_rows, sentence_vectors
 
@@ -49,11 +49,12 @@ def document(n_sentences: int, device, dtype) -> dict:
         rows = slice(first * SENTENCE, (first + n) * SENTENCE)
         kv[0, rows, :, 0] = keys.transpose(0, 1).to(kv.device)
         kv[0, rows, :, 1] = torch.randn(n * SENTENCE, heads, dim, dtype=dtype)
+    more = room_for(n_sentences) - n_sentences  # places for what is written
     bounds = torch.arange(n_sentences + 1, device=device) * SENTENCE
-    bounds = F.pad(bounds, (0, SENTENCE_BLOCK), value=n_rows)  # places for what is written
+    bounds = F.pad(bounds, (0, more), value=n_rows)
     return {"num_tokens": torch.tensor(n_rows), "kv": kv,
-            "vectors": F.pad(torch.cat(vectors, dim=1), (0, 0, 0, SENTENCE_BLOCK))[None],
-            "variances": F.pad(torch.cat(variances, dim=1), (0, SENTENCE_BLOCK))[None],
+            "vectors": F.pad(torch.cat(vectors, dim=1), (0, 0, 0, more))[None],
+            "variances": F.pad(torch.cat(variances, dim=1), (0, more))[None],
             "bounds": bounds.expand(1, heads, -1).contiguous()}
 
 

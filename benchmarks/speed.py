@@ -13,10 +13,11 @@ a token` is the median over `--new-tokens` of every repeat, `p90` their 90th per
 repeat the methods take turns. The floor is the time to read the weights and what the device holds
 of the cache once: their bytes over the bandwidth of a large copy, measured first. What comes from
 the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up
-to a power of two. Stage times are of tokens after those, without a graph. `--cuda-graph` adds
-SentenceKV with each token replayed as one graph, `--trace` SentenceKV recorded for a page, and
-`--compare transformers` Hugging Face's Llama and `--compare llama.cpp` that of llama.cpp, where
-they are installed. `--scale` measures one layer of SentenceKV instead, up to a million tokens: see
+to a power of two. Stage times are of tokens after those, without a graph and not compiled.
+`--cuda-graph` adds SentenceKV with each token replayed as one graph, `--compile` with a compiled
+step (and with both, if both are given), `--trace` SentenceKV recorded for a page, `--compare
+transformers` Hugging Face's Llama, and `--compare llama.cpp` that of llama.cpp, where they are
+installed. `--scale` measures one layer of SentenceKV instead, up to a million tokens: see
 benchmarks/scale.py.
 """
 

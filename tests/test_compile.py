@@ -1,15 +1,20 @@
 """The oracles of tests/test_cache.py once more, with a step that `torch.compile` has compiled."""
 
 import math
+import os
+import subprocess
+import sys
 from copy import copy
 
 import pytest
 import test_cache
 import torch
-from conftest import random_llama
+from conftest import ROOT, TEXT
 from test_cache import LEAST, SHORT, SMALL
 
 from cache import SentenceKVCache
+from generate import main
+from sentencekv import SentenceKVConfig
 
 
 class Compiled:
@@ -36,3 +41,47 @@ class Compiled:
 ])
 def test_the_oracles_hold(tiny, device, oracle, arguments):
     getattr(test_cache, f"test_{oracle}")(Compiled(tiny), device, *arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_answer_is_the_same(capfd, tiny_folder, tmp_path, dtype):
+    """Of the command line. In 16 bits it is only as long: fused operations round less often."""
+    torch.compiler.reset()
+    (tmp_path / "prompt.txt").write_text(TEXT)
+    arguments = ["--prompt", tmp_path / "prompt.txt", "--model", tiny_folder, "--device", "cpu",
+                 "--dtype", dtype, "--raw", "--token-budget", 128, "--max-new-tokens", 20]
+    answers = []
+    for more in ([], ["--compile"]):
+        assert main(arguments + more) == 0
+        answers.append(capfd.readouterr().out)
+    if dtype == "float32":
+        assert answers[0] == answers[1]
+    assert len(answers[0]) > 10 < len(answers[1])
+
+
+def test_on_the_default_weights(default_model):
+    """As many rows are selected and loaded, and the model says the same."""
+    model, config = Compiled(default_model), SentenceKVConfig(token_budget=96, sentence_limit=40)
+    spans = [(start, start + 15) for start in range(0, 300, 15)]
+    caches = [SentenceKVCache(config, default_model.config, spans, 40, "cpu", torch.float32)
+              for _ in range(2)]
+    ids = torch.arange(1000, 1330)
+    for cache in caches:
+        model.prefill(ids[:300], cache)
+    for token in ids[300:]:
+        compiled = model.decode(token[None], caches[0])
+        torch.testing.assert_close(compiled, default_model.decode(token[None], caches[1]),
+                                   rtol=1e-3, atol=1e-3)
+    for name in ("total_selected", "total_loaded"):
+        assert getattr(caches[0], name) == getattr(caches[1], name) > 0
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path):
+    """Before anything is read: there is no such prompt, and no such model."""
+    done = subprocess.run(
+        [sys.executable, "generate.py", "--prompt", "no.txt", "--model", "no", "--device", "cpu",
+         "--compile"], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("generate.py: --compile needs a compiler: ")
+    assert done.stderr.count("\n") == 1

@@ -461,7 +461,7 @@ def test_retroinfer_s_answer_counts_an_estimate_as_so_many_tokens(model, recordi
         cache.advance(1)
     tokens, layers = with_token(layers, n_earlier)
     for layer, token in enumerate(tokens):
-        answer = model.layers[layer].self_attn.attend(*token, cache).view(len(HEADS), GROUP, DIM)
+        answer = model.layers[layer].self_attn.attend(*token, cache, layer).view(len(HEADS), GROUP, DIM)
         for head in HEADS:
             q, kv = layers[layer][0], kv_of(layers, layer, head)
             rows, _ = retroinfer(q, kv, head, clusters[layer, head], 100)
@@ -483,7 +483,7 @@ def test_retroinfer_is_exact_if_the_keys_of_a_cluster_are_alike(model, values_al
                    estimated=1.0)
     tokens, layers = with_token(layers, 0)
     for layer, token in enumerate(tokens):
-        answer = model.layers[layer].self_attn.attend(*token, cache).view(len(HEADS), GROUP, DIM)
+        answer = model.layers[layer].self_attn.attend(*token, cache, layer).view(len(HEADS), GROUP, DIM)
         for head in HEADS:
             rows = [[*row, 0.0] for row in kv_of(layers, layer, head)]
             expected = [weighted_mean(one, rows) for one in queries_of(layers[layer][0], head)]

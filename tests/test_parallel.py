@@ -43,6 +43,42 @@ def test_two_ranks_write_what_one_process_writes(tmp_path, config, options):
     assert two["device_kv_parts"]["slots"] == one["device_kv_parts"]["slots"]
 
 
+ORACLES = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import math
+from pathlib import Path
+import torch
+import test_cache
+from weights.checkpoint import load_model
+from weights.parallel import join_ranks, own_part
+
+join_ranks("cpu")
+model = load_model(Path({folder!r}), torch.device("cpu"), torch.float32)
+test_cache.TINY = own_part(test_cache.TINY)  # the shape of the caches: one KV head
+small = test_cache.SMALL, math.inf, "gaussian"
+test_cache.test_a_budget_for_everything_is_full_attention(model, "cpu", 70, "gaussian")
+test_cache.test_a_small_budget_selects_what_the_slow_way_selects(model, "cpu", 300, 15, *small)
+test_cache.test_a_second_text_is_read_and_remembered(model, "cpu", 40, math.inf, 3)
+test_cache.test_offloaded_is_resident_and_the_difference_is_everything(
+    model, "cpu", 1, test_cache.SHORT)
+test_cache.test_what_is_not_selected_takes_no_part_in_attention(model, "cpu", test_cache.SHORT)
+print("all hold")
+"""
+
+
+def test_the_oracles_hold_on_each_of_two_ranks(tmp_path):
+    """Each rank's cache, with its KV head, against a slow one, a full one and a resident one."""
+    folder, script = write_tiny_folder(tmp_path / "tiny"), tmp_path / "oracles.py"
+    script.write_text(ORACLES.format(root=str(ROOT), folder=str(folder)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         script], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all hold") == 2
+
+
 def test_heads_that_cannot_be_divided_are_one_line(tmp_path):
     """Rank 0 says so, and the others are silent."""
     done = answer(write_tiny_folder(tmp_path / "tiny"), 3)
@@ -55,6 +91,8 @@ def test_what_needs_a_single_process_is_refused(monkeypatch):
     for option in (["--trace", "trace.html"], ["--save", "file"], ["--chat"], ["--show-sentences"]):
         with pytest.raises(ValueError, match="--show-sentences need a single one"):
             generate.parse(["--prompt", "file.txt", *option])
+    with pytest.raises(ValueError, match="--compile is for a single process"):
+        generate.parse(["--prompt", "file.txt", "--compile"])
 
 
 class Stored:

@@ -27,7 +27,8 @@ EXERCISES = {  # the number of the lesson, the function, and what its body may u
     "05_gaussian": (sentencekv.gaussian, "import math\n\nimport torch"),
     "06_token_importance": (sentencekv.token_importance,
                             "import math\n\nimport torch\nimport torch.nn.functional as F"),
-    "06_select_rows": (sentencekv.select_rows, "import torch\n\nfrom sentencekv import MOST"),
+    "06_select_rows": (sentencekv.select_rows,
+                       "import math\n\nimport torch\n\nfrom sentencekv import MOST"),
     "07_assign_slots": (cache.assign_slots, "import torch\n\nfrom cache import NO_ROW"),
     "08_seal": (cache.SentenceKVCache.seal, "import torch"),
 }
