@@ -353,6 +353,7 @@ class Witness:
         self.seen = [[[] for _ in range(config.num_hidden_layers)] for _ in others]
 
     num_tokens = property(lambda self: self.full.num_tokens)
+    layers = property(lambda self: self.full.layers)
 
     def prefill(self, *args):
         return self.full.prefill(*args)
@@ -367,7 +368,7 @@ class Witness:
         full = self.full.decode(layer, q, k, v)
         mass, output = attend(q, *full)
         for other, seen in zip(self.others, self.seen):
-            part, theirs = attend(q, *other.decode(layer, q, k, v))
+            part, theirs = attend(q, *other.decode(other.layers[layer], q, k, v))
             error = ((theirs - output).norm() / output.norm()).item()
             seen[layer].append(((part - mass).exp().mean().item(), error))
         return full
