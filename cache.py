@@ -25,7 +25,7 @@ from sentencekv import (SCORES, SentenceKVConfig, find_secondary_sinks, keep_tok
                         select_rows, sentence_bounds, sentence_vectors, token_importance)
 
 NO_ROW = 2**62  # the row of an empty slot; greater than any row
-SENTENCE_BLOCK = 64  # the table has room for a multiple of so many: GPU kernels are faster then
+SENTENCE_BLOCK = 64  # the table's capacity is a multiple of it: a GPU wants aligned rows
 ROW_BLOCK = 256  # the least room on the host for rows after the first text
 
 
@@ -120,13 +120,14 @@ def load_rows(first, later, slots, rows, missing):
     if is_later.any():
         others = later.index_select(0, (place - len(first)).clamp(min=0))
         found = others.where(is_later[:, None, None], found)
-    slots.flatten(0, 1).index_copy_(0, head * slots.shape[1] + slot, found.to(slots.device))
+    place = head * slots.shape[1] + slot
+    slots.view(-1, *slots.shape[2:]).index_copy_(0, place, found.to(slots.device))
 
 
-# For `torch.compile` it is one operator, which is not looked into.
+# For `torch.compile` it is one operator, whose inside it does not see.
 torch.library.define("sentencekv::load_rows", "(Tensor first, Tensor later, Tensor(a!) slots,"
                      " Tensor rows, Tensor missing) -> ()")
-torch.library.impl("sentencekv::load_rows", "CompositeExplicitAutograd", load_rows)
+torch.library.impl("sentencekv::load_rows", "default", load_rows)
 torch.library.register_fake("sentencekv::load_rows", lambda *tensors: None)
 
 
@@ -161,7 +162,7 @@ class SentenceTable:
     bounds         (L, H_kv, S + 1)  its first row, and after it the next sentence's
     scores         (L, H_kv, S)      how well it matches the sentence being written
     n_resident     (L, H_kv, S)      how many of its retrievable rows are in slots
-    lengths        (L, H_kv, S)      how many rows it has, retrievable or not
+    lengths        (L, H_kv, S)      how many rows it has, retrievable or not; float, for logarithms
     starts         (L, H_kv, S)      its first retrievable row: no sink, not in the window
     n_retrievable  (L, H_kv, S)      how many are retrievable. `limit` sets the last three.
     """
@@ -171,7 +172,7 @@ class SentenceTable:
         self.n_sentences = self.n_rows = self.n_resizes = 0
         self.vectors = torch.zeros(layers, heads, capacity, dim, device=device, dtype=dtype)
         self.variances = torch.zeros(layers, heads, capacity, device=device)
-        self.scores, self.lengths = (torch.zeros_like(self.variances) for _ in range(2))
+        self.scores, self.lengths = self.variances.clone(), self.variances.clone()
         self.n_resident = torch.zeros_like(self.variances, dtype=torch.long)
         self.starts, self.n_retrievable = self.n_resident.clone(), self.n_resident.clone()
         self.bounds = F.pad(self.n_resident, (0, 1))
@@ -239,12 +240,11 @@ class SentenceTable:
         self.n_retrievable.copy_(retrievable.diff(dim=-1))
 
 
-class Layer:
-    """One layer of a cache: its views of the tensors that a decode step reads and writes, under
-    their names there. It serves as the number of the layer, too.
+class CacheLayer:
+    """One layer of a cache: views of the tensors that a decode step reads and writes, under their
+    names there. So a step is a function of tensors, the same for all layers, and compiled once.
 
-    With views, a step of one layer is a function of tensors, the same for all layers: compiled for
-    one layer, it runs for all.
+    As an index it is the layer's number, for subclasses of the cache with tensors of their own.
     """
 
     def __init__(self, number: int, cache):
@@ -318,7 +318,7 @@ class SentenceKVCache:
         self.mask = torch.zeros(layers, heads, 1, n_slots, device=device, dtype=torch.bool)
         self.total_selected = torch.zeros((), device=device, dtype=torch.long)  # since a text
         self.total_loaded = torch.zeros_like(self.total_selected)
-        self.views_version = None  # of `layers`
+        self.views = self.views_version = None  # see `layers`
 
     @property
     def version(self) -> int:
@@ -327,10 +327,9 @@ class SentenceKVCache:
 
     @property
     def layers(self) -> list:
-        """What `decode` is given for each layer."""
+        """One entry for each layer, for `decode`."""
         if self.views_version != self.version:
-            layers, _, _ = self.host.kv_shape
-            self.views = [Layer(number, self) for number in range(layers)]
+            self.views = [CacheLayer(number, self) for number in range(len(self.slots))]
             self.views_version = self.version
         return self.views
 
@@ -356,6 +355,7 @@ class SentenceKVCache:
         n_sentences = self.table.n_sentences + len(ends)
         if n_sentences >= self.table.capacity:
             self.table.resize(room_for(n_sentences))
+        self.views = self.views_version = None  # they would keep what was replaced
 
     def prefill(self, layer: int, q, k, v) -> tuple:
         """Take the next part of a text and offload it. With the last part, make its sentences.
@@ -498,7 +498,7 @@ class SentenceKVCache:
         self.mask[..., self.sink_slot : self.sink_slot + self.n_sinks] = True
         self.mask[..., self.slot_of(start) : self.slot_of(end)] = True
 
-    def decode(self, layer: Layer, q, k, v) -> tuple:
+    def decode(self, layer: CacheLayer, q, k, v) -> tuple:
         """Select rows, load those that are missing (Section 3.3), return all slots and the mask."""
         layer.slots.index_copy_(1, self.next_slot, torch.stack((k, v), dim=2))
         with self.stage("select"):
@@ -507,7 +507,7 @@ class SentenceKVCache:
             self.load(layer)
         return *layer.slots.unbind(dim=2), layer.mask
 
-    def select(self, layer: Layer, q):
+    def select(self, layer: CacheLayer, q):
         """Select the rows of the best sentences, and find slots for them. q (H_kv, G, D)"""
         # Scores add up over the sentence being written, with less weight for older tokens. `seal`
         # sets them to zero: what stays open after it no longer counts.
@@ -523,13 +523,13 @@ class SentenceKVCache:
         layer.n_resident.copy_(selected)
         layer.mask[:, 0, : self.n_row_slots] = rows < NO_ROW
 
-    def score(self, layer: Layer, q):
+    def score(self, layer: CacheLayer, q):
         """How well each sentence matches one token's queries (H_kv, G, D) -> (H_kv, S)."""
         return SCORES[self.config.score](q, layer.vectors, layer.variances, layer.lengths)
 
-    def load(self, layer: Layer):
+    def load(self, layer: CacheLayer):
         """Copy the missing rows from the host into the slots that were found for them."""
-        compiling = torch.compiler.is_compiling()  # calling it as an operator takes more time
+        compiling = torch.compiler.is_compiling()  # otherwise a plain call is faster
         load = torch.ops.sentencekv.load_rows if compiling else load_rows
         load(layer.first, layer.later, layer.slots, layer.slot_row, layer.slot_missing)
 

@@ -22,7 +22,7 @@ if STARTED:  # Ctrl-C during the imports ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 # For torch: waiting CPU threads sleep early. Busy waiting can delay the thread they wait for.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Also for torch: one thread prepares only 2 GB a second of the host memory that a GPU reads.
+# Also for torch: one thread pins only 2 GB of host memory a second.
 os.environ.setdefault("PYTORCH_ALLOC_CONF",
                       "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
 
@@ -226,7 +226,7 @@ class Session:
         n_prompt = n_before + len(ids)
         new = self.written = []
         first = self.read(ids)
-        if self.args.cuda_graph or self.args.compile:  # stages inside cannot be timed
+        if self.args.cuda_graph or self.args.compile:  # their stages cannot be timed
             self.cache.stage = nullcontext
         with nullcontext(stopped) if stopped else interrupts() as stopped:
             text = self.write(first, self.max_tokens - n_prompt, stopped)
@@ -473,7 +473,7 @@ def options() -> Parser:
     add("--dtype", "auto", "auto: bfloat16 where the hardware computes in it",
         choices=("auto", "float32", "bfloat16", "float16"))
     for name, help in (("--cuda-graph", "replay each token as one CUDA graph: faster, not timed"),
-                       ("--compile", "compile a layer's decode step first: faster, not timed"),
+                       ("--compile", "compile a layer's step while decoding begins: faster later"),
                        ("--raw", "no chat template: continue the text as it is"),
                        ("--special-tokens", "special tokens spelled in the prompt are not text"),
                        ("--chat", "questions from the terminal; Ctrl-C ends an answer, Ctrl-D all"),
@@ -513,8 +513,9 @@ def parse(arguments=None) -> argparse.Namespace:
           for wrong, message in (
               (args.trace or args.show_sentences,
                "is not for --trace and --show-sentences: they look into every step"),
-              (args.cache == "full", "needs --cache sentencekv: a full cache grows at every token"),
-              (RANKS > 1 and name == "compile", "is for a single process"))),
+              (args.cache == "full", "needs --cache sentencekv: a full cache grows at every token")
+          )),
+        (RANKS > 1 and args.compile, "--compile is for a single process"),
         (RANKS > 1 and (args.chat or args.save or args.load or args.trace or args.show_sentences
                         or args.prompt == "-"), "of several processes each reads --prompt FILE;"
          " --chat, --save, --load, --trace and --show-sentences need a single one")):
@@ -533,9 +534,9 @@ def check_cuda_graph(device: torch.device):
 def check_compiler(device: torch.device):
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
-    except Exception as error:  # of several kinds
-        lines = f"{error}".splitlines() or [type(error).__name__]
-        raise ValueError(f"--compile needs a compiler: {lines[0]}") from None
+    except Exception as error:  # of PyTorch, of Triton or of the machine
+        problem = f"{error}".partition("\n")[0] or type(error).__name__
+        raise ValueError(f"--compile needs a compiler: {problem}") from None
 
 
 def check_positions(n_prompt: int, n_new: int, config: LlamaConfig):

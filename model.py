@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Of attention to one token's query on a GPU, the fastest first. FlashAttention takes no mask. cuDNN
-# does, but reads the keys of a head in one piece, and prepares anew for every number of them.
+# For one token's attention on a GPU, the fastest first (of an H200). FlashAttention takes no mask.
+# cuDNN does, but one block of threads reads a head's keys, and each number of them needs a plan.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
             SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -105,8 +105,8 @@ class Attention(nn.Module):
         return project(out.transpose(0, 1).flatten(1), self.o_proj)
 
     def decode(self, x, rope, cache, layer):
-        """One token attends to what the cache returns, x (1, hidden) -> (1, hidden). `layer` is
-        this layer's of `cache.layers`."""
+        """One token attends to what the cache returns, x (1, hidden) -> (1, hidden). `layer` is the
+        entry of `cache.layers` for this layer."""
         return project(self.attend(*self.qkv(x, rope), cache, layer), self.o_proj)
 
     def attend(self, q, k, v, cache, layer):
@@ -180,6 +180,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        self.layer_step = Block.decode  # or compiled: see `compile_step`
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, cache, progress=iter) -> torch.Tensor:
@@ -209,11 +210,11 @@ class Llama(nn.Module):
                 x = self.layer_step(block, x, rope, cache, layer)
         return self.norm(x)
 
-    layer_step = staticmethod(Block.decode)
-
     def compile_step(self):
-        """Let `torch.compile` make one function of a layer's step, which serves all layers. It
-        fuses small operations. On a CPU the others are called from C++ and not from Python."""
+        """Compile a layer's step once for all layers: small operations are fused. On a CPU, C++ and
+        not Python calls the others."""
+        torch._dynamo.config.recompile_limit = 64  # the table and the host's rows can grow
+        torch.compiler.assume_constant_result(n_threads)  # it cannot be traced
         options = {"cpp_wrapper": not self.lm_head.weight.is_cuda}
         self.layer_step = torch.compile(Block.decode, fullgraph=True, options=options)
 
@@ -238,12 +239,12 @@ class GraphedDecode:
     def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        now = cache, cache.version
-        if self.warm != now:  # kernels are compiled while a first token is decoded
-            self.warm = now
+        key = cache, cache.version
+        if self.warm != key:  # kernels are compiled while a first token is decoded
+            self.warm = key
             return self.model.decode(self.ids, cache)
-        if self.captured != now:
-            self.captured, self.graph = now, torch.cuda.CUDAGraph()
+        if self.captured != key:
+            self.captured, self.graph = key, torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.states = self.model.step(self.ids, self.position, cache)
         self.graph.replay()
@@ -256,12 +257,14 @@ class FullCache:
     protocol, what attention and `generate.py` expect of a cache:
 
     num_tokens                    tokens that all layers have seen: the position of the next one
-    layers                        what `decode` is given for each layer
-    prefill(layer, q, k, v)       takes q (H, T, D), k and v (H_kv, T, D) of the next T tokens,
-                                  returns keys and values (H_kv, n, D) of all, these last
-    decode(layer, q, k, v)        takes q (H, 1, D), k and v (H_kv, 1, D) of one token, returns
-                                  keys and values (H_kv, n, D) to attend to, the token's own among
-                                  them, and a mask (H_kv, 1, n), True where to attend, or None
+    layers                        one entry for each layer, for `decode`
+    prefill(layer, q, k, v)       takes the layer's number, and q (H, T, D), k and v (H_kv, T, D) of
+                                  the next T tokens, returns keys and values (H_kv, n, D) of all,
+                                  these last
+    decode(layer, q, k, v)        takes the layer's entry, and q (H, 1, D), k and v (H_kv, 1, D) of
+                                  one token, returns keys and values (H_kv, n, D) to attend to,
+                                  the token's own among them, and a mask (H_kv, 1, n), True where to
+                                  attend, or None
     advance(n_tokens)             all layers have seen `n_tokens` more
     seal(length)                  called between two tokens: the next `length` tokens that are in
                                   no sentence yet form one
@@ -323,13 +326,12 @@ def project(x: torch.Tensor, projection: nn.Linear) -> torch.Tensor:
         blocks = projection.weight.view(n_blocks, -1, x.shape[1])  # (blocks, rows, in)
         out = (blocks @ x.mT.expand(n_blocks, -1, -1)).view(1, -1)
     else:
-        compiling = torch.compiler.is_compiling()  # calling it as an operator takes more time
+        compiling = torch.compiler.is_compiling()  # otherwise a plain call is faster
         product = torch.ops.sentencekv.product_in_16_bits if compiling else product_in_16_bits
         out = product(x, projection.weight)
     return out if projection.bias is None else out + projection.bias
 
 
-@torch.compiler.assume_constant_result
 def n_threads() -> int:
     return torch.get_num_threads()
 
@@ -345,9 +347,8 @@ def product_in_16_bits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         torch.backends.mkldnn.enabled = before
 
 
-# For `torch.compile`, which does not know that setting, it is one operator.
+# `torch.compile` would ignore the setting. So for it this is one operator.
 torch.library.define("sentencekv::product_in_16_bits", "(Tensor x, Tensor weight) -> Tensor")
-torch.library.impl("sentencekv::product_in_16_bits", "CompositeExplicitAutograd",
-                   product_in_16_bits)
+torch.library.impl("sentencekv::product_in_16_bits", "default", product_in_16_bits)
 torch.library.register_fake("sentencekv::product_in_16_bits",
                             lambda x, weight: x.new_empty(1, len(weight)))

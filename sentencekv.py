@@ -236,8 +236,8 @@ def select_rows(scores, lengths, row_budget, most: int = MOST) -> torch.Tensor:
     >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[3, 3, 2]]), torch.tensor([[4]]))
     tensor([[0, 3, 1]])
     """
-    # A sentence takes at least one row, so `most` of them are enough: no need to sort all. An empty
-    # one would be in the way.
+    # A selected sentence takes at least one row, so the best `most` are enough, without empty ones.
+    # Equal scores come in any order, which can differ between devices.
     n = min(most, scores.shape[-1])
     best = scores.masked_fill(lengths == 0, -math.inf).topk(n, dim=-1).indices
     available = lengths.gather(-1, best)

@@ -13,12 +13,11 @@ a token` is the median over `--new-tokens` of every repeat, `p90` their 90th per
 repeat the methods take turns. The floor is the time to read the weights and what the device holds
 of the cache once: their bytes over the bandwidth of a large copy, measured first. What comes from
 the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up
-to a power of two. Stage times are of tokens after those, without a graph and not compiled.
-`--cuda-graph` adds SentenceKV with each token replayed as one graph, `--compile` with a compiled
-step (and with both, if both are given), `--trace` SentenceKV recorded for a page, `--compare
-transformers` Hugging Face's Llama, and `--compare llama.cpp` that of llama.cpp, where they are
-installed. `--scale` measures one layer of SentenceKV instead, up to a million tokens: see
-benchmarks/scale.py.
+to a power of two. Stage times are of tokens after those. `--cuda-graph` adds SentenceKV with each
+token replayed as one graph, `--compile` with a compiled step (and with both, if both are given),
+`--trace` SentenceKV recorded for a page, `--compare transformers` Hugging Face's Llama, and
+`--compare llama.cpp` that of llama.cpp, where they are installed. `--scale` measures one layer of
+SentenceKV instead, up to a million tokens: see benchmarks/scale.py.
 """
 
 import argparse
@@ -148,8 +147,7 @@ class Ours:
     """This project's model with one of its caches."""
 
     def __init__(self, method, args, model, text, length):
-        self.method, self.args, self.eager, self.model = method, args, model, model
-        self.text = text
+        self.method, self.args, self.model, self.text = method, args, model, text
         self.length, self.device = length, model.embed_tokens.weight.device
         settings = {"token_budget": args.token_budget, "keep_factor": args.keep_factor}
         if method in (COMPILED, BOTH):
@@ -195,9 +193,11 @@ class Ours:
             self.cache.total_loaded.zero_()
 
     def stages(self, steps: int) -> dict:
-        """Milliseconds a token, by stage."""
+        """Milliseconds a token, by stage. A graph and a compiled step have none."""
+        if self.method in (GRAPHED, COMPILED, BOTH):
+            return {}
         timer = StageTimer(self.device)
-        self.cache.stage, self.decode = timer, self.eager.decode
+        self.cache.stage = timer
         for _ in range(steps):
             with timer("decode"):
                 self.step()

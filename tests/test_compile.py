@@ -38,6 +38,7 @@ class Compiled:
     ("offloaded_is_resident_and_the_difference_is_everything", (math.inf, SHORT)),
     ("what_is_not_selected_takes_no_part_in_attention", (SHORT,)),
     ("a_second_text_is_read_and_remembered", (40, math.inf, 3)),
+    ("room_for_more_sentences_is_made", ()),
 ])
 def test_the_oracles_hold(tiny, device, oracle, arguments):
     getattr(test_cache, f"test_{oracle}")(Compiled(tiny), device, *arguments)
@@ -45,7 +46,8 @@ def test_the_oracles_hold(tiny, device, oracle, arguments):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_answer_is_the_same(capfd, tiny_folder, tmp_path, dtype):
-    """Of the command line. In 16 bits it is only as long: fused operations round less often."""
+    """Of the command line. In 16 bits, only that there is one: fused operations round
+    less often."""
     torch.compiler.reset()
     (tmp_path / "prompt.txt").write_text(TEXT)
     arguments = ["--prompt", tmp_path / "prompt.txt", "--model", tiny_folder, "--device", "cpu",
@@ -56,7 +58,7 @@ def test_an_answer_is_the_same(capfd, tiny_folder, tmp_path, dtype):
         answers.append(capfd.readouterr().out)
     if dtype == "float32":
         assert answers[0] == answers[1]
-    assert len(answers[0]) > 10 < len(answers[1])
+    assert min(map(len, answers)) > 10
 
 
 def test_on_the_default_weights(default_model):

@@ -120,10 +120,11 @@ class BestSentences(SentenceKVCache):
         self.seen = {}  # layer -> keys (H_kv, N, D), side by side: reading them is faster
 
     def keys(self, layer):
-        if layer not in self.seen or self.seen[layer].shape[1] != self.table.n_rows:
-            keys = self.host.read(layer, 0, self.table.n_rows)[:, :, 0]
-            self.seen[layer] = self.known(layer, keys).contiguous()
-        return self.seen[layer]
+        n = int(layer)
+        if n not in self.seen or self.seen[n].shape[1] != self.table.n_rows:
+            keys = self.host.read(n, 0, self.table.n_rows)[:, :, 0]
+            self.seen[n] = self.known(n, keys).contiguous()
+        return self.seen[n]
 
     def known(self, layer, keys):
         """What is known of all keys (H_kv, N, D): here everything."""
