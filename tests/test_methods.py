@@ -235,8 +235,8 @@ def test_the_second_vector_is_the_key_farthest_from_the_mean(recording):
 def test_the_second_vector_counts_as_one_token(recording):
     cache, (q, _, _) = recording.replay(new_cache("two_vectors")), random_token(3)
     table, scale = cache.table, TINY.head_dim**0.5
-    q = q.view(TINY.num_key_value_heads, 3, -1)
-    for head, score in enumerate(cache.score(cache.layers[0], q)):
+    grouped = q.view(TINY.num_key_value_heads, 3, -1)
+    for head, score in enumerate(cache.score(cache.layers[0], grouped)):
         lengths = table.lengths[0, head]
         lengths = lengths[lengths > 0]  # empty sentences are last
         expected = torch.zeros(len(lengths))
@@ -274,8 +274,8 @@ def test_two_levels_score_the_sentences_of_the_best_paragraphs(recording):
 def test_a_row_of_a_sentence_counts_if_it_can_be_selected(recording, method):
     cache, (q, _, _) = recording.replay(new_cache(method)), random_token(3)
     known = cache.known(0, recording.layers[0][1])
-    q = q.view(TINY.num_key_value_heads, 3, -1)
-    for head, score in enumerate(cache.score(cache.layers[0], q)):
+    grouped = q.view(TINY.num_key_value_heads, 3, -1)
+    for head, score in enumerate(cache.score(cache.layers[0], grouped)):
         secondary = {tuple(row.tolist()) for row in cache.host.first[
             0, : cache.table.n_secondary[0, head], head, 0]}
         keys = recording.layers[0][1][head]

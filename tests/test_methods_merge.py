@@ -124,7 +124,7 @@ def test_what_is_held_stays_within_the_budget_of_sixty_written_tokens(recording,
     cache = filled(recording, method)
     for step in range(60):
         for layer in range(LAYERS):
-            cache.decode(layer, *random_token(2 * step + layer))
+            cache.decode(cache.layers[layer], *random_token(2 * step + layer))
         cache.advance(1)
         assert BUDGET - 1 < cost(cache).held <= BUDGET
         if step % 10 == 9:
@@ -181,7 +181,7 @@ def test_snapkv_keeps_twice_as_many_tokens_of_eight_bits_a_channel(recording):
         q, k, v = random_token(layer)
         keys, values = everything(recording, layer, k, v)
         if head == 0:
-            decoded = cache.decode(layer, q, k, v)
+            decoded = cache.decode(cache.layers[layer], q, k, v)
             assert decoded[2] is None
         # One of 16 bits is taken by the new token, so two of 8 bits have gone.
         order = best(pooled_scores(recording, layer, head), 2 * (BUDGET - WINDOW - 1))
@@ -198,7 +198,7 @@ def test_tokens_of_fewer_bits_fill_the_same_bytes(dim, bits):
     cache = filled(recording, "snapkv_4bit", config=config)
     for step in range(1, 61):
         for layer in range(LAYERS):
-            keys, _, mask = cache.decode(layer, *random_token(2 * step + layer, dim))
+            keys, _, mask = cache.decode(cache.layers[layer], *random_token(2 * step + layer, dim))
             latest = min(WINDOW + step, BUDGET // 2)  # the prompt keeps half of the bytes
             kept = int((BUDGET - latest) * 16 // bits)
             assert mask is None and keys.shape[1] == kept + latest
@@ -213,7 +213,7 @@ def test_the_written_tokens_of_snapkv_are_exact(recording):
     for step in range(10):
         token = random_token(step)
         written.append(token[1:])
-        keys, values, _ = cache.decode(0, *token)
+        keys, values, _ = cache.decode(cache.layers[0], *token)
     for i, (k, v) in enumerate(written):
         assert torch.equal(keys[:, i - 10], k[:, 0]) and torch.equal(values[:, i - 10], v[:, 0])
 
@@ -257,7 +257,7 @@ def test_what_is_read_of_the_prompt_has_the_precision_of_the_host(recording):
     cache = filled(recording, "sentencekv_4bit")
     for layer in range(LAYERS):
         q, k, v = random_token(layer)
-        keys, values, mask = cache.decode(layer, q, k, v)
+        keys, values, mask = cache.decode(cache.layers[layer], q, k, v)
         for head in range(HEADS):
             exact = torch.cat(recording.layers[layer][1:], dim=-1)[head]
             prompt = [torch.cat((rounded(row[:DIM]), rounded(row[DIM:]))) for row in exact]
@@ -273,7 +273,7 @@ def test_the_bits_do_not_change_what_sentencekv_selects(recording):
     for step in range(20):
         for layer in range(LAYERS):
             token = random_token(2 * step + layer)
-            masks = [cache.decode(layer, *token)[2] for cache in (ours, exact)]
+            masks = [cache.decode(cache.layers[layer], *token)[2] for cache in (ours, exact)]
             assert torch.equal(*masks)
         assert torch.equal(ours.slot_row, exact.slot_row)
         for cache in (ours, exact):
@@ -289,7 +289,7 @@ def write_sentences(cache, n_sentences):
         for layer in range(LAYERS):
             token = random_token(2 * step + layer)
             written[layer].append(torch.stack(token[1:], dim=2)[:, 0])  # (H_kv, 2, D)
-            cache.decode(layer, *token)
+            cache.decode(cache.layers[layer], *token)
         cache.advance(1)
         if step % 10 == 9:
             cache.seal(10)
@@ -385,7 +385,7 @@ def test_each_token_of_a_head_is_counted_once(recording):
 def test_a_written_token_takes_the_place_of_the_worst_run(recording):
     cache = filled(recording, "kvmerger")
     for step in range(1, 61):
-        keys, _, mask = cache.decode(0, *random_token(step))
+        keys, _, mask = cache.decode(cache.layers[0], *random_token(step))
         latest = min(WINDOW + step, BUDGET // 2)
         n_left = BUDGET - latest - N_WHOLE
         assert keys.shape[1] == BUDGET and mask.shape == (HEADS, 1, BUDGET)
@@ -418,7 +418,7 @@ def test_equal_neighbours_merge_without_loss():
             _, runs, _ = whole_and_runs(recording, layer, head)
             assert all(len(run) == 5 for run in runs)
             left[head, 0, runs[-1]] = False
-        got = answer(q, *cache.decode(layer, q, k, v))
+        got = answer(q, *cache.decode(cache.layers[layer], q, k, v))
         torch.testing.assert_close(got, answer(q, keys, values, left), rtol=0, atol=1e-5)
 
 
@@ -457,7 +457,7 @@ def test_the_slots_of_less_hold_its_state(recording):
     cache = filled(recording, "less")
     for layer in range(LAYERS):
         q, k, v = random_token(layer)
-        keys, values, mask = cache.decode(layer, q, k, v)
+        keys, values, mask = cache.decode(cache.layers[layer], q, k, v)
         assert keys.shape[1] == BUDGET and mask.shape == (HEADS, GROUP, BUDGET)
         assert not keys[:, -FEATURES:].any() and not mask[..., :-FEATURES].any()
         for head in range(HEADS):
@@ -476,7 +476,7 @@ def test_less_answers_by_the_formula_of_its_state(recording):
     for layer in range(LAYERS):
         q, k, v = random_token(10 + layer)
         keys, values = everything(recording, layer, k, v)
-        got = answer(q, *cache.decode(layer, q, k, v))
+        got = answer(q, *cache.decode(cache.layers[layer], q, k, v))
         for query_head in range(GROUP * HEADS):
             head, one = query_head // GROUP, q[query_head, 0]
             heavy, dropped = heavy_and_dropped(recording, layer, head)
@@ -503,7 +503,7 @@ def test_many_features_are_right_in_the_mean(recording, n_features=200_000):
 def test_where_nothing_is_dropped_less_attends_without_its_state(recording, budget):
     cache = filled(recording, "less", budget)
     q, k, v = random_token(1)
-    keys, values, mask = cache.decode(0, q, k, v)
+    keys, values, mask = cache.decode(cache.layers[0], q, k, v)
     assert (mask[..., -FEATURES:] == -math.inf).all() and values.isfinite().all()
     got, expected = answer(q, keys, values, mask), answer(q, *everything(recording, 0, k, v))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
@@ -561,7 +561,7 @@ def test_a_shared_layer_reads_the_earlier_one_s_tokens_and_the_new_one(deep_reco
         tokens = [random_token(8 * step + layer) for layer in range(8)]
         written.append(tokens)
         for layer, source in enumerate(cache.source):
-            keys, values, mask = cache.decode(layer, *tokens[layer])
+            keys, values, mask = cache.decode(cache.layers[layer], *tokens[layer])
             prompt = deep_recording.layers[source]
             for i, got in ((1, keys), (2, values)):
                 expected = torch.cat((prompt[i], *(past[source][i] for past in written)), dim=1)

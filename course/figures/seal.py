@@ -14,8 +14,8 @@ KINDS = {"sink": "blue", "retrievable": "sky", "recent": "orange"}
 CELL, LEFT = 24, 26
 
 
-def step(cache, n_tokens: int, function):
-    for layer in (0, 1):
+def step(cache, n_tokens: int, function, layers):
+    for layer in layers:
         function(layer, *(random(heads, heads, n_tokens, 4) for heads in (4, 2, 2)))
     cache.advance(n_tokens)
 
@@ -49,9 +49,9 @@ def time_line(picture: Picture, y: int, title: str, cache):
 def draw() -> Picture:
     picture = Picture(700, 278)
     cache = SentenceKVCache(CONFIG, TINY, [(0, 5), (5, 12), (12, 20)], 20, "cpu", torch.float32)
-    step(cache, 20, cache.prefill)
+    step(cache, 20, cache.prefill, (0, 1))
     for _ in range(6):
-        step(cache, 1, cache.decode)
+        step(cache, 1, cache.decode, cache.layers)
     picture.text(LEFT, 30, "the sentence is sealed, and the window moves", "title")
     time_line(picture, 60, "before the seal", cache)
     cache.seal(5)
