@@ -19,7 +19,7 @@ from oracle import SlowSentenceKV
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cache as cache_module
-from cache import NO_ROW, HostTier, SentenceKVCache, SentenceTable, assign_slots
+from cache import NO_ROW, SentenceKVCache, SentenceTable, assign_slots
 from generate import GraphedDecode
 from model import FullCache
 from segment import SentenceStream, token_spans

@@ -7,6 +7,7 @@ their parts of the logits are joined (Megatron-LM, arXiv 1909.08053). All comput
 token; rank 0 prints.
 """
 
+import atexit
 import os
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ def join_ranks(device: str) -> str:
     """Join the other ranks. Returns the name of this one's device, of its own if there are GPUs."""
     cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
+    atexit.register(dist.destroy_process_group)  # its threads must end before the process does
     return f"cuda:{os.environ.get('LOCAL_RANK', RANK)}" if cuda else device
 
 
