@@ -37,7 +37,7 @@ from sentencekv import SCORES, SentenceKVConfig
 from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
 from weights.document import Document, load_document, read_text, save_document
 from weights.download import download
-from weights.parallel import RANK, RANKS, added_up, agreed, join_ranks
+from weights.parallel import RANK, RANKS, added_up, agreed, join_ranks, leave_ranks
 from weights.tokenizer import Tokenizer
 
 MEMORY = "out of memory|can't allocate|not enough memory|unable to mmap"  # in a RuntimeError
@@ -600,4 +600,4 @@ if __name__ == "__main__":
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character
         elif name != "stdin":  # it is closed
             setattr(sys, name, open(os.devnull, "w"))
-    sys.exit(main())
+    (leave_ranks if RANKS > 1 else sys.exit)(main())

@@ -51,7 +51,7 @@ from pathlib import Path
 import torch
 import test_cache
 from weights.checkpoint import load_model
-from weights.parallel import join_ranks, own_part
+from weights.parallel import join_ranks, leave_ranks, own_part
 
 join_ranks("cpu")
 model = load_model(Path({folder!r}), torch.device("cpu"), torch.float32)
@@ -64,6 +64,7 @@ test_cache.test_offloaded_is_resident_and_the_difference_is_everything(
     model, "cpu", 1, test_cache.SHORT)
 test_cache.test_what_is_not_selected_takes_no_part_in_attention(model, "cpu", test_cache.SHORT)
 print("all hold")
+leave_ranks(0)
 """
 
 

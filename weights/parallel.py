@@ -7,8 +7,9 @@ their parts of the logits are joined (Megatron-LM, arXiv 1909.08053). All comput
 token; rank 0 prints.
 """
 
-import atexit
 import os
+import sys
+import time
 from dataclasses import replace
 
 import torch
@@ -26,8 +27,17 @@ def join_ranks(device: str) -> str:
     """Join the other ranks. Returns the name of this one's device, of its own if there are GPUs."""
     cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
     dist.init_process_group("nccl" if cuda else "gloo")
-    atexit.register(dist.destroy_process_group)  # its threads must end before the process does
     return f"cuda:{os.environ.get('LOCAL_RANK', RANK)}" if cuda else device
+
+
+def leave_ranks(status: int):
+    """End this process as it is: while Python takes itself apart, a thread of gloo that still runs
+    aborts the process now and then."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if RANK > 0 and status > 0:
+        time.sleep(2)  # torchrun ends all ranks when one fails: rank 0 says why before
+    os._exit(status)
 
 
 def own_part(config: LlamaConfig) -> LlamaConfig:
