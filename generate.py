@@ -22,7 +22,7 @@ if STARTED:  # Ctrl-C during the imports ends the program without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 # For torch: waiting CPU threads sleep early. Busy waiting can delay the thread they wait for.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Also for torch: one thread pins only 2 GB of host memory a second.
+# Also for torch: eight threads pin the host memory that a GPU reads. One would take longer.
 os.environ.setdefault("PYTORCH_ALLOC_CONF",
                       "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
 
@@ -532,6 +532,7 @@ def check_cuda_graph(device: torch.device):
 
 
 def check_compiler(device: torch.device):
+    """Raises ValueError if `torch.compile` does not work here."""
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except Exception as error:  # of PyTorch, of Triton or of the machine

@@ -3,8 +3,8 @@
     python -m benchmarks.plots needle benchmarks/results/needle.jsonl
 
 draws a picture again, beside its rows: `needle`, `ruler`, `perplexity`, `sinks`, `speed` or
-`scale`. `rows` are the lines of such a file, as dictionaries. The colours are told apart by the colour-blind as
-well, and each method has its own marker and line.
+`scale`. `rows` are the lines of such a file, as dictionaries. The colours are told apart by the
+colour-blind as well, and each method has its own marker and line.
 
     python -m benchmarks.plots quality benchmarks/results/{multikey,perplexity}.jsonl
 

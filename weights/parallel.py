@@ -31,8 +31,8 @@ def join_ranks(device: str) -> str:
 
 
 def leave_ranks(status: int):
-    """End this process as it is: while Python takes itself apart, a thread of gloo that still runs
-    aborts the process now and then."""
+    """End this process without Python's clean-up: a thread of gloo that still runs then can abort
+    the process."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     if RANK > 0 and status > 0:
