@@ -19,19 +19,37 @@ from oracle import SlowSentenceKV
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cache as cache_module
-from cache import NO_ROW, SentenceKVCache, SentenceTable, assign_slots
-from generate import GraphedDecode
+from cache import NO_ROW, LayerCache, Plan, SentenceKVCache, assign_slots
 from model import FullCache
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig, select_rows
-from weights.document import Document, load_document, save_document
+from support import host_rows
+from support.compiled import GraphedDecode
+from support.document import Document, load_document, restore, save_document, snapshot
 from weights.tokenizer import Tokenizer
 
 N_NEW = 90
 
 
-def sentencekv_cache(config, n_prompt, device, new=N_NEW, cls=SentenceKVCache, longest=15):
-    return cls(config, TINY, random_spans(n_prompt, longest), new, device, torch.float32)
+def expecting(cache, spans):
+    """The cache, told of the sentences of its first text."""
+    cache.expect(spans)
+    return cache
+
+
+def sentencekv_cache(config, n_prompt, device, new=N_NEW, cls=SentenceKVCache, longest=15,
+                     dtype=torch.float32):
+    return expecting(cls(config, TINY, n_prompt + new, device, dtype),
+                     random_spans(n_prompt, longest))
+
+
+def slow_cache(config, n_prompt, longest=15):
+    return expecting(SlowSentenceKV(config, TINY), random_spans(n_prompt, longest))
+
+
+def with_layers(layer_class):
+    """A cache whose layers are of this class."""
+    return type(f"Cache{layer_class.__name__}", (SentenceKVCache,), {"Layer": layer_class})
 
 
 def write(model, caches, n_prompt, n_new=N_NEW, ends=True):
@@ -54,8 +72,9 @@ def write(model, caches, n_prompt, n_new=N_NEW, ends=True):
 
 
 def tensors_of(cache) -> list:
-    """Every tensor that the cache, its host tier and its table hold."""
-    values = [x for part in (cache, cache.host, cache.table) for x in vars(part).values()]
+    """Every tensor that the cache, its plan, its layers and their rows on the host hold."""
+    parts = (cache, cache.plan, *cache.layers, *(layer.host for layer in cache.layers))
+    values = [x for part in parts for x in vars(part).values()]
     return [x for x in values if isinstance(x, torch.Tensor)]
 
 
@@ -103,24 +122,27 @@ def test_a_small_budget_selects_what_the_slow_way_selects(
         tiny, device, n_prompt, longest, small, keep_factor, score):
     config = SentenceKVConfig(keep_factor=keep_factor, score=score, **small)
     caches = [sentencekv_cache(config, n_prompt, device, longest=longest),
-              SlowSentenceKV(config, TINY, random_spans(n_prompt, longest))]
+              slow_cache(config, n_prompt, longest)]
     for ours, slow in write(tiny, caches, n_prompt):
         torch.testing.assert_close(ours, slow, rtol=0, atol=1e-4)
     if longest == 15:  # then there was time for the text written to be asked for
         assert any(i >= n_prompt for positions in caches[1].selected for i in positions)
 
 
-class AllResident(SentenceKVCache):
+class ResidentLayer(LayerCache):
     """Every slot is filled anew at every step, from all rows."""
 
-    def load(self, layer):
-        fill(layer, layer.slot_row < NO_ROW)
+    def load(self):
+        fill(self, self.slot_row < NO_ROW)
+
+
+AllResident = with_layers(ResidentLayer)
 
 
 def fill(layer, wanted):
     """Put the wanted rows (H_kv, B) into slots, in static shapes."""
     rows, heads = layer.slot_row.where(wanted, 0), torch.arange(len(wanted), device=wanted.device)
-    kv = torch.cat((layer.first, layer.later)).to(rows.device)
+    kv = torch.cat((layer.host.first, layer.host.later)).to(rows.device)
     found = kv[rows, heads[:, None]]  # (H_kv, B, 2, D)
     slots = layer.slots[:, : rows.shape[1]]
     slots.copy_(found.where(wanted[..., None, None], slots))
@@ -137,7 +159,7 @@ def test_a_prompt_in_parts_is_the_prompt_at_once(tiny, device, keep_factor, size
         if keep_factor is None:
             return FullCache(TINY, 300 + N_NEW, device, torch.float64)
         config = SentenceKVConfig(**SMALL, keep_factor=keep_factor)
-        return SentenceKVCache(config, TINY, random_spans(300), N_NEW, device, torch.float64)
+        return sentencekv_cache(config, 300, device, dtype=torch.float64)
 
     class Model:
         embed_tokens, decode = model.embed_tokens, model.decode
@@ -163,7 +185,7 @@ def test_a_second_text_is_read_and_remembered(tiny, device, budget, keep_factor,
     """With text written before it, in the middle of a sentence, and after it."""
     config = SentenceKVConfig(**SMALL | {"token_budget": budget}, keep_factor=keep_factor)
     caches = [sentencekv_cache(config, 300, device, new=300),
-              SlowSentenceKV(config, TINY, random_spans(300))]
+              slow_cache(config, 300)]
     if budget == 1024:
         caches.append(FullCache(TINY, 600, device, torch.float32))
     ids = random_ids(600, device)
@@ -189,8 +211,8 @@ def read_and_write(model, cache, ids, parts=1):
 
 
 @pytest.mark.parametrize("keep_factor", [2.5, math.inf, None])
-def test_after_a_rewind_all_is_as_the_first_time(tiny, device, keep_factor, monkeypatch):
-    monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)
+def test_after_going_back_all_is_as_the_first_time(tiny, device, keep_factor, monkeypatch):
+    monkeypatch.setattr(cache_module, "TABLE_BLOCK", 3)
     if keep_factor is None:
         cache = FullCache(TINY, 600, device, torch.float32)
     else:
@@ -198,14 +220,14 @@ def test_after_a_rewind_all_is_as_the_first_time(tiny, device, keep_factor, monk
                                  new=300)
     ids = random_ids(600, device)
     tiny.prefill(ids[:300], cache)
-    snapshot, runs = cache.snapshot(), []
+    runs = []
     for text in (ids[300:350], ids[350:420], ids[300:350]):
         runs.append([read_on(tiny, cache, text)])
         for i in range(60):
             runs[-1].append(tiny.decode(ids[420 + i : 421 + i], cache)[0])
             if i % 9 == 8:
                 cache.seal(9)
-        cache.restore(snapshot)
+        cache.truncate(300)
     assert torch.equal(torch.stack(runs[0]), torch.stack(runs[2]))
     assert not torch.equal(runs[0][-1], runs[1][-1])
 
@@ -219,7 +241,7 @@ def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, ke
         assert torch.equal(ours, resident)
     report = caches[0].report()
     assert 0 < report["hit_rate"] < 1
-    assert report["loaded_bytes"] == caches[0].total_loaded.item() * 2 * TINY.head_dim * 4
+    assert report["loaded_bytes"] == caches[0].plan.n_loaded.item() * 2 * TINY.head_dim * 4
 
 
 def test_on_the_default_weights_too(default_model, default_folder):
@@ -231,9 +253,10 @@ def test_on_the_default_weights_too(default_model, default_folder):
     spans = token_spans(pieces[:600], SentenceKVConfig.sentence_limit)
     kinds = [(FullCache, None), (SentenceKVCache, 1024), (SentenceKVCache, 96), (AllResident, 96)]
     caches = [kind(default_model.config, 640, "cpu", torch.float32) if budget is None else
-              kind(SentenceKVConfig(token_budget=budget), default_model.config, spans, 40, "cpu",
+              kind(SentenceKVConfig(token_budget=budget), default_model.config, 640, "cpu",
                    torch.float32) for kind, budget in kinds]
     for cache in caches:
+        cache.expect(spans)
         default_model.prefill(torch.tensor(ids[:600]), cache)
     sentences = SentenceStream(SentenceKVConfig.sentence_limit)
     for token, piece in zip(ids[600:], pieces[600:]):
@@ -245,12 +268,12 @@ def test_on_the_default_weights_too(default_model, default_folder):
             for cache in caches)
         torch.testing.assert_close(everything, full, rtol=0, atol=2e-3)
         assert torch.equal(small, resident) and not torch.equal(small, full)
-    assert caches[2].table.n_sentences > len(spans)
+    assert caches[2].plan.n_places > 1 + len(spans)
 
 
 def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tmp_path):
-    """A document in parts and then a question: one prompt, at once. And again after a rewind, and in
-    another cache that loads the document from a file."""
+    """A document in parts and then a question: one prompt, at once. And again after going back, and
+    in another cache that loads the document from a file."""
     text = (REFERENCE / "walden_passage.txt").read_text(encoding="utf-8")
     tokenizer, device = Tokenizer(default_folder), torch.device("cpu")
     ids = tokenizer.encode(text, add_bos=False)[:355]
@@ -258,8 +281,8 @@ def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tm
     prompt, question = torch.tensor(ids[:300]), torch.tensor(ids[300:340])
 
     def new_cache(budget):
-        return SentenceKVCache(SentenceKVConfig(token_budget=budget), default_model.config, spans,
-                               100, "cpu", torch.float32)
+        return SentenceKVCache(SentenceKVConfig(token_budget=budget), default_model.config, 400,
+                               "cpu", torch.float32)
 
     def answer(cache):
         cache.expect([(0, 15), (15, 40)])
@@ -272,22 +295,25 @@ def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tm
     states += [default_model.decode(torch.tensor([token]), full) for token in ids[340:]]
     expected = default_model.logits(torch.cat(states))
     for budget in (1024, 96):
-        cache = new_cache(budget)
+        cache = expecting(new_cache(budget), spans)
         for part in prompt.split([100, 150, 50]):
             default_model.prefill(part, cache)
-        snapshot, first = cache.snapshot(), answer(cache)
+        kept, first = snapshot(cache), answer(cache)
         if budget == 1024:
             torch.testing.assert_close(first, expected, rtol=0, atol=2e-3)
-        cache.restore(snapshot)
+        cache.truncate(300)
         assert torch.equal(answer(cache), first)
-        save_document(tmp_path / "document", Document(text, ids[:300], spans, snapshot,
-                                                      tokenizer.now),
-                      default_folder, cache.config, torch.float32)
+        cache.truncate(300)
+        save_document(tmp_path / "document", Document(text, ids[:300], spans, tokenizer.now),
+                      kept, IDENTITY, cache.config)
         loaded = new_cache(budget)
-        document = load_document(tmp_path / "document", default_folder, cache.config, device,
-                                 torch.float32)
-        loaded.restore(document.snapshot, document.release)
+        document = load_document(tmp_path / "document", IDENTITY, cache.config,
+                                 default_model.config.kv_shape, device, torch.float32)
+        restore(loaded, document.snapshot, document.release)
         assert torch.equal(answer(loaded), first)
+
+
+IDENTITY = {"format": "a test's"}
 
 
 class Traced(GraphedDecode):
@@ -303,7 +329,13 @@ class Traced(GraphedDecode):
             self.captured = cache.version
             tensors = tensors_of(cache)
             before = [t.clone() for t in tensors]
-            self.graph = make_fx(lambda a, b: self.model.step(a, b, cache))(self.ids, self.position)
+            seen = self.as_tensors(cache)
+
+            def step(ids, position):
+                seen.num_tokens = position
+                return self.model.decode(ids, seen)
+
+            self.graph = make_fx(step)(self.ids, self.position)
             for tensor, value in zip(tensors, before):  # tracing has run it
                 tensor.copy_(value)
         states = self.graph(self.ids, self.position)
@@ -311,8 +343,8 @@ class Traced(GraphedDecode):
         return states
 
 
-def load_in_static_shapes(self, layer):
-    fill(layer, layer.slot_missing)
+def load_in_static_shapes(self):
+    fill(self, self.slot_missing)
 
 
 @pytest.mark.parametrize("score", ["mean_query", "gaussian"])
@@ -320,9 +352,9 @@ def load_in_static_shapes(self, layer):
 def test_a_step_captured_once_serves_every_later_token(
         tiny, device, keep_factor, score, monkeypatch):
     """So nothing in it depends on a number of the host or is brought back to it."""
-    monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)  # there is no room now and then
+    monkeypatch.setattr(cache_module, "TABLE_BLOCK", 3)  # there is no room now and then
     if device.type == "cpu":
-        monkeypatch.setattr(SentenceKVCache, "load", load_in_static_shapes)
+        monkeypatch.setattr(LayerCache, "load", load_in_static_shapes)
     config = SentenceKVConfig(keep_factor=keep_factor, score=score, **SMALL)
     plain, captured = (sentencekv_cache(config, 300, device) for _ in range(2))
     decode = (Traced if device.type == "cpu" else GraphedDecode)(tiny)
@@ -335,27 +367,26 @@ def test_a_step_captured_once_serves_every_later_token(
 
     for ours, expected in write(Model(), [captured, plain], 300):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    assert captured.total_loaded == plain.total_loaded > 0
+    assert captured.plan.n_loaded == plain.plan.n_loaded > 0
 
 
-def test_a_captured_step_survives_a_rewind(tiny, device, monkeypatch):
+def test_a_captured_step_survives_going_back(tiny, device, monkeypatch):
     """The table grows with every text, shrinks to what it was, and grows to the same size again."""
-    monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)
+    monkeypatch.setattr(cache_module, "TABLE_BLOCK", 3)
     if device.type == "cpu":
-        monkeypatch.setattr(SentenceKVCache, "load", load_in_static_shapes)
+        monkeypatch.setattr(LayerCache, "load", load_in_static_shapes)
     plain, captured = (sentencekv_cache(SentenceKVConfig(**SMALL), 100, device) for _ in range(2))
     decode, ids = (Traced if device.type == "cpu" else GraphedDecode)(tiny), random_ids(170, device)
     for cache in (plain, captured):
         tiny.prefill(ids[:100], cache)
-    snapshots = plain.snapshot(), captured.snapshot()
     for _ in range(3):
         for cache, step in ((plain, tiny.decode), (captured, decode)):
             read_on(tiny, cache, ids[100:150])
             cache.states = [step(token[None], cache).clone() for token in ids[150:]]
         torch.testing.assert_close(torch.cat(captured.states), torch.cat(plain.states), rtol=0,
                                    atol=1e-5)
-        for cache, snapshot in zip((plain, captured), snapshots):
-            cache.restore(snapshot)
+        for cache in (plain, captured):
+            cache.truncate(100)
 
 
 @pytest.mark.parametrize("heads, dim", [(1, 64), (3, 12)])
@@ -363,19 +394,20 @@ def test_the_kernel_copies_what_plain_torch_copies(heads, dim):
     """Under Triton's interpreter, where there is no GPU."""
     pytest.importorskip("triton")
     test = f"""
-import torch, cache
+import torch
+from cache import NO_ROW
+from support.host_rows import load_rows
 torch.manual_seed(0)
-host = cache.HostTier((1, {heads}, {dim}), torch.device("cpu"), torch.float32)
-host.first, host.later = torch.randn(1, 30, {heads}, 2, {dim}), torch.randn(1, 10, {heads}, 2, {dim})
-kv = torch.cat((host.first, host.later), dim=1)
+first, later = torch.randn(30, {heads}, 2, {dim}), torch.randn(10, {heads}, 2, {dim})
+kv = torch.cat((first, later))
 slots = torch.randn({heads}, 30, 2, {dim})
 rows = torch.stack([torch.randperm(40)[:20] for _ in range({heads})])
 missing = torch.rand({heads}, 20) < 0.5
-rows[:, 7], missing[:, 7] = cache.NO_ROW, False
+rows[:, 7], missing[:, 7] = NO_ROW, False
 expected = slots.clone()
 for h, i in missing.nonzero().tolist():
-    expected[h, i] = kv[0, rows[h, i], h]
-cache.load_rows(host.first[0], host.later[0], slots, rows, missing)
+    expected[h, i] = kv[rows[h, i], h]
+load_rows(first, later, slots, rows, missing)
 assert torch.equal(slots, expected)
 """
     subprocess.run([sys.executable, "-c", test], check=True, cwd=Path(cache_module.__file__).parent,
@@ -406,7 +438,7 @@ def load_poisoned(first: torch.Tensor, later: torch.Tensor, slots: torch.Tensor,
     selected[rows[heads, i].cpu(), heads.cpu()] = True
     for part, chosen in zip(parts, selected.split([*map(len, parts)])):
         part[~chosen] = math.nan
-    cache_module.load_rows(first, later, slots, rows, missing)
+    host_rows.load_rows(first, later, slots, rows, missing)
     if rows.is_cuda:
         torch.cuda.synchronize()  # the GPU reads these very rows
     for part, rows in zip(parts, kept):
@@ -416,16 +448,20 @@ def load_poisoned(first: torch.Tensor, later: torch.Tensor, slots: torch.Tensor,
 load_poisoned.register_fake(lambda first, later, slots, rows, missing: None)
 
 
-class Poisoned(SentenceKVCache):
+class PoisonedLayer(LayerCache):
     """Rows on the host that are not selected are NaN; slots that nobody attends to are wild."""
 
-    def load(self, layer):
-        load_poisoned(layer.first, layer.later, layer.slots, layer.slot_row, layer.slot_missing)
+    def load(self):
+        load_poisoned(self.host.first, self.host.later, self.slots, self.slot_row,
+                      self.slot_missing)
 
-    def decode(self, layer, q, k, v):
-        keys, values, mask = super().decode(layer, q, k, v)
+    def decode(self, q, k, v):
+        keys, values, mask = super().decode(q, k, v)
         unseen = ~mask.transpose(1, 2)
         return keys.masked_fill(unseen, 1e6), values.masked_fill(unseen, 1e6), mask
+
+
+Poisoned = with_layers(PoisonedLayer)
 
 
 @pytest.mark.parametrize("short", [{}, SHORT])
@@ -441,45 +477,64 @@ def test_offloaded_keys_and_values_leave_the_device(device):
     config, sizes = SentenceKVConfig(token_budget=96), []
     for n_prompt in (200, 2000):
         spans = [(i * n_prompt // 20, (i + 1) * n_prompt // 20) for i in range(20)]
-        cache = SentenceKVCache(config, TINY, spans, 10, device, torch.float32)
-        for layer in range(TINY.num_hidden_layers):
+        cache = expecting(SentenceKVCache(config, TINY, n_prompt + 10, device, torch.float32), spans)
+        for layer in cache.layers:
             q, k, v = (torch.randn(h, n_prompt, TINY.head_dim, device=device) for h in (6, 2, 2))
-            cache.prefill(layer, q, k, v)
+            layer.prefill(q, k, v)
             given = [weakref.ref(x) for x in (q, k, v)]
             del q, k, v
             gc.collect()
             assert not any(ref() is not None for ref in given), "the cache holds on to its input"
         cache.advance(n_prompt)
-        device_bytes = sum(t.untyped_storage().nbytes() for t in tensors_of(cache)
-                           if t is not cache.host.first and t is not cache.host.later)
-        assert device_bytes == cache.report()["device_kv_bytes"]
-        host = cache.host.first
-        assert host.device.type == "cpu" and host.is_pinned() == (device.type == "cuda")
-        sizes.append(device_bytes)
+        assert device_bytes(cache) == cache.report()["device_kv_bytes"]
+        for host in (layer.host.first for layer in cache.layers):
+            assert host.device.type == "cpu" and host.is_pinned() == (device.type == "cuda")
+        sizes.append(device_bytes(cache))
     assert sizes[0] == sizes[1]
+
+
+def device_bytes(cache) -> int:
+    """Of all tensors but the rows on the host, which a CPU's device is, too."""
+    on_host = {id(x) for layer in cache.layers for x in (layer.host.first, layer.host.later)}
+    return sum(x.untyped_storage().nbytes() for x in tensors_of(cache) if id(x) not in on_host)
+
+
+def test_the_device_holds_a_text_once(tiny, device):
+    """Also while other texts are read after it, and when the cache has gone back to it."""
+    cache = sentencekv_cache(SentenceKVConfig(token_budget=96), 300, device, new=300)
+    ids = random_ids(600, device)
+    tiny.prefill(ids[:300], cache)
+    once = device_bytes(cache)
+    for _ in range(2):
+        read_on(tiny, cache, ids[300:350])
+        assert device_bytes(cache) == cache.report()["device_kv_bytes"]
+        cache.truncate(300)
+        assert device_bytes(cache) == cache.report()["device_kv_bytes"]
+        # The ends of the last text's sentences are all that is left of it.
+        assert abs(device_bytes(cache) - once) < 8 * 300
 
 
 def test_sentences_with_nothing_kept_take_no_room(tiny, device):
     spans = [(i, i + 1) for i in range(300)]  # of which at most 96 are kept
     config = SentenceKVConfig(token_budget=96, keep_factor=1, secondary_sinks=0)
-    cache = SentenceKVCache(config, TINY, spans, 10, device, torch.float32)
+    cache = expecting(SentenceKVCache(config, TINY, 310, device, torch.float32), spans)
     tiny.prefill(random_ids(300, device), cache)
-    assert cache.table.n_sentences == 96
-    assert cache.table.capacity == cache_module.room_for(96)
+    assert cache.plan.n_places == 1 + 96
+    assert cache.layers[0].vectors.shape[1] == cache_module.room_for(97)
 
 
 @needs_gpu
 def test_device_memory_during_prefill_is_a_few_layers():
     device, n_prompt = torch.device("cuda"), 50_000
     config = replace(TINY, num_hidden_layers=32)
-    cache = SentenceKVCache(SentenceKVConfig(), config, random_spans(n_prompt), 10, device,
-                            torch.float32)
+    cache = expecting(SentenceKVCache(SentenceKVConfig(), config, n_prompt + 10, device,
+                                      torch.float32), random_spans(n_prompt))
     q, k, v = (torch.randn(h, n_prompt, TINY.head_dim, device=device) for h in (6, 2, 2))
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    for layer in range(config.num_hidden_layers):
-        cache.prefill(layer, q, k, v)
+    for layer in cache.layers:
+        layer.prefill(q, k, v)
     cache.advance(n_prompt)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() - before < k.nbytes
@@ -490,7 +545,7 @@ def test_device_memory_does_not_grow_while_writing(tiny, device):
     cache = sentencekv_cache(SentenceKVConfig(token_budget=96), 300, device, new=300)
     sizes = [cache.report()["device_kv_bytes"] for _ in write(tiny, [cache], 300, 300)]
     assert len(set(sizes)) == 1
-    assert cache.table.n_sentences > len(random_spans(300)) + 10
+    assert cache.plan.n_places > len(random_spans(300)) + 10
 
 
 def test_room_for_more_sentences_is_made(tiny, device):
@@ -506,14 +561,14 @@ def test_room_for_more_sentences_is_made(tiny, device):
         torch.testing.assert_close(ours, full, rtol=0, atol=1e-4)
         if i % 2:
             caches[0].seal(2)
-    assert caches[0].table.n_sentences > 2 * cache_module.SENTENCE_BLOCK
+    assert caches[0].plan.n_places > 2 * cache_module.TABLE_BLOCK
 
 
 def test_a_sentence_longer_than_the_budget_stays_within_it(tiny, device):
     """Without an end the sentence being written outgrows the budget; only its last part is seen."""
     config = SentenceKVConfig(**SMALL)
     caches = [sentencekv_cache(config, 100, device),
-              SlowSentenceKV(config, TINY, random_spans(100))]
+              slow_cache(config, 100)]
     for ours, slow in write(tiny, caches, 100, ends=False):
         torch.testing.assert_close(ours, slow, rtol=0, atol=1e-4)
 
@@ -523,7 +578,7 @@ def test_a_sentence_is_sealed_at_its_limit(tiny, device, n_prompt):
     """As late as `SentenceStream` does: before the token after the limit is decoded."""
     config = SentenceKVConfig(**SMALL | {"sentence_limit": 20})
     caches = [sentencekv_cache(config, n_prompt, device),
-              SlowSentenceKV(config, TINY, random_spans(n_prompt))]
+              slow_cache(config, n_prompt)]
     ids = random_ids(n_prompt + 70, device)
     for cache in caches:
         tiny.prefill(ids[:n_prompt], cache)
@@ -536,16 +591,15 @@ def test_a_sentence_is_sealed_at_its_limit(tiny, device, n_prompt):
 
 
 def test_the_device_holds_no_more_than_it_attends_to(tiny, device):
-    cache = sentencekv_cache(SentenceKVConfig(token_budget=96), 300, device)
     seen = []
-    attend = cache.decode
 
-    def decode(*args):
-        keys, values, mask = attend(*args)
-        seen.append(mask.sum(dim=-1))
-        return keys, values, mask
+    class Seen(LayerCache):
+        def decode(self, *args):
+            keys, values, mask = super().decode(*args)
+            seen.append(mask.sum(dim=-1))
+            return keys, values, mask
 
-    cache.decode = decode
+    cache = sentencekv_cache(SentenceKVConfig(token_budget=96), 300, device, cls=with_layers(Seen))
     list(write(tiny, [cache], 300))
     assert torch.cat(seen).max() == 96
 
@@ -554,12 +608,19 @@ def test_the_device_holds_no_more_than_it_attends_to(tiny, device):
 def test_half_precision_keys_and_values_stay_half(device, dtype):
     """Offloaded is resident there too, with the same secondary sinks."""
     config, model = SentenceKVConfig(token_budget=96, **SHORT), random_llama(device).to(dtype)
-    caches = [kind(config, TINY, random_spans(300), N_NEW, device, dtype)
+    caches = [sentencekv_cache(config, 300, device, cls=kind, dtype=dtype)
               for kind in (SentenceKVCache, AllResident)]
     for ours, resident in write(model, caches, 300):
         assert ours.dtype == dtype and ours.isfinite().all() and torch.equal(ours, resident)
-    held = caches[0].host.first, caches[0].host.later, caches[0].slots, caches[0].table.vectors
-    assert {x.dtype for x in held} == {dtype} and caches[0].table.n_secondary.max() == 6
+    for layer in caches[0].layers:
+        held = layer.host.first, layer.host.later, layer.slots, layer.vectors
+        assert {x.dtype for x in held} == {dtype}
+    assert max(n_secondary(layer).max() for layer in caches[0].layers) == 6
+
+
+def n_secondary(layer) -> torch.Tensor:
+    """Secondary sinks of each head (H_kv,): place 0 stands for them and for the first tokens."""
+    return layer.ends[:, 0] - layer.plan.n_sinks
 
 
 @pytest.mark.parametrize("short, least, most", [
@@ -568,16 +629,14 @@ def test_half_precision_keys_and_values_stay_half(device, dtype):
 def test_secondary_sinks_are_a_head_s_shortest_keys(tiny, device, short, least, most):
     """Where there are none, sentences have the whole budget."""
     config = SentenceKVConfig(token_budget=96, **short)
-    caches = [sentencekv_cache(config, 300, device),
-              SlowSentenceKV(config, TINY, random_spans(300))]
+    caches = [sentencekv_cache(config, 300, device), slow_cache(config, 300)]
     for cache in caches:
         tiny.prefill(random_ids(300, device), cache)
-    n_secondary = caches[0].table.n_secondary.squeeze(-1)
-    assert least == n_secondary.min() and n_secondary.max() == most
+    found = torch.stack([n_secondary(layer) for layer in caches[0].layers])  # (L, H_kv)
+    assert least == found.min() and found.max() == most
     for (layer, head), positions in caches[1].secondary.items():
-        assert n_secondary[layer, head] == len(positions)
-        row_budget = caches[0].row_budget[layer, head]
-        assert row_budget == 96 - config.sink_tokens - config.recent_window - len(positions)
+        assert found[layer, head] == len(positions)
+    assert caches[0].plan.budget == 96 - config.recent_window  # the sinks among them
 
 
 @settings(deadline=None)
@@ -611,99 +670,111 @@ def test_slots_hold_what_is_wanted_and_only_what_is_not_there_moves(data):
         n_resident = selected
 
 
-class Watched(SentenceKVCache):
+class WatchedLayer(LayerCache):
     """Remembers the keys and values that it was given, by position, and checks every mask."""
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.seen = [[] for _ in range(TINY.num_hidden_layers)]  # of (H_kv, n, 2, D)
-        self.ends, self.before = self.sentence_ends.tolist(), None
+        self.seen, self.window_read = [], 0  # of (H_kv, n, 2, D); the window of the last token
 
-    def start_window(self):
-        super().start_window()
-        self.window_read = self.start_of_window()
+    def prefill(self, q, k, v):
+        self.seen.append(torch.stack((k, v), dim=2))
+        return super().prefill(q, k, v)
 
-    def expect(self, spans):
-        super().expect(spans)
-        self.ends += self.sentence_ends.tolist()
+    def start_window(self, first_row):
+        super().start_window(first_row)
+        self.window_read = self.plan.window_start()
 
-    def prefill(self, layer, q, k, v):
-        self.seen[layer].append(torch.stack((k, v), dim=2))
-        return super().prefill(layer, q, k, v)
-
-    def decode(self, layer, q, k, v):
-        self.seen[layer].append(torch.stack((k, v), dim=2))
-        keys, values, mask = super().decode(layer, q, k, v)
-        self.window_read = self.start_of_window()
-        window = self.next_slot.item() + 1 - self.slot_of(self.window_read)
-        attended = mask.sum(dim=-1)
-        secondary, selected = self.table.n_secondary[layer], self.row_budget[layer]
-        assert (attended == self.n_sinks + secondary + selected + window).all()
-        assert attended.max() <= self.config.token_budget
+    def decode(self, q, k, v):
+        self.seen.append(torch.stack((k, v), dim=2))
+        keys, values, mask = super().decode(q, k, v)
+        plan, self.window_read = self.plan, self.plan.window_start()
+        window = plan.n_rows + 1 - self.window_read
+        assert (mask.sum(dim=-1) == plan.budget + window).all(), "not what the budget says"
+        assert plan.budget + window <= plan.config.token_budget
+        assert (self.n_resident[:, 0] == self.ends[:, 0]).all(), "a sink is not selected"
+        # Each selected row is attended to, and so is each row of the window, in its slot.
+        assert (mask.sum(dim=-1)[:, 0] == self.n_resident.sum(dim=-1) + window).all()
         return keys, values, mask
 
-    def start_of_window(self):
-        room = self.config.token_budget - self.config.sink_tokens - self.config.secondary_sinks
-        return max(self.window_start(self.num_tokens + 1), self.num_tokens + 1 - room)
+
+class Watched(SentenceKVCache):
+    Layer = WatchedLayer
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.text_ends, self.before = [], None
+
+    def expect(self, spans):
+        super().expect(spans)  # it seals an open sentence
+        self.text_ends += [self.num_tokens + end for _, end in spans]
 
     def seal(self, length):
-        self.ends.append(self.ends[-1] + length)
+        self.text_ends.append(self.text_ends[-1] + length)
         super().seal(length)
 
     def check(self):
         """Every invariant that the docstring of `SentenceKVCache` lists."""
-        for layer, seen in enumerate(self.seen):
-            seen = torch.cat(seen, dim=1)  # (H_kv, T, 2, D)
+        for layer in self.layers:
+            seen = torch.cat(layer.seen, dim=1)  # (H_kv, T, 2, D)
             for head in range(len(seen)):
                 positions = self.positions_of_rows(layer, head, seen[head])
                 self.check_tiles(layer, head, positions)
                 self.check_slots(layer, head, seen[head], positions)
-        assert self.slots.isfinite().all()
+            assert layer.slots.isfinite().all()
         self.check_what_moves()
 
     def positions_of_rows(self, layer, head, seen):
-        rows = self.host.read(layer, 0, self.table.n_rows)[head]  # (N, 2, D)
+        """Of the rows in sentences: those of an open one are only in slots."""
+        rows = layer.host.read(0, self.plan.open_row)[head]  # (N, 2, D)
         same = (rows[:, None] == seen[None]).all(-1).all(-1)  # (N, T)
         assert (same.sum(dim=1) == 1).all(), "a row is no token's"
         positions = same.long().argmax(dim=1).tolist()
-        in_sentences = positions[self.table.n_secondary[layer, head].item() :]
+        in_sentences = positions[n_secondary(layer)[head] :]
         assert len(set(positions)) == len(positions) and in_sentences == sorted(in_sentences)
         return positions
 
     def check_tiles(self, layer, head, positions):
-        bounds = self.table.bounds[layer, head].tolist()
-        assert bounds[0] <= self.config.secondary_sinks and bounds == sorted(bounds)
-        assert set(bounds[self.table.n_sentences :]) == {self.table.n_rows}
-        sentence = [bisect_right(self.ends, p) for p in positions]
-        for first, end in pairwise(bounds):
-            assert len(set(sentence[first:end])) <= 1, "rows of two sentences"
-        starts = {first for first, end in pairwise(bounds) if end > first}
-        assert len(starts) == len(set(sentence[bounds[0] :])), "a sentence in two parts"
+        n = self.plan.n_places
+        starts, ends = layer.starts[head].tolist(), layer.ends[head].tolist()
+        n_always = ends[0]
+        assert starts[0] == 0 and n_always <= self.plan.n_sinks + self.config.secondary_sinks
+        used = [(a, b) for a, b in zip(starts[1:n], ends[1:n]) if b > a]
+        assert all(a == b for a, b in zip(starts[n:], ends[n:])), "a place that is not in use"
+        assert [n_always, *(b for _, b in used)] == [*(a for a, _ in used), len(positions)]
+        sentence = [bisect_right(self.text_ends, p) for p in positions]
+        for first, end in used:
+            assert len(set(sentence[first:end])) == 1, "rows of two sentences"
+        assert len(used) == len(set(sentence[n_always:])), "a sentence in two parts"
+        assert sorted(positions[n_always - self.plan.n_sinks : n_always]) == [
+            *range(self.plan.n_sinks)], "the first tokens are not the last sinks"
 
     def check_slots(self, layer, head, seen, positions):
-        slots, table = self.slots[layer, head], self.table
-        recent = slots[self.recent_slot : self.slot_of(self.num_tokens)]
-        assert torch.equal(recent, seen[self.recent_start :]), "the window's slots"
+        slots, plan = layer.slots[head], self.plan
+        first = min(layer.window_read, plan.open_row)
+        window = slots[plan.slots_of(first, plan.n_rows)]
+        assert torch.equal(window, seen[len(seen) - plan.n_rows + first :]), "the window's slots"
         held = {}
-        for slot, row in enumerate(self.slot_row[layer, head].tolist()):
+        for slot, row in enumerate(layer.slot_row[head].tolist()):
             if row < NO_ROW:
                 assert torch.equal(slots[slot], seen[positions[row]]), "a slot with another row"
-                if row >= table.n_secondary[layer, head]:
-                    held.setdefault(self.slot_sentence[layer, head, slot].item(), []).append(row)
-                assert self.n_sinks <= positions[row] < self.window_read, "read twice"
-        for s, first in enumerate(table.starts[layer, head].tolist()):
-            n = table.n_resident[layer, head, s].item()
-            assert sorted(held.get(s, [])) == [*range(first, first + n)], "not a sentence's first"
+                held.setdefault(layer.slot_place[head, slot].item(), []).append(row)
+                assert row < layer.window_read, "read twice"
+        for place, first in enumerate(layer.starts[head].tolist()):
+            n = layer.n_resident[head, place].item()
+            assert sorted(held.get(place, [])) == [*range(first, first + n)], "not the first rows"
 
     def check_what_moves(self):
-        tensors = {id(t): t.data_ptr() for t in tensors_of(self) if t is not self.sentence_ends}
-        lengths = self.table.n_retrievable
-        where = self.version, tensors, self.recent_start, lengths
-        if self.before and self.before[0] == where[0]:
+        tensors = {id(t): t.data_ptr() for t in tensors_of(self)
+                   if t is not self.plan.sentence_ends}
+        window_row = self.plan.window_row
+        available = torch.stack([window_row.clamp(layer.starts, layer.ends) - layer.starts
+                                 for layer in self.layers])
+        if self.before and self.before[0] == self.version:
             assert self.before[1] == tensors, "a tensor has moved"
-            assert (lengths >= self.before[3]).all(), "a row is no longer retrievable"
-        assert not self.before or self.before[2] <= self.recent_start, "the window moved back"
-        self.before = where[:3] + (lengths.clone(),)
+            assert (available >= self.before[3]).all(), "a row may not be selected any more"
+        assert not self.before or self.before[2] <= window_row, "the window moved back"
+        self.before = self.version, tensors, window_row.clone(), available
 
 
 def check_every_step(model, config, n_prompt):
@@ -725,81 +796,80 @@ def check_every_step(model, config, n_prompt):
                                                 (200, LEAST), (200, dict(token_budget=96))])
 def test_the_invariants_hold_after_every_step(tiny, device, n_prompt, settings, keep_factor,
                                               monkeypatch):
-    monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)  # so that the table grows
+    monkeypatch.setattr(cache_module, "TABLE_BLOCK", 3)  # so that the table grows
     check_every_step(tiny, SentenceKVConfig(keep_factor=keep_factor, **settings), n_prompt)
 
 
+def after(monkeypatch, owner, name, change):
+    """Have `change(self)` follow a method."""
+    method = getattr(owner, name)
+
+    def changed(self, *args):
+        result = method(self, *args)
+        change(self)
+        return result
+
+    monkeypatch.setattr(owner, name, changed)
+
+
 def rows_of_sentences_overlap(monkeypatch):
-    put = SentenceTable.put
-    monkeypatch.setattr(SentenceTable, "put", lambda self, layer, keys, bounds: put(
-        self, layer, keys, bounds - bounds.clamp(max=1)))
+    add = LayerCache.add_sentences
+    monkeypatch.setattr(LayerCache, "add_sentences", lambda self, keys, bounds, first_row=0: add(
+        self, keys, bounds - bounds.clamp(max=1), first_row))
 
 
-def the_window_stays_in_its_old_slots(monkeypatch):
-    def move_window(self, start):
-        self.recent_start = start
+def a_row_of_the_window_is_in_the_next_slot(monkeypatch):
+    def move(plan):
+        plan.next_slot.fill_(plan.n_row_slots + (plan.n_rows + 1) % plan.n_window_slots)
 
-    monkeypatch.setattr(SentenceKVCache, "move_window", move_window)
+    after(monkeypatch, Plan, "next_token", move)
 
 
 def the_last_rows_of_a_sentence_are_selected(monkeypatch):
     assign = cache_module.assign_slots
 
-    def assign_last(rows, sentences, starts, n_resident, selected):
+    def assign_last(rows, places, starts, n_resident, selected):
         longer = torch.nn.functional.pad(starts, (0, 1), value=int(starts.max()) + 1).diff(dim=-1)
         starts = starts + (longer - selected).clamp(0, 2)
-        return assign(rows, sentences, starts, n_resident, selected)
+        return assign(rows, places, starts, n_resident, selected)
 
     monkeypatch.setattr(cache_module, "assign_slots", assign_last)
 
 
 def the_sinks_are_not_counted(monkeypatch):
-    plan = SentenceKVCache.plan
-
-    def plan_for_more(self):
-        object.__setattr__(self.config, "token_budget", self.config.token_budget + self.n_sinks)
-        plan(self)
-        object.__setattr__(self.config, "token_budget", self.config.token_budget - self.n_sinks)
-
-    monkeypatch.setattr(SentenceKVCache, "plan", plan_for_more)
+    after(monkeypatch, Plan, "next_token", lambda plan: plan.budget.add_(plan.n_sinks))
 
 
-def a_row_of_the_window_is_retrievable(monkeypatch):
-    row_of = SentenceKVCache.row_of
-    monkeypatch.setattr(SentenceKVCache, "row_of", lambda self, p: row_of(self, p) + 1)
+def a_row_of_the_window_is_selected(monkeypatch):
+    after(monkeypatch, Plan, "next_token", lambda plan: plan.window_row.add_(1))
 
 
 def empty_slots_are_not_a_number(monkeypatch):
-    init = Watched.__init__
-
-    def init_with_nan(self, *args):
-        init(self, *args)
-        self.slots.fill_(math.nan)
-
-    monkeypatch.setattr(Watched, "__init__", init_with_nan)
+    after(monkeypatch, WatchedLayer, "__init__", lambda layer: layer.slots.fill_(math.nan))
 
 
 def the_scores_move_at_every_seal(monkeypatch):
-    commit = SentenceTable.commit
+    def move(layer):
+        layer.scores = torch.zeros_like(layer.scores)
 
-    def commit_and_move(self, n_rows):
-        commit(self, n_rows)
-        self.scores = torch.zeros_like(self.scores)
-
-    monkeypatch.setattr(SentenceTable, "commit", commit_and_move)
+    after(monkeypatch, LayerCache, "seal", move)
 
 
-def a_secondary_sink_is_selected_too(monkeypatch):
-    monkeypatch.setattr(cache_module, "order_rows", lambda kept, secondary: (kept, kept))
-    monkeypatch.setattr(SentenceTable, "n_secondary", property(lambda self: torch.full_like(
-        self.bounds[..., :1], 3)))
+def a_row_is_selected_twice(monkeypatch):
+    after(monkeypatch, LayerCache, "make_sentences", lambda layer: layer.ends[:, 0].add_(3))
+
+
+def the_sinks_have_a_score_like_sentences(monkeypatch):
+    select = cache_module.select_rows
+    monkeypatch.setattr(cache_module, "select_rows", lambda scores, *rest: select(
+        scores.nan_to_num(posinf=0.0), *rest))
 
 
 @pytest.mark.parametrize("mistake", [
-    rows_of_sentences_overlap, the_window_stays_in_its_old_slots,
+    rows_of_sentences_overlap, a_row_of_the_window_is_in_the_next_slot,
     the_last_rows_of_a_sentence_are_selected, the_sinks_are_not_counted,
-    a_row_of_the_window_is_retrievable, empty_slots_are_not_a_number,
-    the_scores_move_at_every_seal, a_secondary_sink_is_selected_too])
+    a_row_of_the_window_is_selected, empty_slots_are_not_a_number,
+    the_scores_move_at_every_seal, a_row_is_selected_twice, the_sinks_have_a_score_like_sentences])
 def test_the_invariants_find_planted_mistakes(mistake, monkeypatch):
     mistake(monkeypatch)
     with pytest.raises(AssertionError):

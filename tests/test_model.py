@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from conftest import REFERENCE, TINY, random_ids, random_llama
 
-from model import FullCache, causal_attention
+from model import FullCache
+from support.attention import causal_attention
 from weights.checkpoint import load_model
 from weights.tokenizer import Tokenizer
 

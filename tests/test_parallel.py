@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, TINY, write_tiny_folder
 
 import generate
-from weights import parallel
+from support import ranks
 
 TEXT = "It was late. The fox slept, dreaming of three geese! Where had they gone? " * 5
 
@@ -51,7 +51,7 @@ from pathlib import Path
 import torch
 import test_cache
 from weights.checkpoint import load_model
-from weights.parallel import join_ranks, leave_ranks, own_part
+from support.ranks import join_ranks, leave_ranks, own_part
 
 join_ranks("cpu")
 model = load_model(Path({folder!r}), torch.device("cpu"), torch.float32)
@@ -117,13 +117,13 @@ class Stored:
 
 
 def test_the_parts_of_all_ranks_are_the_whole(monkeypatch):
-    monkeypatch.setattr(parallel, "RANKS", 3)
+    monkeypatch.setattr(ranks, "RANKS", 3)
     whole = torch.randn(12, 6)
     parts = {}
     for rank in range(3):
-        monkeypatch.setattr(parallel, "RANK", rank)
+        monkeypatch.setattr(ranks, "RANK", rank)
         for name in ("q_proj.weight", "o_proj.weight", "o_proj.bias", "norm.weight"):
-            parts.setdefault(name, []).append(parallel.read_part(Stored(whole), f"a.{name}"))
+            parts.setdefault(name, []).append(ranks.read_part(Stored(whole), f"a.{name}"))
     assert torch.equal(torch.cat(parts["q_proj.weight"]), whole)
     assert torch.equal(torch.cat(parts["o_proj.weight"], dim=1), whole)
     assert torch.equal(sum(parts["o_proj.bias"]), whole)

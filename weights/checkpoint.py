@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from model import Llama, LlamaConfig
 from weights.folder import check, find, need, one_line, read_json, shown
-from weights.parallel import RANKS, LlamaPart, own_slice, read_part
+from support.ranks import RANKS, connect, own_part, own_slice, read_part
 
 MOST = 2**24
 LIMITS = {  # of config.json: what a value may be, see `weights.folder.check`
@@ -210,7 +210,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
                          f" and {len(stored)} tensors")
     with torch.device("meta"):  # the shapes without the memory
         names = checkpoint_names(Llama(config))
-        model = Llama(config) if RANKS == 1 else LlamaPart(config)
+        model = Llama(config) if RANKS == 1 else connect(Llama(own_part(config)))
     expected = {name: shape for parts in names.values() for name, shape in parts.items()}
     check_names_and_shapes(stored, expected)
 

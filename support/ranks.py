@@ -14,9 +14,8 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from model import MLP, Attention, Llama, LlamaConfig
+from support.linear import Linear
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")  # parts of the output
@@ -40,8 +39,8 @@ def leave_ranks(status: int):
     os._exit(status)
 
 
-def own_part(config: LlamaConfig) -> LlamaConfig:
-    """The shape of this rank's part. ValueError if the model cannot be divided so."""
+def own_part(config):
+    """The shape of this rank's part, a LlamaConfig. ValueError if the model cannot be divided so."""
     parts = {}
     for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
         if (whole := getattr(config, name)) % RANKS:
@@ -73,35 +72,35 @@ def summed(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-class AttentionPart(Attention):
-    def prefill(self, x, rope, cache):
-        return summed(super().prefill(x, rope, cache))
+class SummedLinear(Linear):
+    """Each rank has columns of the matrix, and its part of the input: the outputs are summed."""
 
-    def decode(self, *arguments):
-        return summed(super().decode(*arguments))
-
-
-class MLPPart(MLP):
     def forward(self, x):
         return summed(super().forward(x))
 
 
-class LlamaPart(Llama):
-    """This rank's part of a Llama, with the interface of a whole one."""
+class JoinedLinear(Linear):
+    """Each rank has rows of the matrix, and the whole input: the outputs are joined."""
 
-    def __init__(self, config: LlamaConfig):
-        part = own_part(config)
-        super().__init__(part)
-        for layer, block in enumerate(self.layers):
-            block.self_attn, block.mlp = AttentionPart(part, layer), MLPPart(part)
-        self.lm_head = nn.Linear(part.hidden_size, part.vocab_size // RANKS, bias=False)
-
-    @torch.inference_mode()
-    def logits(self, states):
-        part = super().logits(states)
+    def forward(self, x):
+        part = super().forward(x)
         parts = [torch.empty_like(part) for _ in range(RANKS)]
         dist.all_gather(parts, part.contiguous())
         return torch.cat(parts, dim=-1)
+
+
+def connect(model):
+    """Make a Llama of the shape `own_part` meet those of the other ranks. Returns the model."""
+    for block in model.layers:
+        block.self_attn.o_proj = like(SummedLinear, block.self_attn.o_proj)
+        block.mlp.down_proj = like(SummedLinear, block.mlp.down_proj)
+    hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
+    model.lm_head = JoinedLinear(hidden, vocabulary // RANKS, bias=False)
+    return model
+
+
+def like(kind, linear: Linear) -> Linear:
+    return kind(linear.in_features, linear.out_features, linear.bias is not None)
 
 
 def here() -> str:

@@ -1,0 +1,62 @@
+"""A faster step for one token: a layer's step compiled, or the whole step as one CUDA graph."""
+
+from copy import copy
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+
+def compiled(model):
+    """The same model, with the same weights, whose blocks decode in compiled code: small operations
+    are fused, and on a CPU, C++ and not Python calls the others. It is compiled when it first runs,
+    once for all layers."""
+    torch._dynamo.config.recompile_limit = 64  # the table and the host's rows can grow
+    options = {"cpp_wrapper": not model.lm_head.weight.is_cuda}
+    decode = torch.compile(type(model.layers[0]).decode, fullgraph=True, options=options)
+    fast, blocks = copy(model), [copy(block) for block in model.layers]
+    for block in blocks:
+        block.decode = partial(decode, block)
+    fast._modules = model._modules | {"layers": nn.ModuleList(blocks)}  # `copy` shares the dict
+    return fast
+
+
+class GraphedDecode:
+    """`model.decode` as one CUDA graph, replayed for every token: a token launches about a thousand
+    kernels, and launching them takes longer than running them.
+
+    A graph repeats its kernels on the same addresses. So it reads the token and its position from
+    tensors, and it is captured again for another cache, or if the cache has another `version`.
+    Capturing records the kernels and does not run them. One token is decoded as usual before, since
+    some kernels are compiled when they first run.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.ids = torch.zeros(1, dtype=torch.long, device=model.embed_tokens.weight.device)
+        self.position = torch.zeros_like(self.ids)
+        self.decoded = self.captured = None  # for which cache and version
+        self.graph = self.states = None
+
+    @torch.inference_mode()
+    def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
+        self.ids.copy_(ids)
+        self.position.fill_(cache.num_tokens)
+        key = cache, cache.version
+        if self.decoded != key:
+            self.decoded = key
+            return self.model.decode(self.ids, cache)
+        if self.captured != key:
+            self.captured, self.graph = key, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.states = self.model.decode(self.ids, self.as_tensors(cache))
+        self.graph.replay()
+        cache.advance(1)
+        return self.states
+
+    def as_tensors(self, cache) -> SimpleNamespace:
+        """What a graph may see of a cache: its layers, and the position as a tensor. A number would
+        be a constant of the graph. The host counts after each replay."""
+        return SimpleNamespace(layers=cache.layers, num_tokens=self.position,
+                               advance=lambda n_tokens: None)
