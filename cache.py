@@ -26,15 +26,11 @@ import torch.nn.functional as F
 from sentencekv import (SCORES, SentenceKVConfig, find_secondary_sinks, keep_tokens, order_rows,
                         select_rows, sentence_bounds, sentence_vectors, token_importance)
 from support.host_rows import Copies, HostRows, load_missing
-from support.memory import held_bytes
+from support.memory import report
+from support.table import resize, room_for
 
 NO_ROW = 2**62  # the row of an empty slot; greater than any row
-TABLE_BLOCK = 64  # the capacity S of the table is a multiple of it: a GPU wants aligned rows
-
-
-def room_for(n_places: int) -> int:
-    """The capacity of a table: one more block is free, so that the table seldom grows."""
-    return (n_places // TABLE_BLOCK + 2) * TABLE_BLOCK
+TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
 
 
 class Plan:
@@ -122,7 +118,7 @@ class LayerCache:
     def __init__(self, plan: Plan, host: HostRows, device, dtype):
         heads, dim, capacity = host.heads, host.dim, room_for(plan.n_places)
         self.plan, self.host = plan, host
-        self.last_queries = None  # of the first text so far (H, at most W, D)
+        self.last_queries = []  # of each part of the first text (H, at most W, D)
         self.vectors = torch.zeros(heads, capacity, dim, device=device, dtype=dtype)
         self.variances = torch.zeros(heads, capacity, device=device)
         self.lengths, self.scores = self.variances.clone(), self.variances.clone()
@@ -142,46 +138,36 @@ class LayerCache:
         first_row, rows = plan.n_rows, kv  # to offload
         if first_row > 0:
             kv = torch.cat((self.host.read(0, first_row), kv), dim=1)  # (H_kv, n, 2, D)
-        if plan.is_first_text:
-            self.remember_queries(q)
+        if plan.is_first_text:  # `clone`: a slice would hold all queries in memory
+            self.last_queries.append(q[:, -plan.config.observation_window :].clone())
         if plan.num_tokens + k.shape[1] < plan.text_end:  # another part follows
             self.host.reserve(plan.text_end - plan.n_dropped)
         elif plan.is_first_text:
-            first_row, rows = 0, self.keep(kv)  # in place of all parts
+            kept, secondary = self.choose_tokens(kv[:, :, 0])
+            first_row, rows = 0, self.make_sentences(kv, kept, secondary)  # in place of all parts
         else:
             ends = plan.sentence_ends.expand(len(k), -1)
             self.add_sentences(kv[:, plan.open_row :, 0], F.pad(ends, (1, 0)), plan.open_row)
         self.offload(first_row, rows)
         return kv.unbind(dim=2)
 
-    def remember_queries(self, q):
-        """The last W of the text: the parts of a text can be shorter than the window."""
-        window = self.plan.config.observation_window
-        parts = [q] if self.last_queries is None else [self.last_queries, q[:, -window:]]
-        self.last_queries = torch.cat(parts, dim=1)[:, -window:].clone()
-
-    def keep(self, kv) -> torch.Tensor:
-        """Keep tokens of the first text and make its sentences (Section 3.2). kv (H_kv, T, 2, D)
-        of all its tokens -> (H_kv, N, 2, D) of the kept rows"""
-        kept, secondary = self.choose_tokens(kv[:, :, 0])
-        self.last_queries = None
-        return self.make_sentences(kv, kept, secondary)
-
     def choose_tokens(self, k) -> tuple:
-        """k (H_kv, T, D) -> the positions that each head keeps (H_kv, N), in reading order, and
-        which tokens are secondary sinks (H_kv, T)"""
+        """k (H_kv, T, D) of the first text -> the positions that each head keeps (H_kv, N), in
+        reading order, and which tokens are secondary sinks (H_kv, T)"""
         config, n_tokens = self.plan.config, k.shape[1]
         secondary = find_secondary_sinks(k, config)
+        q = torch.cat(self.last_queries, dim=1)[:, -config.observation_window :]
+        self.last_queries = []
         if config.n_kept(n_tokens) == n_tokens:
             return torch.arange(n_tokens, device=k.device).expand(len(k), -1), secondary
-        importance = token_importance(self.last_queries, k)
-        return keep_tokens(importance, secondary, config), secondary
+        return keep_tokens(token_importance(q, k), secondary, config), secondary
 
     def make_sentences(self, kv, kept, secondary) -> torch.Tensor:
-        """Arguments as the results of `choose_tokens`, and kv (H_kv, T, 2, D) -> the kept rows."""
+        """Put the kept rows in order, and give the sentences of the first text their places.
+        kv (H_kv, T, 2, D), and the results of `choose_tokens` -> the kept rows (H_kv, N, 2, D)"""
         plan, head = self.plan, torch.arange(len(kv), device=kv.device)[:, None]
         order, positions = order_rows(kept, secondary)
-        rows = kv[head, order]  # (H_kv, N, 2, D)
+        rows = kv[head, order]
         self.host.note_positions(order)
         bounds = sentence_bounds(positions, plan.sentence_ends)
         self.add_sentences(rows[:, :, 0], bounds)
@@ -246,23 +232,15 @@ class LayerCache:
         selected rows are in slots already."""
         load_missing(self.host, self.slots, self.slot_row, self.slot_missing)
 
-    def seal(self, slots):
-        """Make the rows in these slots of the window, the first of the sentence being written, a
-        sentence of the table, and offload them. slots (n,)"""
-        first_row, kv = self.plan.open_row, self.slots[:, slots]  # (H_kv, n, 2, D)
-        bounds = torch.tensor([[0, len(slots)]], device=kv.device).expand(len(kv), -1)
+    def seal(self, length: int):
+        """Make the first `length` rows of the open sentence a sentence of the table, and offload
+        them."""
+        first_row = self.plan.open_row
+        kv = self.slots[:, self.plan.slots_of(first_row, first_row + length)]  # (H_kv, n, 2, D)
+        bounds = torch.tensor([[0, length]], device=kv.device).expand(len(kv), -1)
         self.add_sentences(kv[:, :, 0], bounds, first_row)
         self.offload(first_row, kv)
         self.scores.zero_()  # what stays open after the end no longer counts
-
-    @torch.inference_mode(False)  # a tensor made in inference mode cannot be changed outside it
-    def resize(self, capacity: int):
-        """Have a table of this capacity."""
-        more = capacity - self.vectors.shape[1]  # negative padding removes places
-        self.vectors = F.pad(self.vectors, (0, 0, 0, more))
-        self.variances, self.lengths, self.scores, self.starts, self.ends, self.n_resident = (
-            F.pad(x, (0, more)) for x in (self.variances, self.lengths, self.scores, self.starts,
-                                          self.ends, self.n_resident))
 
     def truncate(self, n_places: int):
         """Forget all places of the table from this one on, and what is in slots."""
@@ -316,7 +294,7 @@ class SentenceKVCache:
         if n_places > capacity or shrink and room_for(n_places) < capacity:
             self.n_resizes += 1
             for layer in self.layers:
-                layer.resize(room_for(n_places))
+                resize(layer, TABLE, room_for(n_places))
 
     def expect(self, spans: list):
         """The next text has these sentences, (start, end) in its tokens. The first text is kept as
@@ -376,9 +354,8 @@ class SentenceKVCache:
         selected once they have left the window."""
         plan = self.plan
         self.make_room(plan.n_places + 1)
-        slots = plan.slots_of(plan.open_row, plan.open_row + length)
         for layer in self.layers:
-            layer.seal(slots)
+            layer.seal(length)
         self.copies.wait()
         plan.n_places += 1
         plan.open_row += length
@@ -396,18 +373,8 @@ class SentenceKVCache:
         self.start_window()
 
     def report(self) -> dict:
-        """Bytes held, and bytes selected and loaded since the last text, without sinks. On the
-        host, rows of a mapped file count whether they have been read or not."""
-        parts = held_bytes((self, self.plan, *self.layers),
-                           {"slots": "slots", "vectors": "sentence vectors"})
-        selected, loaded = self.n_selected.item(), max(self.plan.n_loaded.item(), 0)
-        token_bytes = sum(layer.slots[:, 0].nbytes for layer in self.layers)
-        row_bytes = self.layers[0].slots[0, 0].nbytes
-        return {"device_kv_parts": parts, "device_kv_bytes": sum(parts.values()),
-                "host_kv_bytes": sum(layer.host.nbytes for layer in self.layers),
-                "full_kv_bytes": self.num_tokens * token_bytes,
-                "selected_bytes": selected * row_bytes, "loaded_bytes": loaded * row_bytes,
-                "hit_rate": 1 - loaded / selected if selected else None}
+        """Bytes held on both tiers, and bytes selected and loaded since the last text."""
+        return report(self)
 
 
 def assign_slots(rows, places, starts, n_resident, selected) -> tuple:

@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as workers, before to
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import benchmarks.scores  # noqa: F401  registers the scores; first of all, like benchmarks itself
+import benchmarks.scores  # noqa
 import pytest
 import sentencepiece
 import torch

@@ -23,7 +23,7 @@ from cache import NO_ROW, LayerCache, Plan, SentenceKVCache, assign_slots
 from model import FullCache
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig, select_rows
-from support import host_rows
+from support import host_rows, table
 from support.compiled import GraphedDecode
 from support.document import Document, load_document, restore, save_document, snapshot
 from weights.tokenizer import Tokenizer
@@ -212,7 +212,7 @@ def read_and_write(model, cache, ids, parts=1):
 
 @pytest.mark.parametrize("keep_factor", [2.5, math.inf, None])
 def test_after_going_back_all_is_as_the_first_time(tiny, device, keep_factor, monkeypatch):
-    monkeypatch.setattr(cache_module, "TABLE_BLOCK", 3)
+    monkeypatch.setattr(table, "BLOCK", 3)
     if keep_factor is None:
         cache = FullCache(TINY, 600, device, torch.float32)
     else:
@@ -352,7 +352,7 @@ def load_in_static_shapes(self):
 def test_a_step_captured_once_serves_every_later_token(
         tiny, device, keep_factor, score, monkeypatch):
     """So nothing in it depends on a number of the host or is brought back to it."""
-    monkeypatch.setattr(cache_module, "TABLE_BLOCK", 3)  # there is no room now and then
+    monkeypatch.setattr(table, "BLOCK", 3)  # there is no room now and then
     if device.type == "cpu":
         monkeypatch.setattr(LayerCache, "load", load_in_static_shapes)
     config = SentenceKVConfig(keep_factor=keep_factor, score=score, **SMALL)
@@ -372,7 +372,7 @@ def test_a_step_captured_once_serves_every_later_token(
 
 def test_a_captured_step_survives_going_back(tiny, device, monkeypatch):
     """The table grows with every text, shrinks to what it was, and grows to the same size again."""
-    monkeypatch.setattr(cache_module, "TABLE_BLOCK", 3)
+    monkeypatch.setattr(table, "BLOCK", 3)
     if device.type == "cpu":
         monkeypatch.setattr(LayerCache, "load", load_in_static_shapes)
     plain, captured = (sentencekv_cache(SentenceKVConfig(**SMALL), 100, device) for _ in range(2))
@@ -520,7 +520,7 @@ def test_sentences_with_nothing_kept_take_no_room(tiny, device):
     cache = expecting(SentenceKVCache(config, TINY, 310, device, torch.float32), spans)
     tiny.prefill(random_ids(300, device), cache)
     assert cache.plan.n_places == 1 + 96
-    assert cache.layers[0].vectors.shape[1] == cache_module.room_for(97)
+    assert cache.layers[0].vectors.shape[1] == table.room_for(97)
 
 
 @needs_gpu
@@ -561,7 +561,7 @@ def test_room_for_more_sentences_is_made(tiny, device):
         torch.testing.assert_close(ours, full, rtol=0, atol=1e-4)
         if i % 2:
             caches[0].seal(2)
-    assert caches[0].plan.n_places > 2 * cache_module.TABLE_BLOCK
+    assert caches[0].plan.n_places > 2 * table.BLOCK
 
 
 def test_a_sentence_longer_than_the_budget_stays_within_it(tiny, device):
@@ -796,7 +796,7 @@ def check_every_step(model, config, n_prompt):
                                                 (200, LEAST), (200, dict(token_budget=96))])
 def test_the_invariants_hold_after_every_step(tiny, device, n_prompt, settings, keep_factor,
                                               monkeypatch):
-    monkeypatch.setattr(cache_module, "TABLE_BLOCK", 3)  # so that the table grows
+    monkeypatch.setattr(table, "BLOCK", 3)  # so that the table grows
     check_every_step(tiny, SentenceKVConfig(keep_factor=keep_factor, **settings), n_prompt)
 
 
