@@ -1,7 +1,7 @@
 """Answer a prompt of several thousand tokens: `python generate.py --prompt file.txt`.
 
-The loop comes first: prefill, then decode token by token. Then the sampler, the stage timer, a
-session that reads a text once and answers questions about it, and the command line. This file joins
+The loop comes first: prefill, then decode token by token. Then the sampler, a session
+that reads a text once and answers questions about it, and the command line. This file joins
 the others.
 """
 
@@ -12,19 +12,14 @@ import os
 import re
 import signal
 import sys
-import time
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-STARTED = __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-if STARTED:  # Ctrl-C during the imports ends the program without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-# For torch: waiting CPU threads sleep early. Busy waiting can delay the thread they wait for.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Also for torch: eight threads pin the host memory that a GPU reads. One would take longer.
-os.environ.setdefault("PYTORCH_ALLOC_CONF",
-                      "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
+from support import environment  # first of all: torch reads the variables that it sets
+
+if __name__ == "__main__":
+    environment.end_at_interrupt()
 
 import torch
 from tqdm import tqdm
@@ -34,6 +29,7 @@ from course.trace.record import Trace
 from model import FullCache, GraphedDecode, LlamaConfig
 from segment import SentenceStream, split_at_sentences, token_spans
 from sentencekv import SCORES, SentenceKVConfig
+from support.timer import OTHER, StageTimer, times
 from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
 from weights.document import Document, load_document, read_text, save_document
 from weights.download import download
@@ -41,7 +37,6 @@ from weights.parallel import RANK, RANKS, added_up, agreed, join_ranks, leave_ra
 from weights.tokenizer import Tokenizer
 
 MEMORY = "out of memory|can't allocate|not enough memory|unable to mmap"  # in a RuntimeError
-OTHER = "projections, MLP, norms"  # in the report: the time in no named stage
 SETTINGS = {  # of SentenceKVConfig: the flags, and what --help says
     "token_budget": "tokens that a KV head attends to while decoding",
     "keep_factor": "keep this many times the budget of the prompt's tokens; paper: 1 to 5",
@@ -118,57 +113,6 @@ def sampler(temperature: float, top_p: float, seed: int, device):
         return order[probabilities.multinomial(1, generator=generator)].item()
 
     return sample
-
-
-class StageTimer:
-    """Milliseconds by stage: CUDA events on a GPU, read once at the end; a clock on a CPU.
-
-    A stage opened inside another is a part of it. Copies on another GPU stream are not counted.
-    """
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        self.clock = "CUDA events" if self.cuda else "perf_counter"
-        self.open, self.intervals = [], []
-
-    def mark(self):
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    @contextmanager
-    def __call__(self, name: str):
-        self.open.append(name)
-        path, start = tuple(self.open), self.mark()
-        try:
-            yield
-        finally:
-            self.open.pop()
-            self.intervals.append((path, start, self.mark()))
-
-    def totals(self) -> dict:
-        """Stage -> {part: ms}, with OTHER and `total`, since the last call."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        totals = {}
-        for (name, *part), start, end in self.intervals:
-            ms = start.elapsed_time(end) if self.cuda else (end - start) * 1e3
-            stage, part = totals.setdefault(name, {}), part[0] if part else "total"
-            stage[part] = stage.get(part, 0.0) + ms
-        for stage in totals.values():
-            stage[OTHER] = 2 * stage["total"] - sum(stage.values())  # the sum has the total once
-        self.intervals = []
-        return totals
-
-
-def times(timer: StageTimer, steps: int) -> dict:
-    """Time to first token, from the prompt's text on, and time per token after it."""
-    stages = {"decode": {"total": 0.0}} | timer.totals()
-    ttft = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
-    return {"ttft_ms": ttft, "decode_ms_per_token": stages["decode"]["total"] / max(steps, 1),
-            "decode_steps": steps, "stages_ms": stages}
 
 
 class Session:
@@ -591,8 +535,7 @@ def unexpected(error: Exception, arguments: list) -> str:
 
 
 if __name__ == "__main__":
-    if STARTED:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    environment.raise_at_interrupt()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` is still run
     if RANK > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")

@@ -42,7 +42,6 @@ from cache import SentenceKVCache
 from course.trace.record import Trace
 from generate import (
     GraphedDecode,
-    StageTimer,
     check_compiler,
     check_cuda_graph,
     check_positions,
@@ -53,6 +52,7 @@ from generate import (
 from model import Llama
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
+from support.timer import StageTimer
 from weights.checkpoint import load_model, parse_config, pick_device, pick_dtype
 from weights.document import read_text
 from weights.download import download
