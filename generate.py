@@ -25,11 +25,11 @@ import torch
 from tqdm import tqdm
 
 from cache import SentenceKVCache, triton
-from course.trace.record import Trace
 from model import FullCache, GraphedDecode, LlamaConfig
 from segment import SentenceStream, split_at_sentences, token_spans
 from sentencekv import SCORES, SentenceKVConfig
 from support.timer import OTHER, StageTimer, times
+from support.trace import Trace
 from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
 from weights.document import Document, load_document, read_text, save_document
 from weights.download import download

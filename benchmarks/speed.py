@@ -39,7 +39,6 @@ from benchmarks import scale
 from benchmarks.llamacpp import BF16, FOUR_BITS, LlamaCpp
 from benchmarks.methods import SENTENCE_METHODS, settings_of
 from cache import SentenceKVCache
-from course.trace.record import Trace
 from generate import (
     GraphedDecode,
     check_compiler,
@@ -53,6 +52,7 @@ from model import Llama
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
 from support.timer import StageTimer
+from support.trace import Trace
 from weights.checkpoint import load_model, parse_config, pick_device, pick_dtype
 from weights.document import read_text
 from weights.download import download
