@@ -28,10 +28,10 @@ from cache import SentenceKVCache, triton
 from model import FullCache, GraphedDecode, LlamaConfig
 from segment import SentenceStream, split_at_sentences, token_spans
 from sentencekv import SCORES, SentenceKVConfig
+from support.document import Document, identity_of, load_document, read_text, save_document
 from support.timer import OTHER, StageTimer, times
 from support.trace import Trace
-from weights.checkpoint import load_config, load_model, pick_device, pick_dtype
-from weights.document import Document, load_document, read_text, save_document
+from weights.checkpoint import fingerprint, load_config, load_model, pick_device, pick_dtype
 from weights.download import download
 from weights.parallel import RANK, RANKS, added_up, agreed, join_ranks, leave_ranks
 from weights.tokenizer import Tokenizer
@@ -253,7 +253,11 @@ def run(args) -> int:
         check_compiler(device)
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
     tokenizer, model_config = Tokenizer(folder, args.special_tokens), load_config(folder)
-    document = load_document(args.load, folder, config, device, dtype) if args.load else None
+    document, protected = None, config.protected_tokens
+    if args.save or args.load:
+        identity = identity_of(fingerprint(folder), config, dtype)
+    if args.load:
+        document = load_document(args.load, identity, protected, model_config.kv_shape, device)
     text = document.text if document else read_text(args.prompt)
     if document:
         tokenizer.now = document.now
@@ -279,7 +283,7 @@ def run(args) -> int:
         ids = os.path.commonprefix([prompt()[:-1], prompt("?")])
         document = read_document(session, text, ids)
     if args.save:
-        save_document(args.save, document, folder, config, dtype)
+        save_document(args.save, document, identity, protected)
     return (chat if args.chat else ask)(session, document, prompt)
 
 

@@ -51,10 +51,10 @@ from generate import (
 from model import Llama
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
+from support.document import read_text
 from support.timer import StageTimer
 from support.trace import Trace
 from weights.checkpoint import load_model, parse_config, pick_device, pick_dtype
-from weights.document import read_text
 from weights.download import download
 from weights.tokenizer import Tokenizer
 
