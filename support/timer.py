@@ -85,7 +85,7 @@ class StageTimer:
 
 
 def times(timer: StageTimer, steps: int) -> dict:
-    """Time to first token, from the prompt's text on, and time per token of the `steps` after it."""
+    """Time to first token, from the prompt's text on, and time per token of `steps` after it."""
     stages = {"decode": {"total": 0.0}} | timer.totals()
     ttft = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
     return {"ttft_ms": ttft, "decode_ms_per_token": stages["decode"]["total"] / max(steps, 1),

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import generate
 from generate import sampler
+from support import options
 from support.timer import OTHER, StageTimer
 
 
@@ -592,7 +593,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tiny_folder, prompt, 
 
 def test_a_read_only_folder_is_refused_before_anything_is_read(capfd, tiny_folder, prompt, tmp_path,
                                                                monkeypatch):
-    monkeypatch.setattr(generate.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(options.os, "access", lambda *_: False)  # root may write anywhere
     monkeypatch.setattr(generate, "load_model", lambda *_: pytest.fail("read"))
     status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, "--save",
                            tmp_path / "x")
