@@ -1,10 +1,8 @@
 """Answer a prompt of several thousand tokens: `python generate.py --prompt file.txt`.
 
-The loop comes first: `prefill`, then `generate`, which decodes token by token. Then the cache and
-the sampler, a session that reads texts and writes answers, and `main`, which joins the other files.
-
-This file does not know how a cache chooses what it keeps, nor the insides of files and options.
-What surrounds the loop is in `support/`: options, questions, tables, saved documents, errors.
+The loop comes first: `prefill`, then `generate`, which decodes token by token. Then a session: it
+reads texts and writes answers. `main` joins the other files. This file does not know how a cache
+chooses what it keeps. Options, questions, tables and saved documents are in `support/`.
 """
 
 import math
@@ -22,13 +20,9 @@ from cache import SentenceKVCache
 from model import FullCache, GraphedDecode, LlamaConfig
 from segment import SentenceStream, split_at_sentences, token_spans
 from sentencekv import SCORES, SentenceKVConfig
-from support import options, process
-from support.compiled import check_decoding
+from support import compiled, finite, options, process, questions, report
 from support.document import Document, identity_of, load_document, read_text, save_document
-from support.finite import not_finite
 from support.prompts import Prompts, check_prompt
-from support.questions import ask, chat, interrupts, read_shared_prefix
-from support.report import describe, finish, progress
 from support.timer import StageTimer
 from support.trace import Trace
 from weights.checkpoint import fingerprint, load_config, load_model, pick_device, pick_dtype
@@ -37,8 +31,7 @@ from weights.parallel import RANK, RANKS, added_up, agreed, join_ranks, leave_ra
 from weights.tokenizer import Tokenizer
 
 
-def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=iter,
-            part_ends=()) -> int:
+def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=iter, part_ends=()):
     """Read a text into the cache, in parts if it is long. Returns the first token after it."""
     ids = torch.tensor(ids, device=model.embed_tokens.weight.device)
     with timer("prefill"):
@@ -78,11 +71,11 @@ def seal_finished(cache, sentences: SentenceStream, piece: str):
 
 
 def make_cache(name: str, config: SentenceKVConfig, model_config: LlamaConfig, spans: list,
-               max_new_tokens: int, device, dtype, stage=nullcontext):
+               max_new_tokens: int, device, dtype):
     """An empty cache for a prompt with these sentences: a FullCache if `name` is "full"."""
     if name == "full":
-        return FullCache(model_config, spans[-1][1] + max_new_tokens, device, dtype, stage)
-    return SentenceKVCache(config, model_config, spans, max_new_tokens, device, dtype, stage)
+        return FullCache(model_config, spans[-1][1] + max_new_tokens, device, dtype)
+    return SentenceKVCache(config, model_config, spans, max_new_tokens, device, dtype)
 
 
 def sampler(temperature: float, top_p: float, seed: int, device):
@@ -107,8 +100,7 @@ def sampler(temperature: float, top_p: float, seed: int, device):
 class Session:
     """A model and the cache of what it has read: it reads texts, and writes answers after them."""
 
-    def __init__(self, model, tokenizer: Tokenizer, config: SentenceKVConfig, args,
-                 max_tokens: int):
+    def __init__(self, model, tokenizer, config: SentenceKVConfig, args, max_tokens: int):
         self.model, self.tokenizer, self.config, self.args = model, tokenizer, config, args
         self.device, self.dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
         self.max_tokens, self.stop = max_tokens, tokenizer.stop_tokens()
@@ -137,7 +129,7 @@ class Session:
         self.spans = self.spans + [(start + n_before, end + n_before) for start, end in spans]
         self.ids, self.written = self.ids + self.written[:-1] + ids, []
         self.cache.stage = self.timer
-        return prefill(self.model, self.cache, ids, self.next_token, self.timer, progress,
+        return prefill(self.model, self.cache, ids, self.next_token, self.timer, report.progress,
                        split_at_sentences(spans, self.args.prefill_chunk))
 
     def expect(self, spans: list):
@@ -145,9 +137,8 @@ class Session:
         if self.cache:
             return self.cache.expect(spans)
         self.cache = make_cache(self.args.cache, self.config, self.model.config, spans,
-                                self.max_tokens - spans[-1][1], self.device, self.dtype, self.timer)
-        if self.trace or self.args.save:
-            self.cache.positions = []  # which tokens are kept
+                                self.max_tokens - spans[-1][1], self.device, self.dtype)
+        self.cache.positions = [] if self.trace or self.args.save else None  # of kept tokens
 
     def go_back(self, document: Document):
         """Go on from the end of a document, read before or loaded: forget what came after it."""
@@ -159,12 +150,12 @@ class Session:
 
     def write(self, first: int, stopped) -> str:
         """Print an answer from its first token on, until `stopped()`. Returns its text."""
-        if self.args.cuda_graph or self.args.compile:
-            self.cache.stage = nullcontext  # their stages cannot be timed
-        room = self.max_tokens - len(self.ids)
-        pairs = generate(self.model, self.cache, first, self.tokenizer.detokenizer(),
-                         self.next_token, self.stop, min(self.args.max_new_tokens, room),
-                         self.config.sentence_limit, self.timer, self.decode)
+        fast = self.args.cuda_graph or self.args.compile  # then the stages cannot be timed
+        self.cache.stage = nullcontext if fast else self.timer
+        n_most = min(self.args.max_new_tokens, self.max_tokens - len(self.ids))
+        pairs = generate(
+            self.model, self.cache, first, self.tokenizer.detokenizer(), self.next_token, self.stop,
+            n_most, self.config.sentence_limit, self.timer, self.decode)
         if self.trace:
             pairs = self.trace.watch(self.cache, pairs)
         text = ""
@@ -187,11 +178,11 @@ class Session:
         except FloatingPointError:
             ids = self.ids + self.written
             empty = FullCache(self.model.config, len(ids), self.device, self.dtype)
-            raise not_finite(self.model, ids, empty) from None
+            raise finite.error(self.model, ids, empty) from None
 
     def report(self, text: str, signal: int, question: str | None = None) -> dict:
         """What `--json` prints of the answer, which a signal may have ended."""
-        return describe(self, text, agreed(signal), added_up(self.cache.report()), question)
+        return report.describe(self, text, agreed(signal), added_up(self.cache.report()), question)
 
 
 def parse(arguments: list[str]):
@@ -204,16 +195,16 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     config = SentenceKVConfig(**args.settings)
     device = pick_device(join_ranks(args.device) if RANKS > 1 else args.device)
-    check_decoding(args, device)
+    compiled.check(args, device)
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
     tokenizer, model_config = Tokenizer(folder, args.special_tokens), load_config(folder)
-    document, saved = None, args.save or args.load
-    identity = identity_of(fingerprint(folder), config, dtype) if saved else None
+    identity = identity_of(fingerprint(folder), config, dtype) if args.save or args.load else None
     if args.load:
         document = load_document(args.load, identity, config.protected_tokens,
                                  model_config.kv_shape, device)
-        tokenizer.now = document.now  # some chat templates print the date
-    text = document.text if document else read_text(args.prompt)
+        text, tokenizer.now = document.text, document.now  # some chat templates print the date
+    else:
+        document, text = None, read_text(args.prompt)
     prompts = Prompts(tokenizer, text, args.ask, args.raw)
     max_tokens = prompts.check(args.max_new_tokens, args.chat, model_config)
 
@@ -222,16 +213,16 @@ def main(arguments: list[str]) -> int:
         model.compile_step()
     session = Session(model, tokenizer, config, args, max_tokens)
     if args.ask or args.chat or args.save or args.load:
-        document = document or read_shared_prefix(session, prompts)
+        document = document or questions.read_shared_prefix(session, prompts)
         if args.save:
             save_document(args.save, document, identity, config.protected_tokens)
-        return (chat if args.chat else ask)(session, document, prompts)
+        return (questions.chat if args.chat else questions.ask)(session, document, prompts)
     with session.timer("tokenize"):
         ids = prompts.ids()
     first = session.read(ids)
-    with interrupts() as stopped:
+    with questions.interrupts() as stopped:
         text = session.write(first, stopped)
-    return finish(session.report(text, stopped()), session.trace, args)
+    return report.finish(session.report(text, stopped()), session.trace, args)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import importlib.util
 import torch
 
 
-def check_decoding(args, device: torch.device):
+def check(args, device: torch.device):
     """Raises ValueError if --cuda-graph or --compile is asked for and does not work here."""
     if args.cuda_graph:
         check_cuda_graph(device)

@@ -26,7 +26,7 @@ def first_layer_not_finite(model, ids: list[int], cache) -> int | None:
     return after.index(False) if False in after else None
 
 
-def not_finite(model, ids: list[int], cache) -> ValueError:
+def error(model, ids: list[int], cache) -> ValueError:
     """The error for the user: which layer it is, and what can be the cause."""
     layer = first_layer_not_finite(model, ids, cache)
     where = "after its layers" if layer is None else f"from layer {layer} on"
