@@ -1,1 +1,1 @@
-import generate  # noqa: F401  first of all: it sets how CPU threads wait, before torch is loaded
+import support.environment  # noqa: F401  before torch, which reads the variables that it sets

@@ -16,7 +16,7 @@ from statistics import mean
 
 from benchmarks.methods import METHODS, cost
 from benchmarks.quality import Bench, Method, asked_methods
-from weights.document import read_text
+from support.document import read_text
 from weights.download import download
 
 

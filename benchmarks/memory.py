@@ -22,8 +22,8 @@ import torch
 from generate import generate, make_cache, prefill, sampler
 from segment import split_at_sentences
 from sentencekv import SentenceKVConfig
-from weights.checkpoint import load_model
-from weights.document import Document, load_document, save_document
+from support.document import Document, identity_of, load_document, save_document
+from weights.checkpoint import fingerprint, load_model
 from weights.download import download
 
 CPU, N_NEW = torch.device("cpu"), 32
@@ -73,14 +73,16 @@ def measure_reading(folder: Path, n_tokens: int, chunk: int, document: Path | No
     if document:
         saved = Document("-", random_ids(n_tokens), sentences(n_tokens), cache.snapshot(),
                          datetime.now())
-        save_document(document, saved, folder, config, torch.float32)
+        save_document(document, saved, identity_of(fingerprint(folder), config, torch.float32),
+                      config.protected_tokens)
 
 
 def measure_loading(folder: Path, document: Path):
     model, config = load_model(folder, CPU, torch.float32), SentenceKVConfig(token_budget=512)
     read(model, config, 100, 100)
     before, start = resident(), time.perf_counter()
-    loaded = load_document(document, folder, config, CPU, torch.float32)
+    loaded = load_document(document, identity_of(fingerprint(folder), config, torch.float32),
+                           config.protected_tokens, model.config.kv_shape, CPU)
     cache = make_cache("sentencekv", config, model.config, loaded.spans, 100, CPU, torch.float32)
     cache.restore(loaded.snapshot, loaded.release)
     print(f"file: {document.stat().st_size / 2**20:.0f} MiB")

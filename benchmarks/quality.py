@@ -58,12 +58,13 @@ from benchmarks.methods.base import (
 )
 from benchmarks.segmentation import old_spans
 from cache import NO_ROW
-from generate import check_positions, prefill, seal_finished
+from generate import prefill, seal_finished
 from model import LlamaConfig, rope_table
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig, find_secondary_sinks
+from support.document import read_text
+from support.prompts import check_positions
 from weights.checkpoint import load_model
-from weights.document import read_text
 from weights.download import download
 from weights.tokenizer import Tokenizer
 

@@ -27,7 +27,7 @@ import regex
 
 from benchmarks import tasks
 from segment import sentence_ends, token_spans
-from weights.document import read_text
+from support.document import read_text
 from weights.download import download
 from weights.tokenizer import Tokenizer
 

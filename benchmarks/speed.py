@@ -39,22 +39,16 @@ from benchmarks import scale
 from benchmarks.llamacpp import BF16, FOUR_BITS, LlamaCpp
 from benchmarks.methods import SENTENCE_METHODS, settings_of
 from cache import SentenceKVCache
-from course.trace.record import Trace
-from generate import (
-    GraphedDecode,
-    StageTimer,
-    check_compiler,
-    check_cuda_graph,
-    check_positions,
-    make_cache,
-    next_logits,
-    prefill,
-)
+from generate import GraphedDecode, make_cache, next_logits, prefill
 from model import Llama
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
+from support.compiled import check_compiler, check_cuda_graph
+from support.document import read_text
+from support.prompts import check_positions
+from support.timer import StageTimer
+from support.trace import Trace
 from weights.checkpoint import load_model, parse_config, pick_device, pick_dtype
-from weights.document import read_text
 from weights.download import download
 from weights.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from rapidfuzz import fuzz
 from rapidfuzz.distance import LCSseq
 
-from weights.document import read_text
+from support.document import read_text
 
 RULER = re.compile(  # a Llama 3 chat around the question, and the beginning of the answer
     r"^<\|begin_of_text\|>.*?<\|start_header_id\|>user<\|end_header_id\|>(?P<body>.*)<\|eot_id\|>"

@@ -1,5 +1,6 @@
 """A faster step for one token: a layer's step compiled, or the whole step as one CUDA graph."""
 
+import importlib.util
 from copy import copy
 from functools import partial
 from types import SimpleNamespace
@@ -60,3 +61,26 @@ class GraphedDecode:
         be a constant of the graph. The host counts after each replay."""
         return SimpleNamespace(layers=cache.layers, num_tokens=self.position,
                                advance=lambda n_tokens: None)
+
+
+def check(args, device: torch.device):
+    """Raises ValueError if --cuda-graph or --compile is asked for and does not work here."""
+    if args.cuda_graph:
+        check_cuda_graph(device)
+    if args.compile:
+        check_compiler(device)
+
+
+def check_cuda_graph(device: torch.device):
+    if device.type != "cuda":
+        raise ValueError(f"--cuda-graph needs a GPU, --device is {device}")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("--cuda-graph needs Triton, which this PyTorch came without")
+
+
+def check_compiler(device: torch.device):
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except Exception as error:  # of PyTorch, of Triton or of the machine
+        problem = f"{error}".partition("\n")[0] or type(error).__name__
+        raise ValueError(f"--compile needs a compiler: {problem}") from None

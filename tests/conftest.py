@@ -11,7 +11,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many threads as workers, before to
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import benchmarks.scores  # noqa
+import support.environment  # noqa: F401  before torch, which reads the variables that it sets
+
+import benchmarks.scores  # noqa: F401  registers the scores
 import pytest
 import sentencepiece
 import torch

@@ -102,8 +102,9 @@ def answer(model, tokenizer, ids: list):
     import generate
     from segment import token_spans
     from sentencekv import SentenceKVConfig
+    from support.prompts import check_prompt
 
-    generate.check_prompt(ids, 0, 3, model.config)
+    check_prompt(ids, 0, 3, model.config)
     config = SentenceKVConfig(token_budget=64)
     spans = token_spans(tokenizer.pieces(ids), config.sentence_limit)
     cache = generate.make_cache("sentencekv", config, model.config, spans, 3, "cpu", torch.float32)

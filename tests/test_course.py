@@ -29,7 +29,7 @@ BUGS = {  # a patch in course/bugs, and an oracle that catches it
 @pytest.fixture
 def copy(tmp_path):
     """The project's modules and tests, to be changed."""
-    for folder in (".", "tests", "benchmarks", "weights", "course/trace"):
+    for folder in (".", "tests", "benchmarks", "weights", "support"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         for file in (ROOT / folder).glob("*.py"):
             shutil.copy(file, tmp_path / folder)

@@ -8,8 +8,9 @@ from safetensors.torch import load_file, save_file
 
 import generate
 from sentencekv import SentenceKVConfig
-from weights import document as module
-from weights.document import Document, load_document, map_rows, save_document
+from support import document as module
+from support.document import Document, identity_of, load_document, map_rows, save_document
+from weights.checkpoint import fingerprint, load_config
 
 CPU = torch.device("cpu")
 DOCUMENT = Document("It is späť.", [3, 1, 2] * 200, [(0, 2), (2, 600)], {
@@ -19,12 +20,15 @@ DOCUMENT = Document("It is späť.", [3, 1, 2] * 200, [(0, 2), (2, 600)], {
 
 
 def save(path, folder, config=SentenceKVConfig()):
-    save_document(path, DOCUMENT, folder, config, torch.float32)
+    same = identity_of(fingerprint(folder), config, torch.float32)
+    save_document(path, DOCUMENT, same, config.protected_tokens)
     return path
 
 
 def load(path, folder, dtype=torch.float32, **settings):
-    return load_document(path, folder, SentenceKVConfig(**settings), CPU, dtype)
+    config = SentenceKVConfig(**settings)
+    same = identity_of(fingerprint(folder), config, dtype)
+    return load_document(path, same, config.protected_tokens, load_config(folder).kv_shape, CPU)
 
 
 def test_what_is_loaded_is_what_was_saved(tiny_folder, tmp_path):

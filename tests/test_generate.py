@@ -18,7 +18,10 @@ from conftest import ROOT, TEXT, TINY, needs_gpu
 from safetensors.torch import load_file, save_file
 
 import generate
-from generate import OTHER, StageTimer, sampler
+from generate import sampler
+from support import options
+from support.timer import OTHER, StageTimer
+
 
 def run(capfd, *arguments):
     """Exit status, standard output, standard error."""
@@ -303,6 +306,37 @@ def test_stages_nest_and_their_rest_is_what_is_left(monkeypatch):
     assert timer.totals() == {"prefill": pytest.approx({OTHER: 8, "total": 10, "attention": 2})}
 
 
+def test_what_is_inside_a_part_is_counted_once(monkeypatch):
+    clock = iter([0, 1, 3, 6, 7, 10])
+    timer = StageTimer(torch.device("cpu"))
+    timer.mark = lambda: next(clock) / 1e3
+    with timer("prefill"), timer("offload"), timer("copy"):
+        pass
+    assert timer.totals() == {"prefill": pytest.approx({OTHER: 4, "total": 10, "offload": 6})}
+
+
+def test_watched_methods_are_stages_until_the_wrappers_are_taken_off():
+    class Layer:
+        def select(self, rows, last=0):
+            return rows + last
+
+        def load(self):
+            raise KeyError
+
+    timer, layer, other = StageTimer(torch.device("cpu")), Layer(), Layer()
+    timer.watch(layer, {"select": "select", "load": "load"})
+    with timer("decode"):
+        assert layer.select(1, last=2) == 3 and other.select(1) == 1
+        with pytest.raises(KeyError):
+            layer.load()
+    assert set(timer.totals()["decode"]) == {"select", "load", OTHER, "total"}
+    timer.unwatch()
+    assert vars(layer) == {}
+    with timer("decode"):
+        layer.select(1)
+    assert set(timer.totals()["decode"]) == {OTHER, "total"}
+
+
 @needs_gpu
 def test_the_command_line_runs_on_a_gpu(capfd, tiny_folder, prompt):
     reports = [run_json(capfd, "--prompt", prompt, "--model", tiny_folder, "--device", device,
@@ -559,7 +593,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tiny_folder, prompt, 
 
 def test_a_read_only_folder_is_refused_before_anything_is_read(capfd, tiny_folder, prompt, tmp_path,
                                                                monkeypatch):
-    monkeypatch.setattr(generate.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(options.os, "access", lambda *_: False)  # root may write anywhere
     monkeypatch.setattr(generate, "load_model", lambda *_: pytest.fail("read"))
     status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, "--save",
                            tmp_path / "x")

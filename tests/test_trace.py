@@ -18,8 +18,8 @@ from test_generate import TEXT, chat_folder, prompt, run, run_json  # noqa: F401
 
 from cache import SentenceKVCache
 from course.trace.pictures import open_page
-from course.trace.record import Trace, one_line
 from sentencekv import SentenceKVConfig, find_secondary_sinks
+from support.trace import Trace, one_line
 
 EXAMPLES = {"walden_house": ("8", "8.03"), "needle_two_cities": ("m", "marmalade")}
 

@@ -4,6 +4,7 @@ Whatever `model.py` does not compute, and whatever does not fit, is refused with
 names it.
 """
 
+import hashlib
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from weights.folder import check, find, need, one_line, read_json, shown
 from support.ranks import RANKS, connect, own_part, own_slice, read_part
 
 MOST = 2**24
+SAMPLE = 2**16  # bytes, of which a fingerprint reads 64 times
 LIMITS = {  # of config.json: what a value may be, see `weights.folder.check`
     "vocab_size": (1, MOST), "hidden_size": (1, MOST), "intermediate_size": (1, MOST),
     "num_hidden_layers": (1, 4096), "num_attention_heads": (1, 4096),
@@ -104,6 +106,19 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
         raise ValueError(f"{index} has no weight_map from names to files")
     return [need(folder, name) for name in sorted(set(shards.values()))]
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of the model's configuration and of 64 samples of every file of weights."""
+    digest = hashlib.sha256()
+    for path in (folder / "config.json", *weight_files(folder)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with open(path, "rb") as file:
+            for i in range(64):
+                file.seek(size * i // 64)
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def checkpoint_names(model: Llama) -> dict:

@@ -1,0 +1,85 @@
+"""Questions about a text that is read once, --ask and --chat, and signals while one is answered.
+
+A `session` is that of generate.py: it reads tokens, writes an answer, and goes back.
+"""
+
+import signal
+from contextlib import contextmanager
+
+from support.document import Document
+from support.prompts import Prompts, clean
+from support.report import finish, say
+
+
+@contextmanager
+def interrupts():
+    """In here Ctrl-C and SIGTERM raise nothing: the function that this yields gives the signal that
+    came first, or 0."""
+    came, kinds = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(kind, lambda number, _: came.append(number)) for kind in kinds]
+    try:
+        yield lambda: came[0] if came else 0
+    finally:
+        for kind, handler in zip(kinds, before):
+            signal.signal(kind, handler)
+
+
+def read_shared_prefix(session, prompts: Prompts) -> Document:
+    """Read what the prompts of all questions begin with. ValueError if that is nothing."""
+    ids = prompts.shared_prefix()
+    if not ids:
+        raise ValueError("the text is too short to be read before the questions")
+    session.read(ids)
+    say(f"{len(ids)} tokens in {len(session.spans)} sentences, read in"
+        f" {session.timer.totals()['prefill']['total'] / 1e3:.1f} s")
+    return Document(prompts.text, ids, session.spans, session.cache.snapshot(),
+                    prompts.tokenizer.now)
+
+
+def ask(session, document: Document, prompts: Prompts) -> int:
+    """Answer each question as if it were the only one. Returns the exit status."""
+    for question in prompts.questions:
+        session.go_back(document)
+        if question:
+            print(f"\n> {question}", flush=True)
+        with session.timer("tokenize"):
+            ids = document.rest(prompts.ids(question))
+        first = session.read(ids)
+        with interrupts() as stopped:
+            text = session.write(first, stopped)
+        report = session.report(text, stopped(), question)
+        if status := finish(report, session.trace, session.args):
+            return status
+    return 0
+
+
+def chat(session, document: Document, prompts: Prompts) -> int:
+    """Answer questions from the terminal. All earlier ones and their answers stay in the cache.
+    Ctrl-C ends an answer, or drops the question that is being typed. Returns the exit status."""
+    session.go_back(document)
+    tokenize = lambda question: document.rest(prompts.ids(question))  # of the first question
+    while True:
+        try:
+            question = clean(input("\n> ")).strip()
+            if question:
+                report = answer_turn(session, question, tokenize)
+                tokenize = prompts.tokenizer.turn_ids  # of all later ones
+                finish(report, session.trace, session.args)
+        except KeyboardInterrupt:
+            pass
+        except EOFError:
+            print()
+            return 0
+        except ValueError as error:  # there is no room left
+            say(f"generate.py: {error}")
+            session.timer.totals()  # the times of what was refused
+
+
+def answer_turn(session, question: str, tokenize) -> dict:
+    """Answer one question of a conversation. A signal at any moment of it ends the answer only.
+    Returns the report."""
+    with interrupts() as stopped:
+        with session.timer("tokenize"):
+            ids = tokenize(question)
+        text = session.write(session.read(ids), stopped)
+        return session.report(text, stopped(), question)
