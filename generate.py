@@ -21,10 +21,11 @@ from model import FullCache, LlamaConfig
 from segment import SentenceStream, split_at_sentences, token_spans
 from sentencekv import SCORES, SentenceKVConfig
 from support import compiled, finite, options, process, questions, report
-from support.document import Document, identity_of, load_document, read_text, save_document
+from support.document import (Document, identity_of, load_document, read_text, restore,
+                              save_document, snapshot)
 from support.prompts import Prompts, check_prompt
 from support.ranks import RANK, RANKS, added_up, agreed, join_ranks, leave_ranks
-from support.timer import StageTimer
+from support.timer import StageTimer, watch_stages
 from support.trace import Trace
 from weights.checkpoint import fingerprint, load_config, load_model, pick_device, pick_dtype
 from weights.download import download
@@ -70,12 +71,12 @@ def seal_finished(cache, sentences: SentenceStream, piece: str):
         cache.seal(length)
 
 
-def make_cache(name: str, config: SentenceKVConfig, model_config: LlamaConfig, spans: list,
-               max_new_tokens: int, device, dtype):
-    """An empty cache for a prompt with these sentences: a FullCache if `name` is "full"."""
+def make_cache(name: str, config: SentenceKVConfig, model_config: LlamaConfig, max_tokens: int,
+               device, dtype):
+    """An empty cache with room for `max_tokens`: a FullCache if `name` is "full"."""
     if name == "full":
-        return FullCache(model_config, spans[-1][1] + max_new_tokens, device, dtype)
-    return SentenceKVCache(config, model_config, spans, max_new_tokens, device, dtype)
+        return FullCache(model_config, max_tokens, device, dtype)
+    return SentenceKVCache(config, model_config, max_tokens, device, dtype)
 
 
 def sampler(temperature: float, top_p: float, seed: int, device):
@@ -103,61 +104,47 @@ class Session:
     def __init__(self, model, tokenizer, config: SentenceKVConfig, args, max_tokens: int):
         self.model, self.tokenizer, self.config, self.args = model, tokenizer, config, args
         self.device, self.dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+        self.cache = make_cache(args.cache, config, model.config, max_tokens, self.device,
+                                self.dtype)
         self.max_tokens, self.stop = max_tokens, tokenizer.stop_tokens()
+        self.decode = compiled.GraphedDecode(model) if args.cuda_graph else None
+        self.trace = Trace(self.cache) if args.trace or args.show_sentences else None
         self.timer = StageTimer(self.device)
-        self.trace = Trace() if args.trace or args.show_sentences else None
-        self.decode = GraphedDecode(model) if args.cuda_graph else None
-        self.cache = None  # made for the first text
-        self.ids, self.spans = [], []  # of all that was read: its tokens, the texts' sentences
-        self.written = []  # the tokens of the answer after it
-        self.start_sampling()
+        watch_stages(self.timer, model, self.cache, not (args.cuda_graph or args.compile))
+        self.go_back(Document())
 
-    def start_sampling(self):
+    def go_back(self, document: Document):
+        """Forget what came after a document that the cache holds."""
+        self.ids, self.spans = document.ids, document.spans  # of all that was read
+        self.written = []  # the tokens of the answer after it
         self.sample = sampler(self.args.temperature, self.args.top_p, self.args.seed, self.device)
+        if document.ids:
+            self.cache.truncate(len(document.ids))
 
     def read(self, ids: list[int]) -> int:
         """Read a text, the first or a later one. Returns the first token after it."""
         # The cache has not seen the last token of an answer. It is read now, unless it is the
         # stop token: the chat template puts that at the beginning of the next text.
         ids = [token for token in self.written[-1:] if token not in self.stop] + ids
-        n_before = self.cache.num_tokens if self.cache else 0
+        n_before = self.cache.num_tokens
         check_prompt(ids, n_before, 1, self.model.config)
         with self.timer("segment"):
             spans = token_spans(self.tokenizer.pieces(ids), self.config.sentence_limit)
-            self.expect(spans)
+            self.cache.expect(spans)
         # New lists, not `+=`: a document holds those of before.
         self.spans = self.spans + [(start + n_before, end + n_before) for start, end in spans]
         self.ids, self.written = self.ids + self.written[:-1] + ids, []
-        self.cache.stage = self.timer
         return prefill(self.model, self.cache, ids, self.next_token, self.timer, report.progress,
                        split_at_sentences(spans, self.args.prefill_chunk))
 
-    def expect(self, spans: list):
-        """The next text has these sentences. The first text has the cache made."""
-        if self.cache:
-            return self.cache.expect(spans)
-        self.cache = make_cache(self.args.cache, self.config, self.model.config, spans,
-                                self.max_tokens - spans[-1][1], self.device, self.dtype)
-        self.cache.positions = [] if self.trace or self.args.save else None  # of kept tokens
-
-    def go_back(self, document: Document):
-        """Go on from the end of a document, read before or loaded: forget what came after it."""
-        if self.cache is None:
-            self.expect(document.spans)
-        self.cache.restore(document.snapshot, document.release)
-        self.ids, self.spans, self.written = document.ids, document.spans, []
-        self.start_sampling()
-
     def write(self, first: int, stopped) -> str:
         """Print an answer from its first token on, until `stopped()`. Returns its text."""
-        fast = self.args.cuda_graph or self.args.compile  # then the stages cannot be timed
-        self.cache.stage = nullcontext if fast else self.timer
         n_most = min(self.args.max_new_tokens, self.max_tokens - len(self.ids))
         pairs = generate(
             self.model, self.cache, first, self.tokenizer.detokenizer(), self.next_token, self.stop,
             n_most, self.config.sentence_limit, self.timer, self.decode)
         if self.trace:
-            pairs = self.trace.watch(self.cache, pairs)
+            pairs = self.trace.watch(pairs)
         text = ""
         try:
             for token, piece in pairs:
@@ -210,12 +197,15 @@ def main(arguments: list[str]) -> int:
 
     model = load_model(folder, device, dtype)
     if args.compile:
-        model.compile_step()
+        model = compiled.compiled(model)
     session = Session(model, tokenizer, config, args, max_tokens)
+    if args.load:
+        restore(session.cache, document.kept, document.release)
     if args.ask or args.chat or args.save or args.load:
         document = document or questions.read_shared_prefix(session, prompts)
         if args.save:
-            save_document(args.save, document, identity, config.protected_tokens)
+            save_document(args.save, document, snapshot(session.cache), identity,
+                          config.protected_tokens)
         return (questions.chat if args.chat else questions.ask)(session, document, prompts)
     with session.timer("tokenize"):
         ids = prompts.ids()

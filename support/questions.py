@@ -32,8 +32,7 @@ def read_shared_prefix(session, prompts: Prompts) -> Document:
     session.read(ids)
     say(f"{len(ids)} tokens in {len(session.spans)} sentences, read in"
         f" {session.timer.totals()['prefill']['total'] / 1e3:.1f} s")
-    return Document(prompts.text, ids, session.spans, session.cache.snapshot(),
-                    prompts.tokenizer.now)
+    return Document(prompts.text, ids, session.spans, prompts.tokenizer.now)
 
 
 def ask(session, document: Document, prompts: Prompts) -> int:

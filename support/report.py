@@ -43,7 +43,7 @@ def describe(session, text: str, signal: int, cache_report: dict, question: str 
         "torch": torch.__version__}
     if session.trace:
         pieces = session.tokenizer.pieces(session.ids + session.written)
-        session.trace.add(question or "", session.cache, pieces, session.spans, report)
+        session.trace.add(question or "", pieces, session.spans, report)
         report["most_attended"] = session.trace.most_attended()
     return report
 

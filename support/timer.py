@@ -84,6 +84,24 @@ class StageTimer:
         return totals
 
 
+def watch_stages(timer: StageTimer, model, cache, decode: bool = True):
+    """Time the stages of a model with a SentenceKVCache: those of prefill, and those of a token if
+    `decode`. A step that is compiled or a graph cannot be timed by its parts."""
+    layer_stages = {"choose_tokens": "importance", "make_sentences": "sentence vectors",
+                    "offload": "offload"}
+    attention_stages, cache_stages = {"attend_causally": "attention"}, {}
+    if decode:
+        layer_stages |= {"select": "select", "load": "load"}
+        attention_stages |= {"attend": "attention"}
+        cache_stages = {"seal": "seal"}
+    for block in model.layers:
+        timer.watch(block.self_attn, attention_stages)
+    if hasattr(cache.layers[0], "select"):  # a full cache has no stages of its own
+        timer.watch(cache, cache_stages)
+        for layer in cache.layers:
+            timer.watch(layer, layer_stages)
+
+
 def times(timer: StageTimer, steps: int) -> dict:
     """Time to first token, from the prompt's text on, and time per token of `steps` after it."""
     stages = {"decode": {"total": 0.0}} | timer.totals()

@@ -49,38 +49,41 @@ MOST_NUMBERS = 2**27  # in `rows`, for a browser to unpack; later steps are left
 class Trace:
     """Records the answers of a session. Recording is a part of the decode time in a report."""
 
-    def __init__(self):
-        self.data = {"format": "sentencekv trace 1", "answers": []}
+    def __init__(self, cache):
+        self.cache, self.data = cache, {"format": "sentencekv trace 1", "answers": []}
         self.steps = []  # of the last answer: rows (L, H_kv, S) and attention (L, H_kv, S + 3)
         self.windows, self.n_written = [], 0
         self.attention = None  # uint8 (steps, L, H_kv, S + 3), by sentence of the document
+        for layer in cache.layers:
+            layer.host.wants_positions = True
 
-    def watch(self, cache, written):
+    def watch(self, written):
         """Yield what `generate` yields, and keep what the cache selected for each token."""
         self.steps, self.windows, self.n_written, n_numbers = [], [], 0, 0
-        dtype = torch.uint8 if cache.config.sentence_limit < 256 else torch.int32
-        with attention_weights(cache) as weights:
+        plan, layers = self.cache.plan, self.cache.layers
+        dtype = torch.uint8 if plan.config.sentence_limit < 256 else torch.int32
+        with watched_layers(layers) as shares:
             for token in written:
-                rows = cache.table.n_resident[..., : cache.table.n_sentences]  # (L, H_kv, S)
-                n_numbers += rows.numel()
-                if weights and n_numbers < MOST_NUMBERS:
-                    shares = received(cache, weights.pop())
-                    self.steps.append((rows.to("cpu", dtype), to_bytes(shares).cpu()))
-                    self.windows.append(cache.attended_from(cache.num_tokens))
+                rows = torch.stack([layer.n_resident[:, 1 : plan.n_places] for layer in layers])
+                n_numbers += rows.numel()  # rows (L, H_kv, S)
+                if shares and n_numbers < MOST_NUMBERS:
+                    found = to_bytes(torch.stack([share for share, _ in shares]))
+                    self.steps.append((rows.to("cpu", dtype), found.cpu()))
+                    self.windows.append(shares[0][1] + plan.n_dropped)
+                shares.clear()
                 self.n_written += 1
                 yield token
 
-    def add(self, question: str, cache, pieces: list[str], spans: list, report: dict):
+    def add(self, question: str, pieces: list[str], spans: list, report: dict):
         """Add the answer that was watched. `pieces` are those of all tokens that were read and
         written, `spans` (start, end) the sentences of all texts that were read."""
-        table, n_rows = cache.table, cache.host.first.shape[1]
-        positions = torch.stack(tuple(cache.positions)).long()  # (L, H_kv, N), of the document
-        n_tokens = int(positions.max()) + 1
+        cache, plan = self.cache, self.cache.plan
+        n_tokens, n_places = cache.first_text  # of the document
+        positions = torch.stack([layer.host.positions for layer in cache.layers]).long()
         ends = torch.tensor([end for _, end in spans if end <= n_tokens])
-        bounds = table.bounds[..., : table.n_sentences + 1].cpu()
-        n_first = int((bounds[..., :-1] < n_rows).sum(dim=-1).max())  # entries of the document
-        sentence_of = number_entries(bounds, positions, ends, n_first)
-        n_sentences = len(ends) + table.n_sentences - n_first
+        starts = torch.stack([layer.starts[:, 1 : plan.n_places] for layer in cache.layers]).cpu()
+        sentence_of = number_places(starts, positions, ends, n_places - 1)
+        n_sentences = len(ends) + plan.n_places - n_places
         shape = (len(self.steps), *sentence_of.shape[:2], n_sentences)
         selected = torch.zeros(shape, dtype=self.steps[0][0].dtype if self.steps else torch.uint8)
         self.attention = torch.zeros(*shape[:3], n_sentences + 3, dtype=torch.uint8)
@@ -93,15 +96,16 @@ class Trace:
         settings = asdict(cache.config)
         if cache.config.keep_factor == math.inf:
             settings["keep_factor"] = "inf"  # JSON has no infinity
-        counts = table.n_secondary[..., 0].tolist()
-        secondary = [[positions[layer, head, :n].tolist() for head, n in enumerate(heads)]
-                     for layer, heads in enumerate(counts)]
+        secondary = [[places[: end - plan.n_sinks].tolist()  # place 0 is all sinks
+                      for places, end in zip(positions[i], layer.ends[:, 0].tolist())]
+                     for i, layer in enumerate(cache.layers)]
+        later_ends = cache.layers[0].ends[0, n_places : plan.n_places] + plan.n_dropped
         self.data |= {"settings": settings, "pieces": pieces[:n_tokens], "ends": ends.tolist(),
-                      "sinks": cache.n_sinks, "secondary": secondary}
+                      "sinks": plan.n_sinks, "secondary": secondary}
         self.data["answers"].append({
             "question": question, "pieces": pieces[n_tokens:], "n_written": self.n_written,
-            "ends": (bounds[0, 0, n_first + 1 :] - n_rows + n_tokens).tolist(),
-            "windows": self.windows, "shape": list(shape), "bytes": selected.element_size(),
+            "ends": later_ends.tolist(), "windows": self.windows, "shape": list(shape),
+            "bytes": selected.element_size(),
             "rows": pack(np.diff(selected.numpy(), axis=0, prepend=np.uint8(0))),
             "attention": pack(self.attention.numpy()), "report": report})
 
@@ -135,55 +139,55 @@ class Trace:
             part.unlink(missing_ok=True)
 
 
-def number_entries(bounds, positions, ends, n_first: int) -> torch.Tensor:
-    """Which sentence each entry of the table is. A head has no entry for a sentence of the document
-    of which it keeps nothing. After these `n_first` entries, all heads have the same sentences.
+def number_places(starts, positions, ends, n_first: int) -> torch.Tensor:
+    """Which sentence each place of the table is. A head has no place for a sentence of the document
+    of which it keeps nothing. After these `n_first` places, all heads have the same sentences.
 
-    bounds (L, H_kv, S + 1) and positions (L, H_kv, N) of rows, ends of the document's sentences
+    starts (L, H_kv, S) and positions (L, H_kv, N) of rows, ends of the document's sentences
     -> (L, H_kv, S)
     """
-    first_rows = bounds[..., :-1].clamp(max=positions.shape[-1] - 1)
+    first_rows = starts.clamp(max=positions.shape[-1] - 1)
     sentence_of = torch.searchsorted(ends, positions.gather(-1, first_rows), right=True)
     sentence_of[..., n_first:] = len(ends) + torch.arange(sentence_of.shape[-1] - n_first)
     return sentence_of
 
 
 @contextmanager
-def attention_weights(cache):
-    """In here each token's attention weights (L, H_kv, n_slots) are appended to this list: the mean
-    of the queries of a group. They are computed once more for it, for all layers together."""
-    weights, queries, decode = [], [], cache.decode
-    layers, kv_heads, n_slots, _, dim = cache.slots.shape
+def watched_layers(layers):
+    """In here each layer appends, for a token, the share of the attention that each place of its
+    table received (H_kv, S + 3), and the first row of the token's window."""
+    shares = []
 
-    def watched(layer, q, k, v):
-        queries.append(q / math.sqrt(dim))
-        out = decode(layer, q, k, v)
-        if len(queries) == layers:
-            grouped = torch.stack(queries).view(layers, kv_heads, -1, dim)
-            logits = (cache.slots[:, :, :, 0] @ grouped.mT).mT.float()  # faster than q @ k.mT
-            logits = logits.masked_fill(~cache.mask, -math.inf)  # (L, H_kv, G, n_slots)
-            weights.append(logits.softmax(dim=-1).mean(dim=2))
-            queries.clear()
-        return out
+    def watched(layer, decode):
+        def decode_and_note(q, k, v):
+            keys, values, mask = decode(q, k, v)
+            grouped = q.view(len(k), -1, q.shape[-1]) / math.sqrt(q.shape[-1])  # (H_kv, G, D)
+            logits = (keys @ grouped.mT).mT.float()  # faster than q @ k.mT
+            weights = logits.masked_fill(~mask, -math.inf).softmax(dim=-1).mean(dim=1)
+            shares.append((received(layer, weights), layer.plan.window_start()))
+            return keys, values, mask
+        return decode_and_note
 
-    cache.decode = watched
+    for layer in layers:
+        layer.decode = watched(layer, layer.decode)
     try:
-        yield weights
+        yield shares
     finally:
-        cache.decode = decode
+        for layer in layers:
+            del layer.decode  # the method of the class is there again
 
 
-def received(cache, weights: torch.Tensor) -> torch.Tensor:
-    """The share of each sentence of the table, of all sinks, of all secondary sinks, and of the
-    recent tokens: attention weights (L, H_kv, n_slots) -> (L, H_kv, S + 3)"""
-    n = cache.table.n_sentences
-    place = torch.full(weights.shape, n + 2, device=weights.device)
-    place[..., cache.sink_slot : cache.recent_slot] = n
-    is_secondary = cache.slot_row < cache.table.n_secondary
-    # An empty slot can name any sentence of the table's capacity. Its weight is 0.
-    place[..., : cache.n_row_slots] = cache.slot_sentence.masked_fill(
-        is_secondary, n + 1).clamp(max=n + 2)
-    return weights.new_zeros(*weights.shape[:2], n + 3).scatter_add_(-1, place, weights)
+def received(layer, weights: torch.Tensor) -> torch.Tensor:
+    """The share of each sentence of the table, of the first tokens, of the secondary sinks, and of
+    the recent tokens: attention weights of all slots (H_kv, n_slots) -> (H_kv, S + 3)"""
+    n = layer.plan.n_places - 1
+    sentence = torch.full(weights.shape, n + 2, device=weights.device)
+    n_secondary = layer.ends[:, :1] - layer.plan.n_sinks  # the first rows, in place 0
+    sink = torch.where(layer.slot_row < n_secondary, n + 1, n)
+    # An empty slot can name any place of the table's capacity. Its weight is 0.
+    sentence[:, : sink.shape[1]] = torch.where(
+        layer.slot_place == 0, sink, (layer.slot_place - 1).clamp(max=n + 2))
+    return weights.new_zeros(len(weights), n + 3).scatter_add_(-1, sentence, weights)
 
 
 def to_bytes(shares: torch.Tensor) -> torch.Tensor:
