@@ -1,7 +1,7 @@
 r"""Text to sentences to token spans.
 
-It knows text and the pieces of text that tokens add; no tokenizer, tensor or model. Other files use
-part 1. You may take `find_ends` as given, and skip parts 2 and 3, which say where a sentence ends.
+This file knows text, and the pieces of text that tokens add. It knows no tokenizer and no tensor.
+Part 1 is what other files use. Parts 2 and 3 say where a sentence ends: a reader may skip them.
 
 >>> marked("Dr. Smith paid $3.50 to www.x.com. He left!\n\nSigned\n\n你好。再见。")
 'Dr. Smith paid $3.50 to www.x.com. |He left!\n\n|Signed\n\n|你好。|再见。'
@@ -18,7 +18,7 @@ BEFORE, AFTER = 200, 12  # the rules see this many characters before a gap and a
 
 # Part 1: sentences of tokens.
 def token_spans(pieces: Iterable[str], limit: int = 128) -> list[tuple[int, int]]:
-    """The sentences as (start, end) spans of tokens: they tile the tokens, none exceeds `limit`.
+    """The sentences as (start, end) spans of tokens. They tile the tokens; none exceeds `limit`.
 
     >>> token_spans(["Hi", "!", " It", " is", " me", "."])
     [(0, 2), (2, 6)]
@@ -29,7 +29,7 @@ def token_spans(pieces: Iterable[str], limit: int = 128) -> list[tuple[int, int]
 
 
 def split_at_sentences(spans: list, size: int) -> list[int]:
-    """Where to split a text, so that a part has at most `size` tokens or is one sentence.
+    """Where to split a text into parts of at most `size` tokens. A longer sentence is one part.
 
     >>> split_at_sentences([(0, 3), (3, 4), (4, 9), (9, 10)], size=4)
     [4, 9]
@@ -42,69 +42,81 @@ def split_at_sentences(spans: list, size: int) -> list[int]:
 
 
 class SentenceStream:
-    """The same sentences, one token at a time.
+    """The same sentences, one token at a time. Raises ValueError if `limit` is below 1.
 
-    A piece is the text that one token adds. A token belongs to the sentence of its first character
-    that is not white space. A token of white space belongs to the sentence before it, and a token
-    of an incomplete character (its piece is "") to the sentence of that character. `push` reports
-    an end with the next token, or once the next word is complete if a rule needs all of it.
+    A piece is the text that one token adds. A token starts at its first character that is not white
+    space, and belongs to the sentence of this character. A token of white space belongs to the
+    sentence before it. If a character is several tokens, all but the last have the piece "", and
+    all belong to the sentence of this character.
+
+    `push` reports an end with the next token, or later if a rule needs the whole next word. Below,
+    ` The` could become ` Theo`. A line shows what `push` returns, then the stream's state:
 
     >>> stream = SentenceStream()
-    >>> [stream.push(piece) for piece in ["Hi", "!", " It", " is", " me", "."]], stream.finish()
-    ([[], [], [2], [], [], []], [4])
+    >>> for piece in ["Hi", "!", " 6 p.m.", " The", " sun"]:
+    ...     print(stream.push(piece), stream.token_starts, stream.text)
+    [] [0] Hi
+    [] [0, 2] Hi!
+    [2] [4] Hi! 6 p.m.
+    [] [4, 11] Hi! 6 p.m. The
+    [1] [11, 15] Hi! 6 p.m. The sun
     """
 
     def __init__(self, limit: int = 128):
         if limit < 1:
             raise ValueError(f"limit is {limit}, must be at least 1")
         self.limit = limit
-        self.text = ""  # the open sentence, and the BEFORE characters before it
-        self.firsts: list[int] = []  # where in the text each token of the open sentence begins
+        self.text = ""  # the open sentence, and at most BEFORE characters before it
+        self.token_starts: list[int] = []  # of the tokens of the open sentence, in `text`
 
     def push(self, piece: str) -> list[int]:
         """Add a token; return the lengths of the sentences found to have ended before it."""
-        # Look again at the last token, as an end inside it is reported only when another follows,
-        # and at the AFTER characters before it, as a rule may have needed more text.
-        last = self.firsts[-1] if self.firsts else 0
-        start = len(self.text[: max(0, last - AFTER)].rstrip())
+        # An end inside the last token is not reported yet. At a gap up to AFTER characters before
+        # that token, more text can still change a no to a yes: see `is_end`.
+        last = self.token_starts[-1] if self.token_starts else 0
+        search_start = len(self.text[: max(0, last - AFTER)].rstrip())  # not inside a gap
         n_spaces = 0 if piece.isspace() else len(piece) - len(piece.lstrip())
-        self.firsts.append(len(self.text) + n_spaces)
+        self.token_starts.append(len(self.text) + n_spaces)
         self.text += piece
-        counts = {bisect_left(self.firsts, end) for end in find_ends(self.text, start)}
-        counts -= {0, len(self.firsts)}  # 0: reported before; all: with the next token
-        lengths = [self._take(b - a) for a, b in pairwise([0, *sorted(counts)])]
-        if len(self.firsts) > self.limit:
+        ends = find_ends(self.text, search_start)
+        n_before = {bisect_left(self.token_starts, end) for end in ends}  # tokens before each end
+        n_before.discard(0)  # an end that was reported before
+        n_before.discard(len(self.token_starts))  # inside the new token: reported with the next one
+        lengths = [self._take(b - a) for a, b in pairwise([0, *sorted(n_before)])]
+        if len(self.token_starts) > self.limit:
             lengths.append(self._take(self._cut()))
         return lengths
 
     def finish(self) -> list[int]:
         """Return the length of the sentence that the end of the text leaves open, if any."""
-        return [self._take(len(self.firsts))] if self.firsts else []
+        return [self._take(len(self.token_starts))] if self.token_starts else []
 
-    def _take(self, tokens: int) -> int:
-        """Remove the first `tokens` tokens, and the text that no rule looks at any more."""
-        drop = max(0, [*self.firsts, len(self.text)][tokens] - BEFORE)
-        self.text = self.text[drop:]
-        self.firsts = [first - drop for first in self.firsts[tokens:]]
-        return tokens
+    def _take(self, n_tokens: int) -> int:
+        """Remove the first tokens, and the text that no rule looks at any more."""
+        rest = self.token_starts[n_tokens:]
+        n_unused = max(0, (rest[0] if rest else len(self.text)) - BEFORE)
+        self.text = self.text[n_unused:]
+        self.token_starts = [start - n_unused for start in rest]
+        return n_tokens
 
     def _cut(self) -> int:
-        """Where to cut a sentence that is too long: at the best place in its later half."""
-        for place in CUTS:
-            for k in range(self.limit, self.limit // 2, -1):
-                first = self.firsts[k]
-                if first > self.firsts[k - 1] and place.match(self.text, 0, first):
-                    return k
+        """After how many tokens to cut a sentence that is too long: in its later half, at the last
+        place of the best kind, and if possible not inside a character."""
+        for kind in CUTS:
+            for n in range(self.limit, self.limit // 2, -1):
+                start = self.token_starts[n]
+                if start > self.token_starts[n - 1] and kind.match(self.text, 0, start):
+                    return n
         return self.limit
 
 
-# Best after [,;:—], then after a line end, then after a space. With (?r), `match` looks backwards.
+# Best after [,;:—], then after a line end, then after a space. (?r) matches backwards from the end.
 CUTS = [regex.compile(f"(?r){cut}") for cut in (r"[,;:—]\s+|[，、；：]\s*", r"\n\s*", r"\s+", "")]
 
 
-# Part 2: sentences of a text. A gap is the white space, or "", that may be between two.
+# Part 2: sentences of a text. A gap is where a sentence may end: white space, or "" as after `。`.
 def sentence_ends(text: str) -> list[int]:
-    """Offsets at which the sentences of `text` end; each owns the white space after it."""
+    """Offsets at which the sentences of `text` end. White space belongs to the one before it."""
     return [*find_ends(text), len(text)] if text else []
 
 
@@ -114,13 +126,19 @@ def marked(text: str) -> str:
 
 
 def find_ends(text: str, start: int = 0) -> Iterator[int]:
+    """Offsets after `start` at which one sentence ends and another begins."""
     for a, b in (gap.span() for gap in GAP.finditer(text, start)):
         if is_end(text[max(0, a - BEFORE) : a], text[a:b], text[b : b + AFTER]):
             yield b
 
 
 def is_end(before: str, gap: str, after: str) -> bool:
-    """Whether a sentence ends at a gap. A longer `after` can change no to yes, but never back."""
+    """Whether a sentence ends at a gap. If `after` grows, a no can become a yes, but a yes stays.
+
+    Most conditions read only the first character of `after`. `NEXT_MARKER`, `ITEM` and `OPENING`
+    read more. Once they match, they stay matched, and a match can only be a reason for an end. The
+    rule "before what closes" reads two: it can stop matching, and a match is a reason against one.
+    """
     if starts_item(before, after) or ends_line(before, gap, after):
         return True
     if WIDE_END.match(before) and not GOES_ON.match(after):

@@ -1,160 +1,204 @@
-"""SentenceKV as a slow reference: lists and loops, all keys and values in one place. Read it first,
-with `sentencekv.SentenceKVConfig` beside it.
+"""SentenceKV as a slow reference, in lists and loops. Read it first, with
+`sentencekv.SentenceKVConfig` beside it.
 
-A *sentence* is a span (start, end) of token positions. A Llama computes, in each layer, queries q
-(H, T, D), keys k and values v (H_kv, T, D) of T tokens; H // H_kv query heads share a KV head. The
-methods that the model calls (documented in `model.FullCache`): `prefill` gets the whole prompt,
-`decode` one token, `advance` counts tokens, and `seal` ends the sentence being written. A test that
-runs a model with this class shows what `cache.SentenceKVCache` must compute.
+    SlowHead        the method, for one KV head: prefill, then decode
+    SlowLayer       the KV heads of a layer
+    SlowSentenceKV  the layers: a cache for a model, which can also read several texts
+    SCORES          how well sentences match a query
+
+A *sentence* is a span (start, end) of token positions. Shapes: T tokens of a text, D channels, H
+query heads, H_kv KV heads, G = H // H_kv query heads that share a KV head, S sentences. A test that
+runs a model with this cache shows what `cache.SentenceKVCache` must compute.
 """
 
 import math
-from contextlib import nullcontext
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
-class SlowSentenceKV:
-    stage = nullcontext  # stage(name) times a stage: not here
+class SlowHead:
+    """SentenceKV for one KV head and the query heads that share it. `prefill` reads the prompt.
+    Then `decode` takes one token at a time. `spans` are the sentences that have ended: all heads
+    share this list, and the cache adds to it."""
 
-    def __init__(self, config, model_config, spans):
-        self.config, self.spans = config, list(spans)
-        self.n_prompt, self.layers = spans[-1][1], range(model_config.num_hidden_layers)
-        self.kv = [[] for _ in range(model_config.num_hidden_layers)]  # [layer][position] -> (k, v)
-        self.kept = {}  # (layer, KV head) -> positions kept of the prompt
-        self.secondary = {}  # (layer, KV head) -> positions of secondary sinks
-        self.queries = [[] for _ in self.kv]  # [layer], of the sentence being written
-        self.num_tokens = 0
-        self.selected = []  # positions selected, for every token, layer and head
+    def __init__(self, config, spans: list):
+        self.config, self.spans, self.n_tokens = config, spans, 0
+        self.kv = {}  # position -> key and value (2, D), of all kept tokens
+        self.sinks = []  # positions of the first tokens, always attended to
+        self.secondary = []  # positions of the secondary sinks, always attended to
+        self.queries = []  # (G, D) of each token of the sentence being written
+        self.selected = []  # for each decoded token, the positions that it selected
 
-    def expect(self, spans):
-        """The next text to read has these sentences."""
-        start = self.spans[-1][1]
-        if self.num_tokens > start:
-            self.seal(self.num_tokens - start)
-        self.spans += [(self.num_tokens + a, self.num_tokens + b) for a, b in spans]
-        self.queries = [[] for _ in self.kv]
+    # Section 3.2: which tokens of the prompt are kept?
+    def prefill(self, q, k, v):
+        """Read the prompt: q (G, T, D), k and v (T, D)."""
+        self.n_tokens = len(k)
+        self.sinks = list(range(min(self.config.sink_tokens, len(k))))
+        self.secondary = self.shortest_keys(k)
+        self.kv = {i: torch.stack((k[i], v[i])) for i in self.most_important(q, k)}
 
-    def prefill(self, layer, q, k, v):
-        """A whole text. Its tokens attend to all that is kept and, causally, to themselves."""
-        n_tokens = k.shape[1]
-        self.kv[layer] += [(k[:, i], v[:, i]) for i in range(n_tokens)]
-        if self.num_tokens > 0:
-            return self.known(layer, 0, len(k)), self.known(layer, 1, len(k))
-        for head in range(len(k)):
-            self.secondary[layer, head] = secondary = self.shortest(k[head])
-            self.kept[layer, head] = self.keep(q, k, head, n_tokens, secondary)
-        return k, v
-
-    def known(self, layer, part, n_heads):
-        """Keys (part 0) or values (1) of all tokens but those that prefill dropped."""
-        heads = []
-        for head in range(n_heads):
-            heads.append(torch.stack([
-                kv[part][head] for i, kv in enumerate(self.kv[layer])
-                if i >= self.n_prompt or i in self.kept[layer, head]]))
-        return torch.stack(heads)
-
-    def shortest(self, keys):
-        """The positions of a head's shortest keys, if they are much shorter than most."""
-        norms, config = [key.norm().item() for key in keys], self.config
+    def shortest_keys(self, k) -> list:
+        """The positions of the shortest keys, if these are much shorter than the median."""
+        config, norms = self.config, [key.norm().item() for key in k]
         median = sorted(norms)[(len(norms) - 1) // 2]
-        earlier = range(config.sink_tokens, len(norms) - config.protected_tokens)
-        short = sorted((norms[i], i) for i in earlier if norms[i] < config.secondary_ratio * median)
-        return {i for _, i in short[: config.secondary_sinks]}
+        others = range(config.sink_tokens, len(k) - config.protected_tokens)
+        short = sorted((norms[i], i) for i in others if norms[i] < config.secondary_ratio * median)
+        return sorted(i for _, i in short[: config.secondary_sinks])
 
-    def keep(self, q, k, head, n_tokens, secondary):
-        """⌊r · τ⌋ positions: all sinks, the last tokens, and then those that the last queries of
-        the prompt attend to most."""
-        config = self.config
-        n_kept = min(n_tokens, config.keep_factor * config.token_budget)
-        if n_kept == n_tokens:
-            return set(range(n_tokens))
-        received = torch.zeros(n_tokens)
-        group = len(q) // len(k)
-        window = config.observation_window
+    def most_important(self, q, k) -> list:
+        """The ⌊r · τ⌋ positions to keep: all sinks, the last tokens, and then those that receive
+        the most attention from the last queries of the prompt."""
+        n_tokens, n_kept = len(k), self.config.keep_factor * self.config.token_budget
+        if n_kept >= n_tokens:
+            return list(range(n_tokens))
+        window, received = self.config.observation_window, torch.zeros(n_tokens)
         for i in range(n_tokens - window, n_tokens):
-            for query_head in range(head * group, (head + 1) * group):
-                logits = k[head, : i + 1] @ q[query_head, i] / math.sqrt(q.shape[-1])
-                received[: i + 1] += logits.softmax(0).cpu() / group
+            for query in q[:, i]:
+                logits = k[: i + 1] @ query / math.sqrt(len(query))
+                received[: i + 1] += logits.softmax(0).cpu() / len(q)
         earlier = received[: n_tokens - window]
         pooled = [max(earlier[max(0, i - 3) : i + 4]) for i in range(len(earlier))]
-        last = max(window, config.recent_window)
-        kept = set(range(config.sink_tokens)) | set(range(n_tokens - last, n_tokens)) | secondary
+        last = range(n_tokens - self.config.protected_tokens, n_tokens)
+        kept = {*self.sinks, *self.secondary, *last}
         for i in sorted(range(len(pooled)), key=lambda i: -pooled[i]):
             if len(kept) < int(n_kept):
                 kept.add(i)
-        return kept
+        return sorted(kept)
 
-    def advance(self, n_tokens):
+    # Section 3.3: which tokens does the next one attend to?
+    def decode(self, q, k, v) -> torch.Tensor:
+        """Take one token: q (G, D), k and v (D). Returns the keys and values (n, 2, D) of all
+        sinks, of the best sentences within the budget, and of the recent window."""
+        self.append(k, v)
+        self.queries.append(q)
+        sinks, recent = self.sinks + self.secondary, self.recent_window()
+        room = self.config.token_budget - len(sinks) - len(recent)
+        ranked = [i for span in self.best_sentences() for i in self.tokens_of(span)]
+        selected = [i for i in ranked if i not in sinks and i not in recent][:room]
+        self.selected.append(selected)
+        attended = sinks + selected + recent
+        assert len(attended) == len(set(attended)) <= self.config.token_budget
+        return torch.stack([self.kv[i] for i in attended])
+
+    def append(self, k, v):
+        """Add a token that is never dropped."""
+        self.kv[self.n_tokens] = torch.stack((k, v))
+        self.n_tokens += 1
+
+    def recent_window(self) -> list:
+        """The last positions: as many as the settings say, or the sentence being written if it is
+        longer. Of a very long one, only the end: all heads leave room for the most sinks."""
+        config = self.config
+        n_written = self.n_tokens - self.spans[-1][1]
+        most = config.token_budget - config.sink_tokens - config.secondary_sinks
+        length = min(max(config.recent_window, n_written), most)
+        return list(range(max(self.n_tokens - length, len(self.sinks)), self.n_tokens))
+
+    def best_sentences(self) -> list:
+        """The sentences of which a token is kept, those with the highest scores first."""
+        spans = [span for span in self.spans if self.tokens_of(span)]
+        keys = [torch.stack([self.kv[i][0] for i in self.tokens_of(span)]) for span in spans]
+        scores = SCORES[self.config.score](torch.stack(self.queries), keys)  # (n, S)
+        ages = reversed(range(len(self.queries)))  # an older query counts less
+        weights = torch.tensor([self.config.query_decay**age for age in ages])
+        order = (weights.to(scores) @ scores).argsort(descending=True, stable=True)
+        return [spans[i] for i in order.tolist()]
+
+    def tokens_of(self, span) -> list:
+        """The kept positions of a sentence. A secondary sink is in no sentence."""
+        return [i for i in range(*span) if i in self.kv and i not in self.secondary]
+
+
+# What a model calls: the protocol of `model.FullCache`.
+class SlowLayer:
+    """The KV heads of one layer. `prefill` and `decode` get q (H, T, D), k and v (H_kv, T, D)."""
+
+    def __init__(self, config, n_heads: int, spans: list):
+        self.heads = [SlowHead(config, spans) for _ in range(n_heads)]
+
+    def prefill(self, q, k, v) -> tuple:
+        """Read a whole text. Returns keys and values (H_kv, n, D): those kept of earlier texts, and
+        those of this one. A text after the first is kept whole."""
+        if self.heads[0].n_tokens == 0:
+            for head, *qkv in zip(self.heads, q.unflatten(0, (len(k), -1)), k, v):
+                head.prefill(*qkv)
+            return k, v
+        for head, keys, values in zip(self.heads, k, v):
+            for key, value in zip(keys, values):
+                head.append(key, value)
+        kv = torch.stack([torch.stack([*head.kv.values()]) for head in self.heads])
+        return kv.unbind(dim=2)
+
+    def decode(self, q, k, v) -> tuple:
+        """Take one token, T = 1. Returns keys and values (H_kv, n, D), and a mask (H_kv, 1, n):
+        False at the end of a head that attends to fewer than n tokens."""
+        grouped = q[:, 0].unflatten(0, (len(k), -1))  # (H_kv, G, D)
+        kv = [head.decode(*qkv) for head, *qkv in zip(self.heads, grouped, k[:, 0], v[:, 0])]
+        mask = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in kv]
+        keys, values = pad_sequence(kv, batch_first=True).unbind(dim=2)
+        return keys, values, pad_sequence(mask, batch_first=True).unsqueeze(1)
+
+
+class SlowSentenceKV:
+    """The cache of all layers."""
+
+    def __init__(self, config, model_config):
+        self.num_tokens, self.spans = 0, []
+        n_layers, n_heads, _ = model_config.kv_shape
+        self.layers = [SlowLayer(config, n_heads, self.spans) for _ in range(n_layers)]
+
+    @property
+    def heads(self) -> dict:
+        """(layer, KV head) -> SlowHead."""
+        return {(i, j): head for i, layer in enumerate(self.layers)
+                for j, head in enumerate(layer.heads)}
+
+    def expect(self, spans):
+        """The next text has these sentences, (start, end) in its tokens. A sentence that is being
+        written ends here."""
+        n_written = self.num_tokens - (self.spans[-1][1] if self.spans else 0)
+        if n_written > 0:
+            self.seal(n_written)
+        self.spans += [(self.num_tokens + start, self.num_tokens + end) for start, end in spans]
+
+    def advance(self, n_tokens: int):
+        """All layers have taken so many tokens."""
         self.num_tokens += n_tokens
 
-    def seal(self, length):
+    def seal(self, length: int):
+        """The next `length` written tokens are a sentence."""
         start = self.spans[-1][1]
         self.spans.append((start, start + length))
-        self.queries = [[] for _ in self.kv]
+        for head in self.heads.values():
+            head.queries.clear()
 
-    def tokens_of(self, span, layer, head):
-        """Kept positions of a sentence. What the model writes itself is kept whole. A secondary
-        sink is in no sentence: it is attended to anyway."""
-        kept = self.kept[layer, head] - self.secondary[layer, head]
-        return [i for i in range(*span) if i >= self.n_prompt or i in kept]
 
-    def decode(self, layer, q, k, v):
-        """Keys and values of the positions that each head attends to, and a mask."""
-        self.kv[layer].append((k[:, 0], v[:, 0]))
-        self.queries[layer].append(q[:, 0])
-        attended = [self.attended(layer, head, len(q) // len(k)) for head in range(len(k))]
-        longest = max(map(len, attended))
-        keys, values = k.new_zeros(2, len(k), longest, k.shape[-1])
-        mask = torch.zeros(len(k), 1, longest, dtype=torch.bool, device=k.device)
-        for head, positions in enumerate(attended):
-            for j, i in enumerate(positions):
-                keys[head, j], values[head, j] = (x[head] for x in self.kv[layer][i])
-                mask[head, 0, j] = True
-        return keys, values, mask
+# A score: from the queries (n, G, D) of n tokens, and the keys (m, D) of each of S sentences, how
+# well each sentence matches each token (n, S).
+def mean_query(q, keys: list) -> torch.Tensor:
+    """The paper's score: the mean query of the heads, times the mean key of the sentence."""
+    return q.mean(1) @ torch.stack([k.mean(0) for k in keys]).T
 
-    def attended(self, layer, head, group):
-        """Positions: all sinks, the best sentences within the budget, the recent window."""
-        config, n = self.config, self.num_tokens + 1
-        sinks = list(range(min(config.sink_tokens, self.n_prompt)))
-        secondary = sorted(self.secondary[layer, head])
-        room = config.token_budget - config.sink_tokens
-        # The recent window, or the whole open sentence if longer, or its end if it is too long.
-        start = min(n - config.recent_window, self.spans[-1][1])
-        start = max(start, n - room + config.secondary_sinks, len(sinks))
-        recent = list(range(start, n))
-        selected = [i for span in self.ranking(layer, head, group)
-                    for i in self.tokens_of(span, layer, head) if len(sinks) <= i < start]
-        selected = selected[: room - len(recent) - len(secondary)]
-        self.selected.append(selected)
-        assert len(sinks + secondary + selected + recent) <= config.token_budget
-        return sinks + secondary + selected + recent
 
-    def ranking(self, layer, head, group):
-        """The sentences of which this head keeps a token that is no secondary sink, best first."""
-        ours = slice(head * group, (head + 1) * group)
-        queries = torch.stack(self.queries[layer])[:, ours]  # (n, G, D)
-        spans = [s for s in self.spans if self.tokens_of(s, layer, head)]
-        keys = [torch.stack([self.kv[layer][i][0][head] for i in self.tokens_of(s, layer, head)])
-                for s in spans]
-        vectors = torch.stack([k.mean(0) for k in keys])
-        weights = torch.tensor([self.config.query_decay**i for i in reversed(range(len(queries)))])
-        weights = weights.to(queries.device)  # an older query counts less
-        if self.config.score == "mean_query":
-            scores = vectors @ (weights @ queries.mean(dim=1))
-        else:
-            scores = weights @ self.attention_of(queries, vectors, keys)
-        return [spans[i] for i in scores.argsort(descending=True, stable=True).tolist()]
+def gaussian(q, keys: list) -> torch.Tensor:
+    """The attention that one token of the sentence receives, if the keys are Gaussian."""
+    variances = torch.stack([k.var(0, correction=0).mean() for k in keys])
+    return attention(q, keys, variances) / torch.tensor([len(k) for k in keys]).to(q)
 
-    def attention_of(self, queries, vectors, keys):
-        """The scores `sentencekv.gaussian` and `benchmarks.scores.votes`."""
-        lengths = torch.tensor([float(len(k)) for k in keys], device=vectors.device)
-        logits = queries @ vectors.T / math.sqrt(vectors.shape[-1])  # (n, G, S)
-        if self.config.score == "gaussian":
-            variances = torch.stack([k.var(0, correction=0).mean() for k in keys])
-            logits += queries.square().sum(-1, keepdim=True) * variances / (2 * vectors.shape[-1])
-        attention = (logits + lengths.log()).softmax(-1)
-        if self.config.score == "gaussian":
-            attention /= lengths
-        return attention.sum(dim=1)  # (n, S)
+
+def votes(q, keys: list) -> torch.Tensor:
+    """`benchmarks.scores.votes`: the attention that a sentence receives, if its keys are equal."""
+    return attention(q, keys, torch.zeros(len(keys)).to(q))
+
+
+def attention(q, keys: list, variances) -> torch.Tensor:
+    """The attention that each sentence receives, summed over heads, if the keys are Gaussian."""
+    dim, means = q.shape[-1], torch.stack([k.mean(0) for k in keys])  # (S, D)
+    lengths = torch.tensor([len(k) for k in keys]).to(q)
+    logits = q @ means.T / math.sqrt(dim)  # (n, G, S)
+    logits += q.square().sum(-1, keepdim=True) * variances / (2 * dim)
+    return (logits + lengths.log()).softmax(-1).sum(1)
+
+
+SCORES = {"mean_query": mean_query, "gaussian": gaussian, "votes": votes}

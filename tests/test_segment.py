@@ -3,11 +3,11 @@
 import doctest
 import time
 from bisect import bisect_right
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, product
 
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import segment
@@ -139,6 +139,35 @@ def test_the_stream_finds_the_sentences_of_the_whole(pieces):
     stream = SentenceStream(UNLIMITED)
     lengths = [n for piece in pieces for n in stream.push(piece)] + stream.finish()
     assert lengths == expected_lengths(pieces)
+
+
+BEFORE_GAPS = ["1. Tea", "a) Milk!", "2.", "• 9.", "A line of a book that is as long as this one",
+               "see p.", "He left the U.S.", "am 3.", "so...", "so?", "so!»", 'so."', "so;", "好。"]
+AFTER_GAPS = [*'abé1269.):;-*•#"”»“，好', "2. b", "b) c", "The ", "no,", "However ", "https:", "\n"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(st.sampled_from(AFTER_GAPS), st.characters()), min_size=1, max_size=4))
+def test_more_text_after_a_gap_never_takes_an_end_back(parts):
+    """`SentenceStream` reports an end at once, and the text goes on."""
+    after = "".join(parts)[: segment.AFTER]
+    assume(not after[0].isspace())
+    for before, gap in product(BEFORE_GAPS, ["", " ", "\n", "\n\n"]):
+        answers = [segment.is_end(before, gap, after[:n]) for n in range(1, len(after) + 1)]
+        assert answers == sorted(answers), (before, gap)  # no, no, ..., yes, yes
+
+
+@pytest.mark.parametrize(
+    ("before", "gap", "shorter", "longer"),
+    [
+        ("1. Tea", " ", "2", "2."),  # NEXT_MARKER
+        ("A line of a book that is as long as this one", "\n", "a", "a)"),  # ITEM
+        ("He left the U.S.", " ", "The", "The "),  # OPENING
+        ("Is it?", " ", "”", "”a"),  # before what closes
+    ],
+)
+def test_each_condition_that_reads_on_can_change_a_no_to_a_yes(before, gap, shorter, longer):
+    assert not segment.is_end(before, gap, shorter) and segment.is_end(before, gap, longer)
 
 
 @settings(max_examples=300, deadline=None)

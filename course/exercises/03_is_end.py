@@ -3,5 +3,10 @@ from segment import (ABBREVIATED, GOES_ON, INSIDE, MARK_END, OPENING, WIDE_END, 
 
 
 def is_end(before: str, gap: str, after: str) -> bool:
-    """Whether a sentence ends at a gap. A longer `after` can change no to yes, but never back."""
+    """Whether a sentence ends at a gap. If `after` grows, a no can become a yes, but a yes stays.
+
+    Most conditions read only the first character of `after`. `NEXT_MARKER`, `ITEM` and `OPENING`
+    read more. Once they match, they stay matched, and a match can only be a reason for an end. The
+    rule "before what closes" reads two: it can stop matching, and a match is a reason against one.
+    """
     raise NotImplementedError
