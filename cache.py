@@ -401,7 +401,7 @@ def assign_slots(rows, places, starts, n_resident, selected) -> tuple:
     ends = starts + selected  # 4, 10, 13: selected rows of a place are before it
     free = rows >= ends.gather(-1, places)  # also where a slot is empty
     number = free.cumsum(dim=-1)  # from 1; unused at slots that are not free
-    loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)  # to load, up to each place: 0, 1, 2
+    loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)  # up to each place: 0, 1, 2
     place = torch.searchsorted(loads, number).clamp(max=selected.shape[-1] - 1)
     # The last row to load of a place has number == loads, and is its end - 1: count back from it.
     row = (ends - loads).gather(-1, place) + number - 1

@@ -7,8 +7,8 @@ REST = "bookkeeping"
 
 
 def report(cache) -> dict:
-    """Bytes that a SentenceKVCache holds, and bytes selected and loaded since its last text, without
-    sinks. On the host, rows of a mapped file count whether they have been read or not."""
+    """Bytes that a SentenceKVCache holds, and bytes selected and loaded since its last text, not
+    counting sinks. On the host, rows of a mapped file count whether they have been read or not."""
     parts = held_bytes((cache, cache.plan, *cache.layers))
     selected, loaded = cache.n_selected.item(), max(cache.plan.n_loaded.item(), 0)
     token_bytes = sum(layer.slots[:, 0].nbytes for layer in cache.layers)

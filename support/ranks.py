@@ -40,7 +40,7 @@ def leave_ranks(status: int):
 
 
 def own_part(config):
-    """The shape of this rank's part, a LlamaConfig. ValueError if the model cannot be divided so."""
+    """The LlamaConfig of this rank's part. ValueError if the model cannot be divided so."""
     parts = {}
     for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
         if (whole := getattr(config, name)) % RANKS:

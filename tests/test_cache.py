@@ -126,7 +126,8 @@ def test_a_small_budget_selects_what_the_slow_way_selects(
     for ours, slow in write(tiny, caches, n_prompt):
         torch.testing.assert_close(ours, slow, rtol=0, atol=1e-4)
     if longest == 15:  # then there was time for the text written to be asked for
-        assert any(i >= n_prompt for positions in caches[1].selected for i in positions)
+        assert any(i >= n_prompt for head in caches[1].heads.values()
+                   for positions in head.selected for i in positions)
 
 
 class ResidentLayer(LayerCache):
@@ -305,15 +306,15 @@ def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tm
         assert torch.equal(answer(cache), first)
         cache.truncate(300)
         save_document(tmp_path / "document", Document(text, ids[:300], spans, tokenizer.now),
-                      kept, IDENTITY, cache.config)
+                      kept, IDENTITY, 32)
         loaded = new_cache(budget)
-        document = load_document(tmp_path / "document", IDENTITY, cache.config,
-                                 default_model.config.kv_shape, device, torch.float32)
-        restore(loaded, document.snapshot, document.release)
+        document = load_document(tmp_path / "document", IDENTITY, 32,
+                                 default_model.config.kv_shape, device)
+        restore(loaded, document.kept, document.release)
         assert torch.equal(answer(loaded), first)
 
 
-IDENTITY = {"format": "a test's"}
+IDENTITY = {"dtype": "float32"}
 
 
 class Traced(GraphedDecode):
@@ -634,8 +635,8 @@ def test_secondary_sinks_are_a_head_s_shortest_keys(tiny, device, short, least, 
         tiny.prefill(random_ids(300, device), cache)
     found = torch.stack([n_secondary(layer) for layer in caches[0].layers])  # (L, H_kv)
     assert least == found.min() and found.max() == most
-    for (layer, head), positions in caches[1].secondary.items():
-        assert found[layer, head] == len(positions)
+    for (layer, head), slow in caches[1].heads.items():
+        assert found[layer, head] == len(slow.secondary)
     assert caches[0].plan.budget == 96 - config.recent_window  # the sinks among them
 
 
