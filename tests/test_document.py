@@ -13,15 +13,19 @@ from support.document import Document, identity_of, load_document, map_rows, sav
 from weights.checkpoint import fingerprint, load_config
 
 CPU = torch.device("cpu")
-DOCUMENT = Document("It is späť.", [3, 1, 2] * 200, [(0, 2), (2, 600)], {
-    "kv": torch.randn(2, 600, 2, 2, 8), "vectors": torch.randn(2, 2, 4, 8),
-    "variances": torch.rand(2, 2, 4), "num_tokens": torch.tensor(600),
-    "bounds": torch.tensor([3, 5, 600, 600, 600]).repeat(2, 2, 1)}, datetime(2024, 2, 29, 12))
+DOCUMENT = Document("It is späť.", [3, 1, 2] * 200, [(0, 2), (2, 600)],
+                    datetime(2024, 2, 29, 12))
+BOUNDS = torch.tensor([0, 3, 5, 600, 600]).repeat(2, 1)  # of all sinks, and of three sentences
+KEPT = {"num_tokens": torch.tensor(600)}  # of 2 layers, with 2 KV heads of 8 channels
+for layer in ("0", "1"):
+    KEPT |= {f"{layer}.rows": torch.randn(600, 2, 2, 8), f"{layer}.vectors": torch.randn(2, 4, 8),
+             f"{layer}.variances": torch.rand(2, 4), f"{layer}.starts": BOUNDS[:, :-1],
+             f"{layer}.lengths": torch.rand(2, 4), f"{layer}.ends": BOUNDS[:, 1:]}
 
 
 def save(path, folder, config=SentenceKVConfig()):
     same = identity_of(fingerprint(folder), config, torch.float32)
-    save_document(path, DOCUMENT, same, config.protected_tokens)
+    save_document(path, DOCUMENT, KEPT, same, config.protected_tokens)
     return path
 
 
@@ -36,18 +40,18 @@ def test_what_is_loaded_is_what_was_saved(tiny_folder, tmp_path):
                   score="mean_query", recent_window=8)
     for name in ("text", "ids", "spans", "now"):
         assert getattr(loaded, name) == getattr(DOCUMENT, name)
-    for name, tensor in DOCUMENT.snapshot.items():
-        assert torch.equal(loaded.snapshot[name], tensor)
+    assert loaded.kept.keys() == KEPT.keys()
+    for name, tensor in KEPT.items():
+        assert torch.equal(loaded.kept[name], tensor)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["document"]
 
 
 def test_rows_given_back_are_read_again(tiny_folder, tmp_path):
-    path, rows = save(tmp_path / "document", tiny_folder), DOCUMENT.snapshot["kv"]
-    mapped, release = map_rows(path, rows.shape, torch.float32)
-    for layer in (1, 0):
-        assert torch.equal(mapped, rows)
-        release(layer)
-    assert torch.equal(mapped, rows)
+    mapped, release = map_rows(save(tmp_path / "document", tiny_folder), torch.float32, 2)
+    for layer in (1, 0, None):
+        assert all(torch.equal(rows, KEPT[name]) for name, rows in mapped.items())
+        if layer is not None:
+            release(layer)
 
 
 def test_the_rest_of_a_prompt_follows_the_document():
@@ -92,13 +96,13 @@ def test_a_file_that_is_no_document_is_refused(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name, change", [
-    ("spans", None), ("kv", None), ("num_tokens", None), ("vectors", None), ("ids", None),
-    ("num_tokens", lambda t: t + 1), ("vectors", lambda t: t[:, :, 1:].contiguous()),
-    ("bounds", lambda t: t - 1), ("bounds", lambda t: t.flip(-1).contiguous()),
-    ("bounds", lambda t: t[:, :, 1:].contiguous()), ("spans", lambda t: t + 1),
-    ("spans", lambda t: t[1:].contiguous()), ("spans", lambda t: t * 0), ("ids", lambda t: t[1:]),
-    ("kv", lambda t: t[:, :-1].contiguous()), ("kv", lambda t: t[:1].contiguous()),
-    ("text", lambda t: t | 255)])
+    ("spans", None), ("1.rows", None), ("num_tokens", None), ("0.vectors", None), ("ids", None),
+    ("1.ends", None), ("num_tokens", lambda t: t + 1),
+    ("1.vectors", lambda t: t[:, 1:].contiguous()), ("0.starts", lambda t: t - 1),
+    ("1.ends", lambda t: t.flip(-1).contiguous()), ("0.ends", lambda t: t[:, 1:].contiguous()),
+    ("spans", lambda t: t + 1), ("spans", lambda t: t[1:].contiguous()), ("spans", lambda t: t * 0),
+    ("ids", lambda t: t[1:]), ("0.rows", lambda t: t[:-1].contiguous()),
+    ("1.rows", lambda t: t[:, :1].contiguous()), ("text", lambda t: t | 255)])
 def test_a_document_that_was_changed_is_refused(tiny_folder, tmp_path, name, change):
     path = save(tmp_path / "document", tiny_folder)
     with safe_open(path, framework="pt") as file:
