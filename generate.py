@@ -21,8 +21,7 @@ from model import FullCache, LlamaConfig
 from segment import SentenceStream, split_at_sentences, token_spans
 from sentencekv import SCORES, SentenceKVConfig
 from support import compiled, finite, options, process, questions, report
-from support.document import (Document, identity_of, load_document, read_text, restore,
-                              save_document, snapshot)
+from support.document import Document, identity_of, load_document, read_text
 from support.prompts import Prompts, check_prompt
 from support.ranks import RANK, RANKS, added_up, agreed, join_ranks, leave_ranks
 from support.timer import StageTimer, watch_stages
@@ -107,7 +106,7 @@ class Session:
         self.cache = make_cache(args.cache, config, model.config, max_tokens, self.device,
                                 self.dtype)
         self.max_tokens, self.stop = max_tokens, tokenizer.stop_tokens()
-        self.decode = compiled.GraphedDecode(model) if args.cuda_graph else None
+        self.decode = compiled.GraphedDecode(model) if args.cuda_graph else model.decode
         self.trace = Trace(self.cache) if args.trace or args.show_sentences else None
         self.timer = StageTimer(self.device)
         watch_stages(self.timer, model, self.cache, not (args.cuda_graph or args.compile))
@@ -134,8 +133,9 @@ class Session:
         # New lists, not `+=`: a document holds those of before.
         self.spans = self.spans + [(start + n_before, end + n_before) for start, end in spans]
         self.ids, self.written = self.ids + self.written[:-1] + ids, []
+        part_ends = split_at_sentences(spans, self.args.prefill_chunk)
         return prefill(self.model, self.cache, ids, self.next_token, self.timer, report.progress,
-                       split_at_sentences(spans, self.args.prefill_chunk))
+                       part_ends)
 
     def write(self, first: int, stopped) -> str:
         """Print an answer from its first token on, until `stopped()`. Returns its text."""
@@ -159,13 +159,11 @@ class Session:
         return text
 
     def next_token(self, logits) -> int:
-        """Raises ValueError if the logits are not finite, with the layer where that begins."""
+        """ValueError if the logits are not finite, with the layer where that begins."""
         try:
             return self.sample(logits)
         except FloatingPointError:
-            ids = self.ids + self.written
-            empty = FullCache(self.model.config, len(ids), self.device, self.dtype)
-            raise finite.error(self.model, ids, empty) from None
+            raise finite.error(self.model, self.ids + self.written, FullCache) from None
 
     def report(self, text: str, signal: int, question: str | None = None) -> dict:
         """What `--json` prints of the answer, which a signal may have ended."""
@@ -173,6 +171,7 @@ class Session:
 
 
 def parse(arguments: list[str]):
+    """Options as a namespace. ValueError for what is refused."""
     return options.parse(arguments, __doc__.splitlines()[0], SentenceKVConfig, SCORES, RANKS)
 
 
@@ -181,6 +180,7 @@ def main(arguments: list[str]) -> int:
     """Returns the exit status. A signal while it answers ends the answer: its report is printed."""
     args = parse(arguments)
     config = SentenceKVConfig(**args.settings)
+    # Each of several ranks, the processes that share a model, has a device of its own.
     device = pick_device(join_ranks(args.device) if RANKS > 1 else args.device)
     compiled.check(args, device)
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
@@ -193,25 +193,19 @@ def main(arguments: list[str]) -> int:
     else:
         document, text = None, read_text(args.prompt)
     prompts = Prompts(tokenizer, text, args.ask, args.raw)
+    # Prompts that do not fit are refused here: reading the weights takes longest, so it comes last.
     max_tokens = prompts.check(args.max_new_tokens, args.chat, model_config)
-
     model = load_model(folder, device, dtype)
     if args.compile:
         model = compiled.compiled(model)
     session = Session(model, tokenizer, config, args, max_tokens)
-    if args.load:
-        restore(session.cache, document.kept, document.release)
-    if args.ask or args.chat or args.save or args.load:
-        document = document or questions.read_shared_prefix(session, prompts)
-        if args.save:
-            save_document(args.save, document, snapshot(session.cache), identity,
-                          config.protected_tokens)
-        return (questions.chat if args.chat else questions.ask)(session, document, prompts)
+    if args.ask or args.chat or args.save or args.load:  # the text is read before its questions
+        return questions.answer_all(session, prompts, document, identity)
     with session.timer("tokenize"):
         ids = prompts.ids()
-    first = session.read(ids)
+    first = session.read(ids)  # segment, make the cache, prefill
     with questions.interrupts() as stopped:
-        text = session.write(first, stopped)
+        text = session.write(first, stopped)  # decode token by token, and print the pieces
     return report.finish(session.report(text, stopped()), session.trace, args)
 
 

@@ -26,10 +26,13 @@ def first_layer_not_finite(model, ids: list[int], cache) -> int | None:
     return after.index(False) if False in after else None
 
 
-def error(model, ids: list[int], cache) -> ValueError:
-    """The error for the user: which layer it is, and what can be the cause."""
+def error(model, ids: list[int], new_cache) -> ValueError:
+    """The error for the user: which layer it is, and what can be the cause. `ids` are all tokens
+    that were read and written, `new_cache` is a class of caches to read them into once more."""
+    weight = model.embed_tokens.weight
+    cache = new_cache(model.config, len(ids), weight.device, weight.dtype)
     layer = first_layer_not_finite(model, ids, cache)
     where = "after its layers" if layer is None else f"from layer {layer} on"
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    dtype = str(weight.dtype).removeprefix("torch.")
     return ValueError(f"the model computes numbers that are not finite {where}: its weights are"
                       f" broken, or --dtype {dtype} is too narrow for them")

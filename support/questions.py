@@ -6,7 +6,7 @@ A `session` is that of generate.py: it reads tokens, writes an answer, and goes 
 import signal
 from contextlib import contextmanager
 
-from support.document import Document
+from support.document import Document, restore, save_document, snapshot
 from support.prompts import Prompts, clean
 from support.report import finish, say
 
@@ -22,6 +22,20 @@ def interrupts():
     finally:
         for kind, handler in zip(kinds, before):
             signal.signal(kind, handler)
+
+
+def answer_all(session, prompts: Prompts, document: Document | None, identity: dict | None) -> int:
+    """Answer what --ask or --chat asks, after a document that was loaded, or else is read and may
+    be saved, with its `identity`. Returns the exit status."""
+    args = session.args
+    if document:
+        restore(session.cache, document.kept, document.release)
+    else:
+        document = read_shared_prefix(session, prompts)
+    if args.save:
+        save_document(args.save, document, snapshot(session.cache), identity,
+                      session.config.protected_tokens)
+    return (chat if args.chat else ask)(session, document, prompts)
 
 
 def read_shared_prefix(session, prompts: Prompts) -> Document:
