@@ -6,16 +6,16 @@
 
 It asks `sentencekv.py` for every choice, and knows nothing of tokenizers, RoPE or weights.
 
-Two coordinates. A *row* is a kept token: its key and its value, side by side (2, D), so that they
-move together. All rows of a head are on the host, the head's secondary sinks first, then the other
-kept tokens as they are read. Prefill may drop tokens in the middle of the first text. It drops
-none of its last tokens and nothing that comes later, so there row = position - n_dropped. A *slot*
-is a place for a row on the device. Attention reads the slots of its layer and nothing else:
+A *row* is a kept token: its key and its value, side by side (2, D), so that they move together. The
+rows of a head are on the host: first its secondary sinks, then the other kept tokens as they are
+read. Prefill may drop tokens in the middle of the first text, but none of its last ones and nothing
+that comes later. So from there on, row = position - n_dropped. A *slot* is room for a row on the
+device. Attention reads the slots of its layer, and nothing else:
 
     [ B slots for selected rows | R slots for the window: row r is in slot B + r % R ]
 
-Shapes as in `sentencekv.py`. The table of a layer has S places. Place 0 stands for what is always
-attended to, all sinks; each other place is a sentence.
+The table of a layer has S places. Place 0 stands for all sinks, which are always selected; each
+other place stands for a sentence. Other shapes are as in `sentencekv.py`.
 """
 
 import math
@@ -27,15 +27,14 @@ from sentencekv import (SCORES, SentenceKVConfig, find_secondary_sinks, keep_tok
                         select_rows, sentence_bounds, sentence_vectors, token_importance)
 from support.host_rows import Copies, HostRows, load_missing
 from support.memory import report
-from support.table import resize, room_for
+from support.table import make_room, room_for
 
 NO_ROW = 2**62  # the row of an empty slot; greater than any row
-TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
 
 
 class Plan:
-    """What all layers share. A layer holds the plan and not the cache, which holds the layers: such
-    a cycle would keep their memory longer than needed."""
+    """What all layers share. A layer has a reference to the plan and none to the cache: a cycle of
+    references would keep the memory of both for longer."""
 
     def __init__(self, config: SentenceKVConfig, max_tokens: int, device):
         self.config = config
@@ -48,8 +47,8 @@ class Plan:
         self.sentence_ends = None  # of the text being read, in its tokens (S,)
 
         self.n_row_slots = min(config.token_budget - config.recent_window, max_tokens)  # B
-        # The window also has to hold an open sentence. R could be less, but with 512 slots a head
-        # attention is 17 % slower than with 528: powers of two collide in a processor's cache.
+        # The window also has to hold an open sentence. R could be less, but then B + R is often a
+        # power of two: the keys of all heads compete for the same lines of a processor's cache.
         self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)  # R
         self.window_slots = torch.arange(self.n_window_slots, device=device)
 
@@ -83,11 +82,11 @@ class Plan:
         return max(start, end - room, self.n_sinks)
 
     def next_token(self):
-        """Decide what the next token attends to: its window, and as many rows before the window as
-        the budget of τ tokens still allows, the sinks among them.
+        """Decide what the next token attends to: its window, and rows before the window, the sinks
+        among them, until that is τ tokens.
 
-        With τ = 96, a window of 32 and 300 rows before it, 64 rows are selected in each head. If
-        the open sentence has 40 tokens, its window is 40, and 56 are selected.
+        With τ = 96, a window of 32 and 300 rows before it, 64 rows are selected in each head. With
+        an open sentence of 40 tokens the window has 40, and 56 rows are selected.
         """
         row, start = self.n_rows, self.window_start()
         window_row = min(start, self.open_row)
@@ -114,6 +113,8 @@ class LayerCache:
     slot_row, slot_place, slot_missing  (H_kv, B): the row of a slot for selected rows, its place
                                     in the table, and whether it must be loaded from the host
     """
+
+    TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
 
     def __init__(self, plan: Plan, host: HostRows, device, dtype):
         heads, dim, capacity = host.heads, host.dim, room_for(plan.n_places)
@@ -174,13 +175,12 @@ class LayerCache:
         # The first rows are all sinks. They are place 0, and may not be selected a second time.
         n_always = bounds[:, :1] + plan.n_sinks  # secondary sinks and first tokens
         self.starts[:, 1:].clamp_(min=n_always)
-        self.ends[:, 1:].clamp_(min=n_always)
-        self.ends[:, :1] = n_always
+        self.ends.clamp_(min=n_always)  # of place 0, too
         return rows
 
     def add_sentences(self, keys, bounds, first_row: int = 0):
-        """Give sentences the next places of the table. keys (H_kv, n, D) of the rows from
-        `first_row` on, bounds (H_kv, m + 1) of m sentences among them"""
+        """Give m sentences the next places of the table. keys (H_kv, n, D) of the rows from
+        `first_row` on, bounds (H_kv, m + 1) counted from it"""
         first = self.plan.n_places
         places = slice(first, first + bounds.shape[-1] - 1)
         self.vectors[:, places], self.variances[:, places] = sentence_vectors(keys, bounds)
@@ -254,14 +254,14 @@ class LayerCache:
 class SentenceKVCache:
     """Every kept row on the host; all sinks, selected rows and the window in slots on the device.
 
-    The protocol is that of `model.FullCache`. Invariants, which tests/test_cache.py checks after
-    every step:
-     1. The rows of a head are its secondary sinks, and then its sentences without gaps.
+    The protocol is that of `model.FullCache`. Invariants, checked by tests/test_cache.py after each
+    step:
+     1. The rows of a head are all its sinks, and then its sentences without gaps.
      2. Row r of the window is in slot B + r % R.
-     3. The rows of a place in slots are its first `n_resident` ones, from `starts` on.
-     4. Selected rows and window do not overlap: at most `token_budget` tokens. In each head,
-        min(`budget`, rows before the window) are selected, all sinks among them.
-     5. The window never moves back, so a row that may be selected once may be from then on.
+     3. Of the rows of a place, the first `n_resident` are in slots, from `starts` on.
+     4. Each head selects `budget` rows before the window, all sinks among them. With the window
+        these are at most `token_budget` tokens.
+     5. The window never moves back, so a row that can be selected once can be from then on.
      6. Slots that the mask hides are finite: attention gives them weight 0, and 0 times NaN is NaN.
      7. Tensors are reallocated only with another `version`: `decode` can be a CUDA graph.
     """
@@ -288,14 +288,6 @@ class SentenceKVCache:
         """Changes when a tensor is reallocated: a graph captured before must not be replayed."""
         return self.n_resizes + sum(layer.host.n_moves for layer in self.layers)
 
-    def make_room(self, n_places: int, shrink: bool = False):
-        """Have a table with room for so many places."""
-        capacity = self.layers[0].vectors.shape[1]
-        if n_places > capacity or shrink and room_for(n_places) < capacity:
-            self.n_resizes += 1
-            for layer in self.layers:
-                resize(layer, TABLE, room_for(n_places))
-
     def expect(self, spans: list):
         """The next text has these sentences, (start, end) in its tokens. The first text is kept as
         the keep factor says, later ones whole. A sentence that is open ends here."""
@@ -306,20 +298,17 @@ class SentenceKVCache:
             plan.n_sinks = min(self.config.sink_tokens, spans[-1][1])
         plan.text_end = plan.num_tokens + spans[-1][1]
         plan.sentence_ends = torch.tensor([end for _, end in spans], device=plan.budget.device)
-        self.make_room(plan.n_places + len(spans))
+        self.n_resizes += make_room(self.layers, plan.n_places + len(spans))
 
     def advance(self, n_tokens: int):
-        """All layers have seen `n_tokens` more: a part of a text, or one token."""
+        """All layers have seen `n_tokens` more: a part of a text, or one written token."""
         plan = self.plan
-        reading = plan.num_tokens < plan.text_end
         plan.num_tokens += n_tokens
-        if not reading:
+        if plan.num_tokens > plan.text_end:
             n_heads = len(self.layers) * self.layers[0].host.heads
             self.n_selected += n_heads * plan.budget - self.n_always
             plan.next_token()
-            return
-        self.copies.wait()
-        if plan.num_tokens == plan.text_end:
+        elif plan.num_tokens == plan.text_end:
             self.end_text()
 
     def end_text(self):
@@ -328,9 +317,9 @@ class SentenceKVCache:
         plan.n_places += len(plan.sentence_ends)
         if plan.is_first_text:
             plan.n_dropped = plan.num_tokens - self.config.n_kept(plan.num_tokens)
-            used = torch.stack([(layer.lengths > 0).sum(dim=-1).max() for layer in self.layers])
-            plan.n_places = 1 + int(used.max())  # the sentences of which a head keeps something
-            self.make_room(plan.n_places, shrink=True)
+            # The sentences of which a head keeps something: a head has its empty ones at the end.
+            plan.n_places = 1 + max(int((layer.lengths > 0).sum(-1).max()) for layer in self.layers)
+            self.n_resizes += make_room(self.layers, plan.n_places, shrink=True)
             self.first_text = plan.num_tokens, plan.n_places
         self.start_window()
 
@@ -341,19 +330,18 @@ class SentenceKVCache:
         n_recent = min(plan.n_rows - plan.n_sinks, self.config.recent_window - 1)
         for layer in self.layers:
             layer.start_window(plan.n_rows - n_recent)
+        # Sinks are selected for every token, and loaded with the first. Neither is counted.
+        self.n_always = sum(int(layer.ends[:, 0].sum()) for layer in self.layers)
+        n_resident = sum(int(layer.n_resident[:, 0].sum()) for layer in self.layers)
         self.n_selected.zero_()
-        # The sinks are loaded once, with the first token. They are not counted as loaded.
-        always = torch.stack([layer.ends[:, 0] for layer in self.layers])
-        resident = torch.stack([layer.n_resident[:, 0] for layer in self.layers])
-        self.n_always = int(always.sum())
-        plan.n_loaded.copy_((resident - always).sum())
+        plan.n_loaded.fill_(n_resident - self.n_always)
         plan.next_token()
 
     def seal(self, length: int):
         """The first `length` tokens of the sentence being written form a sentence. Its rows can be
         selected once they have left the window."""
         plan = self.plan
-        self.make_room(plan.n_places + 1)
+        self.n_resizes += make_room(self.layers, plan.n_places + 1)
         for layer in self.layers:
             layer.seal(length)
         self.copies.wait()
@@ -367,7 +355,7 @@ class SentenceKVCache:
         first_tokens, plan.n_places = self.first_text
         assert n_tokens == first_tokens, "only the first text can be gone back to"
         plan.num_tokens = plan.text_end = n_tokens
-        self.make_room(plan.n_places, shrink=True)
+        self.n_resizes += make_room(self.layers, plan.n_places, shrink=True)
         for layer in self.layers:
             layer.truncate(plan.n_places)
         self.start_window()

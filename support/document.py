@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from support.table import make_room
+
 FORMAT = "sentencekv document 3"
 SAME = ("keep_factor", "sink_tokens", "secondary_sinks", "secondary_ratio", "sentence_limit")
 TABLE = ("vectors", "variances", "lengths", "starts", "ends")  # of a layer: all sentences
@@ -89,7 +91,7 @@ def restore(cache, tensors: dict, release=None):
     n_rows, n_places = len(tensors["0.rows"]), tensors["0.vectors"].shape[1]
     plan.n_dropped, plan.n_sinks = n_tokens - n_rows, min(plan.config.sink_tokens, n_tokens)
     cache.first_text = n_tokens, n_places
-    cache.make_room(n_places)
+    cache.n_resizes += make_room(cache.layers, n_places)
     for i, layer in enumerate(cache.layers):
         layer.host.hold(tensors[f"{i}.rows"], release and partial(release, i))
         layer.host.positions = tensors.get(f"{i}.positions")

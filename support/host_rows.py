@@ -45,6 +45,7 @@ class Copies:
         """The host waits for the copy in flight."""
         if self.stream is not None:
             self.stream.synchronize()
+            self.in_flight = None
 
 
 class HostRows:
