@@ -18,11 +18,11 @@ import torch
 
 from cache import SentenceKVCache
 from model import FullCache, LlamaConfig
-from segment import SentenceStream, split_at_sentences, token_spans
+from segment import SentenceStream, token_spans
 from sentencekv import SCORES, SentenceKVConfig
 from support import compiled, finite, options, process, questions, report
 from support.document import Document, identity_of, load_document, read_text
-from support.prompts import Prompts, check_prompt
+from support.prompts import Prompts, check_prompt, split_at_sentences
 from support.ranks import RANK, RANKS, added_up, agreed, join_ranks, leave_ranks
 from support.timer import StageTimer, watch_stages
 from support.trace import Trace

@@ -13,6 +13,8 @@ from itertools import accumulate, pairwise
 
 import regex
 
+from support.words import WORDS
+
 BEFORE, AFTER = 200, 12  # the rules see this many characters before a gap and after it
 
 
@@ -26,19 +28,6 @@ def token_spans(pieces: Iterable[str], limit: int = 128) -> list[tuple[int, int]
     stream = SentenceStream(limit)
     lengths = [n for piece in pieces for n in stream.push(piece)] + stream.finish()
     return list(pairwise(accumulate(lengths, initial=0)))
-
-
-def split_at_sentences(spans: list, size: int) -> list[int]:
-    """Where to split a text into parts of at most `size` tokens. A longer sentence is one part.
-
-    >>> split_at_sentences([(0, 3), (3, 4), (4, 9), (9, 10)], size=4)
-    [4, 9]
-    """
-    starts = [0]
-    for start, end in spans:
-        if end - starts[-1] > size and start > starts[-1]:
-            starts.append(start)
-    return starts[1:]
 
 
 class SentenceStream:
@@ -135,9 +124,9 @@ def find_ends(text: str, start: int = 0) -> Iterator[int]:
 def is_end(before: str, gap: str, after: str) -> bool:
     """Whether a sentence ends at a gap. If `after` grows, a no can become a yes, but a yes stays.
 
-    Most conditions read only the first character of `after`. `NEXT_MARKER`, `ITEM` and `OPENING`
-    read more. Once they match, they stay matched, and a match can only be a reason for an end. The
-    rule "before what closes" reads two: it can stop matching, and a match is a reason against one.
+    Most conditions read only its first character. `NEXT_MARKER`, `ITEM` and `OPENING` read more:
+    once they match, they stay matched, and a match is a reason for an end. "Before what closes"
+    reads two: it can stop matching, and a match is a reason against an end.
     """
     if starts_item(before, after) or ends_line(before, gap, after):
         return True
@@ -171,20 +160,8 @@ def one_holds(rules: dict, before: str, after: str) -> bool:
     return any(ends.match(before) and begins.match(after) for ends, begins in patterns)
 
 
-# Part 3: words, marks and rules. In a pattern, \p{..} is a kind of character: L letter, Lu capital,
+# Part 3: marks and rules. In a pattern, \p{..} is a kind of character: L letter, Lu capital,
 # Ll lowercase, N number, Pe and Pf closing bracket and quotation mark.
-WORDS = {
-    "titles": "Mr|Mrs|Ms|Mx|Drs?|Prof|St|Mt|Ft|Gen|Col|Maj|Capt|Cmdr|Lt|Sgt|Cpl|Adm|Sen|Rep|Gov|"
-    r"Pres|Rev|Hon|Messrs|Mme|Mlle|Fr|Hrn?|Sra|Srta|Dña|Sig|Dott|Ing|dhr|mevr|vs|cf|viz|e\.g|i\.e|"
-    r"z\.B|d\.h|PS|P\.S|ул|им|проф",
-    "numbered": "nos?|n°|figs?|vols?|ch|chap|sec|sect|art|eq|abs|kap|núm|pág|cap|mar|jun|tel",
-    "shortened": "co|inc|corp|bros|esq|etc|al|dept|est|approx|ave|univ|assn|usw|evtl|inkl|engl|"
-    "griech|aprox|resp|esim|bijv|prof|sig|dott|jan|feb|apr|jul|aug|sept?|oct|nov|dec",
-    "first": "the|a|an|he|she|they|we|you|i|this|that|these|those|there|what|when|where|why|who|"
-    "how|did|do|does|is|are|was|if|in|on|at|but|and|so|for|please|his|her|my|our|your|as|to|no|not|"
-    "or|just|also|maybe|all|some|after|before|then|now|even|since|because|however|although|though|"
-    "while|once|its?|im|https?|der|die|das|er|sie|es|wir|el|los|las|les?|il|он|она|они|в|на|и|но",
-}
 # Most short words without a vowel are abbreviations: Ltd, pp, стр. But index.html and 5 kg are not.
 CONSONANT = "[b-df-hj-np-tv-xzб-джзй-нп-тф-щ]"
 VOWELLESS = rf"(?<![^\s(\"“]|\p{{N}}\s)(?i:{CONSONANT}){CONSONANT}{{1,4}}"

@@ -9,7 +9,6 @@ reads those of a few sentences. This file decides which, for one layer, in this 
 
 Everything is per KV head: the query heads of a group share one selection, so each key is read once
 for all of them. A *row* of a KV head is the key and the value of a kept token.
-
 Shapes: T prompt tokens, N kept tokens or rows, S sentences, W tokens of the observation window,
     H query heads, H_kv KV heads, G = H // H_kv, D channels of a head.
 """
@@ -28,20 +27,18 @@ class SentenceKVConfig:
     """The settings of the method.
 
     The paper writes τ for the token budget and r for the keep factor: prefill keeps the ⌊r · τ⌋
-    most important tokens of the prompt and drops the others for good. The paper uses r = 1 to 5.
-    With infinity, every token is kept in host memory, and no importance is computed.
-
-    Raises ValueError, with the value and the limit, for a setting that cannot work.
+    most important tokens of the prompt and drops the others for good. With infinity, every token is
+    kept in host memory. Raises ValueError for a setting that cannot work.
     """
 
     token_budget: int = 1024  # tokens attended to per KV head while decoding
-    keep_factor: float = math.inf
+    keep_factor: float = math.inf  # 1 to 5 in the paper
     sink_tokens: int = 4  # first tokens of the prompt, always attended to
     secondary_sinks: int = 8  # most tokens of a head with very short keys, always attended to
     secondary_ratio: float = 0.6  # very short: below this fraction of the head's median length
     recent_window: int = 32  # last tokens, always attended to
     observation_window: int = 32  # last queries of the prompt: their attention is importance
-    score: str = "gaussian"  # a name in SCORES
+    score: str = "gaussian"  # a name in SCORES; benchmarks/scores.py adds one
     query_decay: float = 0.9  # weight of a query is this ** (tokens since); 1 in the paper
     sentence_limit: int = 16  # tokens; a longer sentence is cut, at a clause if possible
 
@@ -50,8 +47,7 @@ class SentenceKVConfig:
 
     @property
     def protected_tokens(self) -> int:
-        """Last tokens of the prompt that prefill never drops or makes secondary sinks. Those of the
-        observation window are among them where importance is computed."""
+        """Last tokens of the prompt that prefill never drops or makes secondary sinks."""
         observed = 0 if self.keep_factor == math.inf else self.observation_window
         return max(self.recent_window, observed)
 
@@ -61,12 +57,11 @@ class SentenceKVConfig:
 
 
 def find_secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Tensor:
-    """Which tokens are secondary sinks: those with the shortest keys of their head, if these are
-    much shorter than its median. Not in the paper.
+    """Which tokens are secondary sinks, the shortest keys of their head. Not in the paper.
 
     In some layers much attention goes to a few tokens in the middle of the text, whatever is asked
     (arXiv 2512.22213). The mean of a sentence's keys hides such a key. No query is needed to find
-    it: it is short, and RoPE does not change a length.
+    it: it is much shorter than the head's median, and RoPE does not change a length.
 
     k (H_kv, T, D) -> (H_kv, T) bool, True at most `config.secondary_sinks` times in a head
     """
@@ -80,7 +75,7 @@ def find_secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Ten
 
 
 def token_importance(q: torch.Tensor, k: torch.Tensor, pool: int = 7) -> torch.Tensor:
-    """Token importance: the attention that the prompt's last W queries pay to each earlier token.
+    """The attention that the prompt's last W queries pay to each earlier token.
 
     SnapKV's score (arXiv 2404.14469): summed over the window, averaged over the group, and
     max-pooled, so that the neighbours of an important token are kept as well.
@@ -100,8 +95,7 @@ def keep_tokens(importance, secondary, config: SentenceKVConfig) -> torch.Tensor
     """Positions of the tokens that each head keeps, in reading order.
 
     The observation window is always kept, as in the paper. So are all sinks and the recent window,
-    which the paper does not say. `cache.Plan` relies on it: in every head, the sinks come after the
-    secondary sinks, and the last rows are the same tokens.
+    which the paper does not say: `cache.py` relies on it.
 
     importance (H_kv, T - W), secondary (H_kv, T) -> (H_kv, N)
     """
@@ -132,8 +126,8 @@ def order_rows(kept: torch.Tensor, secondary: torch.Tensor) -> tuple:
 def sentence_bounds(positions: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. It ends where the next one begins.
 
-    A sentence of which a head keeps nothing becomes an empty one at the end. There it takes no
-    memory, unless another head has more. So sentence s of two heads need not be the same.
+    A sentence of which a head keeps nothing becomes an empty one at the end, where it takes no
+    memory unless another head has more. So sentence s of two heads need not be the same.
 
     positions (H_kv, N) as from `order_rows`, ends (S,) after each sentence -> (H_kv, S + 1)
 
@@ -177,10 +171,8 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
 
 def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
     """The paper's score (Section 3.3): the sentence vector times the mean query of the sentence
-    being written. This is the part of one token, averaged over the query heads of the group.
-
-    The product is linear in the query, so the cache adds up the parts of all tokens: their sum
-    ranks sentences as their mean does. With a `query_decay` below 1 it is a weighted mean.
+    being written. This is the part of one token, averaged over the query heads of the group. The
+    cache adds up the parts of all tokens: their sum ranks sentences as their mean does.
 
     q (H_kv, G, D) of one token, vectors (H_kv, S, D), variances and lengths unused -> (H_kv, S)
     """
@@ -188,17 +180,14 @@ def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
 
 
 def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
-    """The attention that a token of the sentence receives on average, if its keys are Gaussian.
+    """The attention that a token of the sentence receives on average, if its keys are Gaussian. Not
+    in the paper. Its dual is Expected Attention (arXiv 2510.00636), with Gaussian queries.
 
     For Gaussian keys k with mean µ and covariance σ² I, and x = q · k / √D, the mean of exp(x) is
     exp(q · µ / √D + |q|² σ² / 2D). In the softmax over all sentences, one of n keys counts n times.
     Its share is divided by n, because the budget counts tokens, and summed over the G query heads.
 
-    Not in the paper. Expected Attention (arXiv 2510.00636) assumes that the *queries* are Gaussian,
-    to decide what to evict. Here the keys are assumed Gaussian instead: this is its dual.
-
-    q (H_kv, G, D) of one token, vectors µ (H_kv, S, D), variances σ² and lengths n (H_kv, S)
-    -> (H_kv, S)
+    q (H_kv, G, D), vectors µ (H_kv, S, D), variances σ² and lengths n (H_kv, S) -> (H_kv, S)
     """
     q = q / math.sqrt(q.shape[-1])
     squared_norms = q.float().square().sum(dim=-1, keepdim=True)  # |q|² (H_kv, G, 1)
@@ -208,7 +197,6 @@ def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
     return attention.sum(dim=1) / lengths.clamp(min=1)
 
 
-# `SCORES["mine"] = mine` registers a score of your own, as benchmarks/scores.py does.
 SCORES = {"mean_query": mean_query, "gaussian": gaussian}
 
 
@@ -216,17 +204,15 @@ def select_rows(scores, available, budget, most_sentences: int = MAX_COUNT) -> t
     """How many rows to select of each sentence: all of the best ones, until the budget is full, and
     the first rows of the last one (Section 3.3). Only S scores are compared, and no tokens.
 
-    scores (H_kv, S); available (H_kv, S), the rows that may be selected; budget, rows of a head, a
+    scores (H_kv, S); available (H_kv, S), rows that can be selected; budget in rows of a head, a
     number or a tensor with one; at most `most_sentences` are selected -> (H_kv, S)
 
-    The budget is 4 rows. The best sentence has 3. The next best has 2, and one of them fits:
+    Of a budget of 4 rows, the best sentence takes its 3. Of the next best, one row fits:
 
     >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[3, 3, 2]]), budget=4)
     tensor([[0, 3, 1]])
     """
-    # Sorting only the best is faster. Without empty ones, a budget of n rows needs at most n of
-    # them. Equal scores come in any order, which can differ between devices.
-    n = min(most_sentences, scores.shape[-1])
+    n = min(most_sentences, scores.shape[-1])  # to find the best few is faster than to sort all
     best = scores.masked_fill(available == 0, -math.inf).topk(n, dim=-1).indices  # 1, 2, 0
     rows = available.gather(-1, best)  # 3, 2, 3
     excess = (rows.cumsum(dim=-1) - budget).clamp(min=0)  # rows beyond the budget: 0, 1, 4

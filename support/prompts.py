@@ -1,4 +1,5 @@
-"""The prompts of a run: one text, with each question after it, and whether the model has room."""
+"""The prompts of a run: one text, with each question after it; whether the model has room for them,
+and the parts in which a long one is read."""
 
 
 class Prompts:
@@ -57,3 +58,16 @@ def check_positions(n_prompt: int, n_new: int, model_config):
 def clean(text: str) -> str:
     """Replace lone surrogates: a command line can hold bytes that are not UTF-8."""
     return text.encode(errors="replace").decode()
+
+
+def split_at_sentences(spans: list, size: int) -> list[int]:
+    """Where to split a text into parts of at most `size` tokens. A longer sentence is one part.
+
+    >>> split_at_sentences([(0, 3), (3, 4), (4, 9), (9, 10)], size=4)
+    [4, 9]
+    """
+    starts = [0]
+    for start, end in spans:
+        if end - starts[-1] > size and start > starts[-1]:
+            starts.append(start)
+    return starts[1:]
