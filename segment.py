@@ -162,6 +162,7 @@ def one_holds(rules: dict, before: str, after: str) -> bool:
 
 # Part 3: marks and rules. In a pattern, \p{..} is a kind of character: L letter, Lu capital,
 # Ll lowercase, N number, Pe and Pf closing bracket and quotation mark.
+
 # Most short words without a vowel are abbreviations: Ltd, pp, стр. But index.html and 5 kg are not.
 CONSONANT = "[b-df-hj-np-tv-xzб-джзй-нп-тф-щ]"
 VOWELLESS = rf"(?<![^\s(\"“]|\p{{N}}\s)(?i:{CONSONANT}){CONSONANT}{{1,4}}"
