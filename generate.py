@@ -5,14 +5,14 @@ reads texts and writes answers. `main` joins the other files. This file does not
 chooses what it keeps. Options, questions, tables and saved documents are in `support/`.
 """
 
-import math
-import sys
-from contextlib import nullcontext
-
-from support import environment  # before torch, which reads the variables that it sets
+from support import environment  # first of all: torch reads the variables that it sets
 
 if __name__ == "__main__":
     environment.end_at_interrupt()  # Ctrl-C during the imports shows no traceback
+
+import math
+import sys
+from contextlib import nullcontext
 
 import torch
 
