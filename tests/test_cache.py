@@ -222,6 +222,7 @@ def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, ke
     assert report["loaded_bytes"] == caches[0].total_loaded.item() * 2 * TINY.head_dim * 4
 
 
+@pytest.mark.slow
 def test_on_the_default_weights_too(default_model, default_folder):
     """Budget for everything: full attention. A small one: what is offloaded might be resident."""
     tokenizer = Tokenizer(default_folder)
@@ -248,6 +249,7 @@ def test_on_the_default_weights_too(default_model, default_folder):
     assert caches[2].table.n_sentences > len(spans)
 
 
+@pytest.mark.slow
 def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tmp_path):
     """A document in parts and then a question: one prompt, at once. And again after a rewind, and in
     another cache that loads the document from a file."""

@@ -16,6 +16,8 @@ from cache import SentenceKVCache
 from generate import main
 from sentencekv import SentenceKVConfig
 
+pytestmark = pytest.mark.slow
+
 
 class Compiled:
     """A model that decodes with its compiled step, for a cache that selects."""

@@ -14,6 +14,7 @@ from benchmarks.methods import cost, make_cache, settings_of
 from benchmarks.methods.base import Recording
 
 BUDGET, N_PROMPT, N_NEW, WINDOW = 72, 150, 60, 32
+pytestmark = pytest.mark.slow
 ROOM = BUDGET - WINDOW
 N_HEADS, HEADS = TINY.num_attention_heads, range(TINY.num_key_value_heads)
 GROUP = N_HEADS // len(HEADS)

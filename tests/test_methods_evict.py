@@ -14,6 +14,7 @@ from benchmarks.methods.base import Recording
 
 BUDGET, N_PROMPT, WINDOW, N_NEW = 72, 150, 32, 60
 HEADS, LAYERS, DIM = TINY.num_key_value_heads, TINY.num_hidden_layers, TINY.head_dim
+pytestmark = pytest.mark.slow
 GROUP = TINY.num_attention_heads // HEADS
 DEEP = replace(TINY, num_hidden_layers=14)  # WindowKV's groups are of 6, 6 and 2 layers
 

@@ -55,6 +55,7 @@ def test_every_flag_that_is_mentioned_exists(capsys):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= known, file
 
 
+@pytest.mark.slow
 def test_the_first_command_answers_as_the_readme_shows(default_folder):
     command, *_ = re.findall(r"generate\.py --prompt .*", README)
     done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT,
@@ -65,6 +66,7 @@ def test_the_first_command_answers_as_the_readme_shows(default_folder):
     assert answer in README
 
 
+@pytest.mark.slow
 def test_questions_are_answered_as_the_readme_shows(default_folder, tmp_path):
     (command,) = re.findall(r"generate\.py --prompt .* --ask .*", README)
     command = command.replace("--save ", f"--save {tmp_path}/")
@@ -75,6 +77,7 @@ def test_questions_are_answered_as_the_readme_shows(default_folder, tmp_path):
     assert f"{question}\n{answer}\n" in README and (tmp_path / "walden.kv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(reason="the cache is made from spans, not from a number of tokens", strict=True)
 def test_the_lines_of_python_answer_as_the_command_does(default_folder):
     (lines,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -91,6 +94,7 @@ def test_the_text_without_a_question_is_the_one_with_it():
     assert rest != prompt and rest.startswith("\n") and rest.count("\n") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["full", "sentencekv"])
 @pytest.mark.parametrize("file, answer", [("walden_house.txt", "8.03"),
                                           ("needle_two_cities.txt", "marmalade")])
