@@ -13,8 +13,8 @@ from conftest import TINY, random_ids, random_llama
 from benchmarks.methods import cost, make_cache, settings_of
 from benchmarks.methods.base import Recording
 
-BUDGET, N_PROMPT, N_NEW, WINDOW = 72, 150, 60, 32
 pytestmark = pytest.mark.slow
+BUDGET, N_PROMPT, N_NEW, WINDOW = 72, 150, 60, 32
 ROOM = BUDGET - WINDOW
 N_HEADS, HEADS = TINY.num_attention_heads, range(TINY.num_key_value_heads)
 GROUP = N_HEADS // len(HEADS)

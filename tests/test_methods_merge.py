@@ -12,9 +12,9 @@ from benchmarks.methods import cost, make_cache, settings_of
 from benchmarks.methods.base import Recording
 from benchmarks.methods.precision import quantised, stored_bits
 
+pytestmark = pytest.mark.slow
 BUDGET, N_PROMPT, WINDOW, FEATURES = 72, 150, 32, 8
 HEADS, LAYERS, DIM = TINY.num_key_value_heads, TINY.num_hidden_layers, TINY.head_dim
-pytestmark = pytest.mark.slow
 GROUP = TINY.num_attention_heads // HEADS
 EIGHT_LAYERS = replace(TINY, num_hidden_layers=8)
 

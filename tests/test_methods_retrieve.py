@@ -11,9 +11,9 @@ from benchmarks.methods import cost, make_cache, settings_of
 from benchmarks.methods.base import Cost, Recording
 from benchmarks.methods.retrieve import k_means
 
+pytestmark = pytest.mark.slow
 N_PROMPT, N_NEW, PAGE = 300, 70, 32
 LAYERS, HEADS, DIM = TINY.num_hidden_layers, range(TINY.num_key_value_heads), TINY.head_dim
-pytestmark = pytest.mark.slow
 GROUP = TINY.num_attention_heads // len(HEADS)
 BUDGET = 7 * PAGE
 
