@@ -313,6 +313,7 @@ def recorded(config, n_tokens):
     return model, recording
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config, n_prompt", [
     (TINY, 5), (TINY, 40), (TINY, N_PROMPT), (MHA, N_PROMPT)], ids=["5", "40", "150", "MHA"])
 def test_no_method_holds_more_than_its_budget(config, n_prompt):
