@@ -126,6 +126,7 @@ def fill(layer, wanted):
     slots.copy_(found.where(wanted[..., None, None], slots))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_factor", [2.5, math.inf, None])
 @pytest.mark.parametrize("sizes", [[1, 299], [100, 100, 100], [290, 5, 5], [7] * 42 + [6]])
 def test_a_prompt_in_parts_is_the_prompt_at_once(tiny, device, keep_factor, sizes):
@@ -157,6 +158,7 @@ def read_on(model, cache, ids, parts=1):
     return [model.prefill(part, cache)[-1] for part in ids.chunk(parts)][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget, keep_factor", [(40, math.inf), (40, 2.5), (1024, math.inf)])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_second_text_is_read_and_remembered(tiny, device, budget, keep_factor, parts):

@@ -441,6 +441,7 @@ def test_pyramid_budgets_shrink_and_add_up():
     assert sum(budgets) == pytest.approx(30 * 384, abs=15)
 
 
+@pytest.mark.slow
 def test_a_budget_for_everything_is_full_attention(model, recording):
     expected = write(model, recording.replay(new_cache("full")))
     for method in METHODS:
