@@ -319,6 +319,7 @@ def load_in_static_shapes(self, layer):
     fill(layer, layer.slot_missing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["mean_query", "gaussian"])
 @pytest.mark.parametrize("keep_factor", [2.5, math.inf])
 def test_a_step_captured_once_serves_every_later_token(
@@ -342,6 +343,7 @@ def test_a_step_captured_once_serves_every_later_token(
     assert captured.total_loaded == plain.total_loaded > 0
 
 
+@pytest.mark.slow
 def test_a_captured_step_survives_a_rewind(tiny, device, monkeypatch):
     """The table grows with every text, shrinks to what it was, and grows to the same size again."""
     monkeypatch.setattr(cache_module, "SENTENCE_BLOCK", 3)
@@ -386,6 +388,7 @@ assert torch.equal(slots, expected)
                    env=os.environ | {"TRITON_INTERPRET": "1"})
 
 
+@pytest.mark.slow
 def test_the_oracles_hold_with_the_kernel_too():
     """Under Triton's interpreter, a few of each; on a GPU the kernel is in all of them anyway."""
     pytest.importorskip("triton")

@@ -107,6 +107,7 @@ def test_standard_input_is_a_prompt(capfd, tiny_folder, monkeypatch):
     assert report["prompt_tokens"] == len(TEXT)
 
 
+@pytest.mark.slow
 def test_the_last_line_end_is_no_part_of_the_prompt(capfd, default_folder, tmp_path):
     path = tmp_path / "question.txt"
     for ending in (b"", b"\n", b"\r\n"):
