@@ -91,6 +91,7 @@ def test_units():
         quality.units(pieces, "page", 128)
 
 
+@pytest.mark.slow
 def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, tmp_path, capsys):
     out = tmp_path / "needle.jsonl"
     arguments = ("needle", "--data", book, "--model", tiny_folder, "--lengths", 300, "--depths",
