@@ -149,6 +149,7 @@ def fill(layer, wanted):
     slots.copy_(found.where(wanted[..., None, None], slots))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_factor", [2.5, math.inf, None])
 @pytest.mark.parametrize("sizes", [[1, 299], [100, 100, 100], [290, 5, 5], [7] * 42 + [6]])
 def test_a_prompt_in_parts_is_the_prompt_at_once(tiny, device, keep_factor, sizes):
@@ -180,6 +181,7 @@ def read_on(model, cache, ids, parts=1):
     return [model.prefill(part, cache)[-1] for part in ids.chunk(parts)][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget, keep_factor", [(40, math.inf), (40, 2.5), (1024, math.inf)])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_a_second_text_is_read_and_remembered(tiny, device, budget, keep_factor, parts):
@@ -245,6 +247,7 @@ def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, ke
     assert report["loaded_bytes"] == caches[0].plan.n_loaded.item() * 2 * TINY.head_dim * 4
 
 
+@pytest.mark.slow
 def test_on_the_default_weights_too(default_model, default_folder):
     """Budget for everything: full attention. A small one: what is offloaded might be resident."""
     tokenizer = Tokenizer(default_folder)
@@ -272,6 +275,7 @@ def test_on_the_default_weights_too(default_model, default_folder):
     assert caches[2].plan.n_places > 1 + len(spans)
 
 
+@pytest.mark.slow
 def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tmp_path):
     """A document in parts and then a question: one prompt, at once. And again after going back, and
     in another cache that loads the document from a file."""
@@ -348,6 +352,7 @@ def load_in_static_shapes(self):
     fill(self, self.slot_missing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["mean_query", "gaussian"])
 @pytest.mark.parametrize("keep_factor", [2.5, math.inf])
 def test_a_step_captured_once_serves_every_later_token(
@@ -371,6 +376,7 @@ def test_a_step_captured_once_serves_every_later_token(
     assert captured.plan.n_loaded == plain.plan.n_loaded > 0
 
 
+@pytest.mark.slow
 def test_a_captured_step_survives_going_back(tiny, device, monkeypatch):
     """The table grows with every text, shrinks to what it was, and grows to the same size again."""
     monkeypatch.setattr(table, "BLOCK", 3)
@@ -415,6 +421,7 @@ assert torch.equal(slots, expected)
                    env=os.environ | {"TRITON_INTERPRET": "1"})
 
 
+@pytest.mark.slow
 def test_the_oracles_hold_with_the_kernel_too():
     """Under Triton's interpreter, a few of each; on a GPU the kernel is in all of them anyway."""
     pytest.importorskip("triton")

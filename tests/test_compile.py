@@ -15,6 +15,8 @@ from generate import main
 from sentencekv import SentenceKVConfig
 from support.compiled import compiled
 
+pytestmark = pytest.mark.slow
+
 
 class Compiled:
     """A model that decodes with its compiled step, for a cache that selects."""

@@ -50,6 +50,7 @@ def test_every_bug_has_an_oracle():
     assert {path.stem for path in (ROOT / "course" / "bugs").glob("*.patch")} == set(BUGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(copy, bug):
     patch = ROOT / "course" / "bugs" / f"{bug}.patch"
@@ -58,6 +59,7 @@ def test_a_planted_bug_is_caught(copy, bug):
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 def test_without_a_bug_the_oracles_pass(copy):
     done = run_tests(copy, *set(BUGS.values()))
     assert done.returncode == 0, done.stdout
@@ -99,6 +101,7 @@ def test_rows_that_move_are_counted():
     assert diagnosis == cases.ALL_MOVE and least_again == least and moved > 3 * least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", stubs.EXERCISES)
 def test_the_project_s_tests_run_with_the_student_s_function(name):
     old, new, _ = cases.MISTAKES[name][0]
@@ -110,6 +113,7 @@ raise SystemExit(check.run_oracles({{{name!r}: check.with_mistake(solution, {old
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_student_who_writes_everything_passes_every_check(tmp_path):
     """The project's functions in files of their own, with the imports of the stubs."""
     for name, (function, imports) in stubs.EXERCISES.items():
@@ -186,6 +190,7 @@ def test_there_are_eleven_lessons_and_the_map_names_them():
         assert f"[{title}]({lesson.name})" in text
 
 
+@pytest.mark.slow
 def test_a_score_is_compared_with_the_project_s(tmp_path, capsys, monkeypatch, default_folder):
     file = tmp_path / "05_mine.py"
     file.write_text("def mine(q, vectors, variances, lengths):\n    return -variances\n")

@@ -123,6 +123,7 @@ def is_whole(target):
     return all((target / name).read_text() == name * 1000 for name in module.FILES)
 
 
+@pytest.mark.slow
 def test_a_download_that_is_killed_at_any_moment_leaves_no_half_a_model(tmp_path):
     target = tmp_path / "model"
     for i in range(20):
@@ -141,6 +142,7 @@ def test_a_download_that_is_killed_at_any_moment_leaves_no_half_a_model(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_two_downloads_at_once_make_one_model(tmp_path):
     target = tmp_path / "model"
     for process in [start(target) for _ in range(3)]:
@@ -149,6 +151,7 @@ def test_two_downloads_at_once_make_one_model(tmp_path):
     assert is_whole(target) and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1000, 8000, 12_000, 20_000])
 def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path, most):
     """While the wheel is written, before the first file, before the second, before the last."""
@@ -176,6 +179,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_of_weights_is_named(tmp_path):
     done = subprocess.run([sys.executable, "-c", WRITE_WEIGHTS, str(tmp_path)], cwd=ROOT,
                           capture_output=True, text=True)

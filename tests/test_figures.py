@@ -55,6 +55,7 @@ LESSONS = "".join(path.read_text(encoding="utf-8")
 LESSON_FIGURES = sorted(path.stem for path in FIGURES.glob("*.svg") if "two_tiers" not in path.stem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LESSON_FIGURES)
 def test_a_figure_of_a_lesson_is_what_its_command_draws(name, tmp_path):
     subprocess.run([sys.executable, "-m", f"course.figures.{name}", tmp_path], cwd=ROOT, check=True)

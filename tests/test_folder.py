@@ -148,6 +148,7 @@ def test_more_layers_than_tensors_are_refused_before_modules_are_made(folder):
         load(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, n_cases", [("folder", 1000), ("text", 500)])
 def test_a_small_part_of_the_attack_finds_nothing(kind, n_cases):
     """tests/fuzz.py is the whole of it."""
@@ -156,6 +157,7 @@ def test_a_small_part_of_the_attack_finds_nothing(kind, n_cases):
     assert not bad and set(counts) <= {"done", "refused"} and counts["done"] > n_cases // 20
 
 
+@pytest.mark.slow
 def test_a_long_answer_keeps_its_budget_positions_and_rows():
     seen = fuzz.long_run(600)
     assert seen["sentences"] > 60

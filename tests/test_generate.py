@@ -110,6 +110,7 @@ def test_standard_input_is_a_prompt(capfd, tiny_folder, monkeypatch):
     assert report["prompt_tokens"] == len(TEXT)
 
 
+@pytest.mark.slow
 def test_the_last_line_end_is_no_part_of_the_prompt(capfd, default_folder, tmp_path):
     path = tmp_path / "question.txt"
     for ending in (b"", b"\n", b"\r\n"):
@@ -240,6 +241,7 @@ def test_a_prompt_saved_without_a_question_is_answered_too(capfd, chat_folder, p
         assert saved["text"] == loaded["text"] == expected
 
 
+@pytest.mark.slow
 def test_a_conversation_in_a_terminal(chat_folder, prompt, tmp_path):
     """Two questions, Ctrl-C in an answer and at the prompt, a question too long, Ctrl-D."""
     config = json.loads((chat_folder / "config.json").read_text())
@@ -513,6 +515,7 @@ def shell(folder, prompt, line, *options):
                           capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line, status", [
     ("2>&-", 0), ("2>/dev/full", 0), (">&-", 0), (">/dev/full", 2), ("| head -c 1", None),
     (">&- 2>&-", 0), ("<&-", 0)])
@@ -546,6 +549,7 @@ def test_an_unexpected_error_is_one_line_unless_it_is_to_be_debugged(capfd, prom
             run(capfd, *arguments, "--debug")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, statuses", [(signal.SIGINT, (130, -2)),
                                             (signal.SIGTERM, (143, -15))])
 def test_a_signal_at_any_moment_leaves_no_traceback_and_no_half_file(tiny_folder, prompt, tmp_path,
@@ -575,6 +579,7 @@ def test_a_signal_at_any_moment_leaves_no_traceback_and_no_half_file(tiny_folder
     assert ended[0] in statuses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--save", "--trace"])
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tiny_folder, prompt, tmp_path, option):
     """A limit of the size of files, at one KiB, is as a full disk."""
@@ -600,6 +605,7 @@ def test_a_read_only_folder_is_refused_before_anything_is_read(capfd, tiny_folde
     assert (status, err) == (2, f"generate.py: cannot write {tmp_path / 'x'}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gigabytes", [2.0, 1.5, 1.2, 1.0])
 def test_a_limit_of_memory_is_one_line(default_folder, gigabytes):
     """PyTorch itself may need more than this, and then it does not start."""

@@ -60,6 +60,7 @@ def write(model, cache, n_new=50):
     return torch.cat(states)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_shared_prefill_answers_like_a_prefill_alone(model, recording, method):
     alone = new_cache(method)
@@ -312,6 +313,7 @@ def recorded(config, n_tokens):
     return model, recording
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config, n_prompt", [
     (TINY, 5), (TINY, 40), (TINY, N_PROMPT), (MHA, N_PROMPT)], ids=["5", "40", "150", "MHA"])
 def test_no_method_holds_more_than_its_budget(config, n_prompt):
@@ -354,6 +356,7 @@ def is_in(rows, others):
     return (rows[:, None] == others[None]).all(dim=-1).any(dim=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in PUBLISHED if m not in ("kvmerger", "kvsharer")])
 def test_nothing_of_a_forgotten_token_is_left(method):
     """What no head attends to after 60 tokens is in no tensor of a cache that forgets, and NaN in
@@ -379,6 +382,7 @@ def test_nothing_of_a_forgotten_token_is_left(method):
             assert not any(is_in(forgotten, x.reshape(-1, TINY.head_dim)).any() for x in held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in METHODS if has_budget(m)])
 def test_every_token_is_attended_to_where_it_was_read(method):
     """A key is turned to its position: those that are not made up are the prompt's own, or written
@@ -437,6 +441,7 @@ def test_pyramid_budgets_shrink_and_add_up():
     assert sum(budgets) == pytest.approx(30 * 384, abs=15)
 
 
+@pytest.mark.slow
 def test_a_budget_for_everything_is_full_attention(model, recording):
     expected = write(model, recording.replay(new_cache("full")))
     for method in METHODS:
@@ -446,6 +451,7 @@ def test_a_budget_for_everything_is_full_attention(model, recording):
             torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in PUBLISHED if reads_on(m)])
 def test_a_second_text_is_read_and_a_fork_does_not_disturb(model, recording, method):
     cache = recording.replay(new_cache(method))

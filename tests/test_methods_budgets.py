@@ -13,6 +13,7 @@ from conftest import TINY, random_ids, random_llama
 from benchmarks.methods import cost, make_cache, settings_of
 from benchmarks.methods.base import Recording
 
+pytestmark = pytest.mark.slow
 BUDGET, N_PROMPT, N_NEW, WINDOW = 72, 150, 60, 32
 ROOM = BUDGET - WINDOW
 N_HEADS, HEADS = TINY.num_attention_heads, range(TINY.num_key_value_heads)

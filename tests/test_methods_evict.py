@@ -12,6 +12,7 @@ from conftest import TINY, random_spans
 from benchmarks.methods import cost, make_cache, settings_of
 from benchmarks.methods.base import Recording
 
+pytestmark = pytest.mark.slow
 BUDGET, N_PROMPT, WINDOW, N_NEW = 72, 150, 32, 60
 HEADS, LAYERS, DIM = TINY.num_key_value_heads, TINY.num_hidden_layers, TINY.head_dim
 GROUP = TINY.num_attention_heads // HEADS

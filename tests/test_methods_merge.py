@@ -12,6 +12,7 @@ from benchmarks.methods import cost, make_cache, settings_of
 from benchmarks.methods.base import Recording
 from benchmarks.methods.precision import quantised, stored_bits
 
+pytestmark = pytest.mark.slow
 BUDGET, N_PROMPT, WINDOW, FEATURES = 72, 150, 32, 8
 HEADS, LAYERS, DIM = TINY.num_key_value_heads, TINY.num_hidden_layers, TINY.head_dim
 GROUP = TINY.num_attention_heads // HEADS

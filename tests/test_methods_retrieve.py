@@ -11,6 +11,7 @@ from benchmarks.methods import cost, make_cache, settings_of
 from benchmarks.methods.base import Cost, Recording
 from benchmarks.methods.retrieve import k_means
 
+pytestmark = pytest.mark.slow
 N_PROMPT, N_NEW, PAGE = 300, 70, 32
 LAYERS, HEADS, DIM = TINY.num_hidden_layers, range(TINY.num_key_value_heads), TINY.head_dim
 GROUP = TINY.num_attention_heads // len(HEADS)

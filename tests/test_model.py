@@ -86,6 +86,7 @@ def test_default_model_continues_like_the_reference(default_model, reference):
         assert written == case["continuation"]
 
 
+@pytest.mark.slow
 def test_default_model_reads_a_book_like_the_reference(default_model, default_folder, reference):
     text = (REFERENCE / "walden_passage.txt").read_text(encoding="utf-8")
     expected = reference["perplexity"]

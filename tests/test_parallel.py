@@ -13,6 +13,7 @@ from conftest import ROOT, TINY, write_tiny_folder
 import generate
 from support import ranks
 
+pytestmark = pytest.mark.slow
 TEXT = "It was late. The fox slept, dreaming of three geese! Where had they gone? " * 5
 
 

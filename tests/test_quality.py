@@ -91,6 +91,7 @@ def test_units():
         quality.units(pieces, "page", 128)
 
 
+@pytest.mark.slow
 def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, tmp_path, capsys):
     out = tmp_path / "needle.jsonl"
     arguments = ("needle", "--data", book, "--model", tiny_folder, "--lengths", 300, "--depths",
@@ -108,6 +109,7 @@ def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, t
     assert results(out) == first
 
 
+@pytest.mark.slow
 def test_every_question_of_a_document_is_answered_as_alone(tiny_folder, book, tmp_path):
     """By the full cache. All methods take part, and not twice."""
     out = tmp_path / "requests.jsonl"
@@ -240,6 +242,7 @@ def test_jaccard_compares_neighbouring_layers(tiny_folder, book, tmp_path, capsy
     assert "Quest chooses no tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_compare_shows_every_method(tiny_folder, book, capsys):
     book.write_text(BOOK[:600])
     assert compare.main(["--prompt", str(book), "--model", str(tiny_folder), "--budget", "96",

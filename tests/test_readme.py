@@ -36,9 +36,10 @@ def anchors(page) -> set:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_reading_table_counts_the_lines():
-    counted = re.findall(r"^\| \d \| \[`(.+?)`\].*?\| (\d+) \|", README, re.MULTILINE)
-    assert len(counted) == 6
+@pytest.mark.xfail(reason="XX stands for what is counted and measured last", strict=True)
+def test_the_tree_counts_the_lines_of_six_files():
+    counted = re.findall(r"^(\S+\.py) +(\d+) +\d+  ", README, re.MULTILINE)
+    assert len(counted) == 6 and "XX" not in README
     for file, lines in counted:
         assert int(lines) == len((ROOT / file).read_text(encoding="utf-8").splitlines()), file
 
@@ -54,6 +55,7 @@ def test_every_flag_that_is_mentioned_exists(capsys):
         assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)) <= known, file
 
 
+@pytest.mark.slow
 def test_the_first_command_answers_as_the_readme_shows(default_folder):
     command, *_ = re.findall(r"generate\.py --prompt .*", README)
     done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT,
@@ -64,17 +66,35 @@ def test_the_first_command_answers_as_the_readme_shows(default_folder):
     assert answer in README
 
 
+@pytest.mark.slow
 def test_questions_are_answered_as_the_readme_shows(default_folder, tmp_path):
-    (command,) = re.findall(r"^sed .*", README, re.MULTILINE)
-    command = command.replace(".venv/bin/python", shlex.quote(sys.executable))
+    (command,) = re.findall(r"generate\.py --prompt .* --ask .*", README)
     command = command.replace("--save ", f"--save {tmp_path}/")
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True,
-                          encoding="utf-8")
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT,
+                          capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     *_, question, answer = done.stdout.strip().splitlines()
     assert f"{question}\n{answer}\n" in README and (tmp_path / "walden.kv").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.xfail(reason="the cache is made from spans, not from a number of tokens", strict=True)
+def test_the_lines_of_python_answer_as_the_command_does(default_folder):
+    (lines,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT,
+                          capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert f"\n{done.stdout.strip()}\n" in README
+
+
+def test_the_text_without_a_question_is_the_one_with_it():
+    text, prompt = ((ROOT / "examples" / name).read_text(encoding="utf-8")
+                    for name in ("walden.txt", "walden_house.txt"))
+    rest = prompt.removeprefix(text)
+    assert rest != prompt and rest.startswith("\n") and rest.count("\n") == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["full", "sentencekv"])
 @pytest.mark.parametrize("file, answer", [("walden_house.txt", "8.03"),
                                           ("needle_two_cities.txt", "marmalade")])

@@ -185,6 +185,7 @@ def in_browser(path, **how):
         yield opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_recorded_page_is_what_its_command_writes(capfd, default_folder, tmp_path, name):
     """examples/README.md has the command. Other processors round differently."""
@@ -206,6 +207,7 @@ def test_a_recorded_page_is_what_its_command_writes(capfd, default_folder, tmp_p
     assert abs(shares - shares_again).mean() < 1e-3 and (rows != rows_again).mean() < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_key_token_attends_to_the_needle(name, width):
@@ -250,6 +252,7 @@ HOSTILE = [
     "x" * 1_000_000, *["Yes. "] * 2000]
 
 
+@pytest.mark.slow
 def test_a_hostile_document_is_shown_as_text(tmp_path):
     trace, path = Trace(), tmp_path / "page.html"
     cache = SentenceKVCache(SentenceKVConfig(), TINY, [(i, i + 1) for i in range(len(HOSTILE))], 9,
