@@ -14,8 +14,9 @@ device. Attention reads the slots of its layer, and nothing else:
 
     [ B slots for selected rows | R slots for the window: row r is in slot B + r % R ]
 
-The table of a layer has S places. Place 0 stands for all sinks, which are always selected; each
-other place stands for a sentence. Other shapes are as in `sentencekv.py`.
+The table of a layer has S places. Place 0 stands for all sinks of a head, the first tokens and the
+secondary ones: it is always selected. Each other place stands for a sentence. The *open* sentence,
+which is being written, has no place: `seal` gives it one. Other shapes are as in `sentencekv.py`.
 """
 
 import math
@@ -27,9 +28,8 @@ from sentencekv import (SCORES, SentenceKVConfig, find_secondary_sinks, keep_tok
                         select_rows, sentence_bounds, sentence_vectors, token_importance)
 from support.host_rows import Copies, HostRows, load_missing
 from support.memory import report
+from support.slots import NO_ROW, assign_slots
 from support.table import make_room, room_for
-
-NO_ROW = 2**62  # the row of an empty slot; greater than any row
 
 
 class Plan:
@@ -39,30 +39,35 @@ class Plan:
     def __init__(self, config: SentenceKVConfig, max_tokens: int, device):
         self.config = config
         self.num_tokens = 0  # that all layers have seen: the position of the next one
-        self.n_dropped = 0  # tokens of the first text, in each head
-        self.n_sinks = 0  # first tokens that are always attended to
-        self.n_places = 1  # of the table, in use
-        self.open_row = 0  # tokens from this row on are in no sentence yet
-        self.text_end = 0  # the text being read ends at this position
-        self.sentence_ends = None  # of the text being read, in its tokens (S,)
+        self.n_dropped = 0  # number of tokens of the first text that each head dropped
+        self.n_first_sinks = 0  # number of first tokens that are always selected
+        self.n_places = 1  # number of places in use
+        self.open_row = 0  # first row of the open sentence: the rows before it are in the table
+        self.text_end = 0  # the position after the text being read
+        self.sentence_ends = None  # after each sentence of that text, counted from its beginning
 
         self.n_row_slots = min(config.token_budget - config.recent_window, max_tokens)  # B
-        # The window also has to hold an open sentence. R could be less, but then B + R is often a
-        # power of two: the keys of all heads compete for the same lines of a processor's cache.
+        # The window also holds the open sentence, so max(window, limit) + 1 slots would do. The sum
+        # keeps B + R from being a power of two, which is slow: heads share a processor's cache.
         self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)  # R
         self.window_slots = torch.arange(self.n_window_slots, device=device)
 
-        # For the next token, in tensors: a CUDA graph records a number as a constant.
-        self.budget = torch.zeros(1, device=device, dtype=torch.long)  # rows to select in each head
-        self.window_row = torch.zeros_like(self.budget)  # only rows before it can be selected
-        self.next_slot = torch.zeros_like(self.budget)  # of the token itself
+        # For the next token, as tensors (1,): a CUDA graph records a number as a constant.
+        self.n_select = torch.zeros(1, device=device, dtype=torch.long)  # rows, in each head
+        self.select_end = torch.zeros_like(self.n_select)  # only rows before it can be selected
+        self.next_slot = torch.zeros_like(self.n_select)  # of the token itself
         self.in_window = torch.zeros(1, self.n_window_slots, device=device, dtype=torch.bool)
-        self.n_loaded = torch.zeros_like(self.budget)  # rows since the last text, of all layers
+        self.n_loaded = torch.zeros_like(self.n_select)  # rows since the last text, of all layers
 
     @property
     def n_rows(self) -> int:
         """Rows so far: the row of the next token."""
         return self.num_tokens - self.n_dropped
+
+    @property
+    def text_rows(self) -> int:
+        """Rows when the text being read has been read. Of the first text, none is dropped yet."""
+        return self.text_end - self.n_dropped
 
     @property
     def is_first_text(self) -> bool:
@@ -74,44 +79,58 @@ class Plan:
         return self.n_row_slots + rows % self.n_window_slots
 
     def window_start(self) -> int:
-        """The next token attends to all rows from this one to its own: the recent window, or the
-        whole open sentence if that is longer, or its end if that does not fit the budget."""
+        """The first row of the next token's window: that of the recent window, or of the open
+        sentence if it is longer. If that does not fit the budget, the window is cut: each head
+        leaves room for as many sinks as a head can have."""
         config, end = self.config, self.n_rows + 1
-        room = config.token_budget - config.sink_tokens - config.secondary_sinks
+        most = config.token_budget - config.sink_tokens - config.secondary_sinks
         start = min(end - config.recent_window, self.open_row)
-        return max(start, end - room, self.n_sinks)
+        return max(start, end - most, self.n_first_sinks)
 
     def next_token(self):
-        """Decide what the next token attends to: its window, and rows before the window, the sinks
-        among them, until that is τ tokens.
+        """Decide what the next token attends to: its window, which ends with the token itself, and
+        as many selected rows before the window as the budget of τ tokens allows.
 
-        With τ = 96, a window of 32 and 300 rows before it, 64 rows are selected in each head. With
-        an open sentence of 40 tokens the window has 40, and 56 rows are selected.
+        With τ = 96 and a recent window of 32, the token in row 300 has the window 269 to 300. In
+        each head 96 - 32 = 64 of the rows 0 to 268 are selected, all sinks among them.
         """
         row, start = self.n_rows, self.window_start()
-        window_row = min(start, self.open_row)
-        assert row - window_row < self.n_window_slots, "a sentence is too long: call `seal`"
-        window = row + 1 - start
-        self.budget.fill_(min(self.config.token_budget - window, window_row))
-        self.window_row.fill_(window_row)
+        n_window = row + 1 - start
+        # If the window is cut, no token attends to the rows from `open_row` to its start.
+        select_end = min(start, self.open_row)
+        assert row - select_end < self.n_window_slots, "a sentence is too long: call `seal`"
+        self.n_select.fill_(min(self.config.token_budget - n_window, select_end))
+        self.select_end.fill_(select_end)
         self.next_slot.fill_(self.n_row_slots + row % self.n_window_slots)
         age = (row - self.window_slots) % self.n_window_slots  # 0: the slot of the token itself
-        self.in_window.copy_(age < window)
+        self.in_window.copy_(age < n_window)
 
 
 class LayerCache:
-    """One layer. Per KV head, on the device:
+    """One layer, on the device. Its table, per KV head:
 
-    vectors    (H_kv, S, D)         the sentence vector of each place; 0 for place 0 and empty ones
-    variances  (H_kv, S)            of the sentence's keys
-    lengths    (H_kv, S) float      rows of the whole sentence, for the score; 0 for place 0
-    starts     (H_kv, S)            its first row that may be selected: no sink
-    ends       (H_kv, S)            the row after its last
-    scores     (H_kv, S)            how well it matches the sentence being written
-    n_resident (H_kv, S)            how many of its rows are in slots
-    slots      (H_kv, B + R, 2, D)
-    slot_row, slot_place, slot_missing  (H_kv, B): the row of a slot for selected rows, its place
-                                    in the table, and whether it must be loaded from the host
+    vectors     (H_kv, S, D)       the sentence vector; 0 at place 0 and at empty places
+    variances   (H_kv, S)          of the sentence's keys
+    lengths     (H_kv, S) float    rows of the sentence, for its score; 0 at place 0
+    starts      (H_kv, S)          the first row that can be selected
+    ends        (H_kv, S)          the row after the last one
+    scores      (H_kv, S)          how well it matches the open sentence
+    n_resident  (H_kv, S)          how many of its rows are in slots
+
+    A prompt has two sentences, of 10 and of 8 tokens. In one head, 2 tokens of the second are
+    secondary sinks: rows 0 and 1. Rows 2 to 11 are the first sentence, 4 of them first sinks:
+
+        place       0     1     2
+        starts      0     6    12
+        ends        6    12    18
+        lengths     0    10     6    a first sink counts in its sentence, a secondary one does not
+
+    slots       (H_kv, B + R, 2, D)
+    slot_row    (H_kv, B)          the row in each slot for selected rows, or NO_ROW
+    slot_place  (H_kv, B)          its place
+    slot_missing (H_kv, B)         whether it must be loaded from the host
+
+    The steps are methods of their own, so that each can be timed.
     """
 
     TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
@@ -132,25 +151,35 @@ class LayerCache:
         self.slot_missing = torch.zeros_like(self.slot_row, dtype=torch.bool)
 
     def prefill(self, q, k, v) -> tuple:
-        """Take the next part of a text and offload it. With the last part, make its sentences.
-
-        All earlier rows come back to the device, for as long as the layer computes."""
-        plan, kv = self.plan, torch.stack((k, v), dim=2)
-        first_row, rows = plan.n_rows, kv  # to offload
-        if first_row > 0:
-            kv = torch.cat((self.host.read(0, first_row), kv), dim=1)  # (H_kv, n, 2, D)
-        if plan.is_first_text:  # `clone`: a slice would hold all queries in memory
-            self.last_queries.append(q[:, -plan.config.observation_window :].clone())
-        if plan.num_tokens + k.shape[1] < plan.text_end:  # another part follows
-            self.host.reserve(plan.text_end - plan.n_dropped)
-        elif plan.is_first_text:
-            kept, secondary = self.choose_tokens(kv[:, :, 0])
-            first_row, rows = 0, self.make_sentences(kv, kept, secondary)  # in place of all parts
+        """Take the next part of a text. All earlier rows come back to the device, for as long as
+        the layer computes."""
+        kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
+        if self.plan.n_rows > 0:
+            kv = torch.cat((self.host.read(0, self.plan.n_rows), kv), dim=1)
+        if self.plan.is_first_text:
+            self.read_first_text(q, kv)
         else:
-            ends = plan.sentence_ends.expand(len(k), -1)
-            self.add_sentences(kv[:, plan.open_row :, 0], F.pad(ends, (1, 0)), plan.open_row)
-        self.offload(first_row, rows)
+            self.read_later_text(kv)
         return kv.unbind(dim=2)
+
+    def read_first_text(self, q, kv):
+        """Offload the rows of a part. After the last part, offload the kept rows in their place,
+        and make the sentences. kv (H_kv, n, 2, D) of all parts so far"""
+        plan, window = self.plan, self.plan.config.observation_window
+        self.last_queries.append(q[:, -window:].clone())  # a slice would keep all of q in memory
+        if kv.shape[1] < plan.text_rows:
+            self.offload(plan.n_rows, kv[:, plan.n_rows :])
+        else:
+            kept, secondary = self.choose_tokens(kv[:, :, 0])
+            self.offload(0, self.make_sentences(kv, kept, secondary))
+
+    def read_later_text(self, kv):
+        """Offload the rows of a part: all are kept. After the last part, make the sentences."""
+        plan = self.plan
+        self.offload(plan.n_rows, kv[:, plan.n_rows :])
+        if kv.shape[1] == plan.text_rows:
+            ends = plan.sentence_ends.expand(len(kv), -1)
+            self.add_sentences(kv[:, plan.open_row :, 0], F.pad(ends, (1, 0)), plan.open_row)
 
     def choose_tokens(self, k) -> tuple:
         """k (H_kv, T, D) of the first text -> the positions that each head keeps (H_kv, N), in
@@ -167,15 +196,14 @@ class LayerCache:
         """Put the kept rows in order, and give the sentences of the first text their places.
         kv (H_kv, T, 2, D), and the results of `choose_tokens` -> the kept rows (H_kv, N, 2, D)"""
         plan, head = self.plan, torch.arange(len(kv), device=kv.device)[:, None]
-        order, positions = order_rows(kept, secondary)
-        rows = kv[head, order]
-        self.host.note_positions(order)
-        bounds = sentence_bounds(positions, plan.sentence_ends)
+        row_positions, marked = order_rows(kept, secondary)
+        rows = kv[head, row_positions]
+        self.host.note_positions(row_positions)
+        bounds = sentence_bounds(marked, plan.sentence_ends)  # (H_kv, number of sentences + 1)
         self.add_sentences(rows[:, :, 0], bounds)
-        # The first rows are all sinks. They are place 0, and may not be selected a second time.
-        n_always = bounds[:, :1] + plan.n_sinks  # secondary sinks and first tokens
-        self.starts[:, 1:].clamp_(min=n_always)
-        self.ends.clamp_(min=n_always)  # of place 0, too
+        n_sinks = bounds[:, :1] + plan.n_first_sinks  # (H_kv, 1): all sinks, the first rows
+        self.ends.clamp_(min=n_sinks)  # at place 0 it was 0
+        self.starts[:, 1:].clamp_(min=n_sinks)  # no sink is selected a second time
         return rows
 
     def add_sentences(self, keys, bounds, first_row: int = 0):
@@ -190,7 +218,7 @@ class LayerCache:
 
     def offload(self, first_row: int, rows):
         """Copy rows (H_kv, n, 2, D) to the host, beside the computation that follows."""
-        self.host.write(first_row, rows)
+        self.host.write(first_row, rows, self.plan.text_rows)
 
     def start_window(self, first_row: int):
         """After a text, the window's first rows come from the host."""
@@ -213,8 +241,9 @@ class LayerCache:
         # Scores add up over the sentence being written, with less weight for older tokens.
         torch.add(self.score(q), self.scores, alpha=plan.config.query_decay, out=self.scores)
         self.scores[:, 0] = math.inf  # after the sum: a decay of 0 times infinity is not a number
-        available = plan.window_row.clamp(self.starts, self.ends) - self.starts  # (H_kv, S)
-        selected = select_rows(self.scores, available, plan.budget, plan.n_row_slots)
+        available = plan.select_end.clamp(self.starts, self.ends) - self.starts  # (H_kv, S) rows
+        selected = select_rows(self.scores, available, plan.n_select, plan.n_row_slots)
+        # A row that is still selected keeps its slot. The slots of others are for missing rows.
         rows, places, missing = assign_slots(
             self.slot_row, self.slot_place, self.starts, self.n_resident, selected)
         self.slot_row.copy_(rows)
@@ -233,14 +262,13 @@ class LayerCache:
         load_missing(self.host, self.slots, self.slot_row, self.slot_missing)
 
     def seal(self, length: int):
-        """Make the first `length` rows of the open sentence a sentence of the table, and offload
-        them."""
+        """Give the first `length` rows of the open sentence a place, and offload them."""
         first_row = self.plan.open_row
         kv = self.slots[:, self.plan.slots_of(first_row, first_row + length)]  # (H_kv, n, 2, D)
         bounds = torch.tensor([[0, length]], device=kv.device).expand(len(kv), -1)
         self.add_sentences(kv[:, :, 0], bounds, first_row)
         self.offload(first_row, kv)
-        self.scores.zero_()  # what stays open after the end no longer counts
+        self.scores.zero_()  # also of the rows that stay open: they were written before the end
 
     def truncate(self, n_places: int):
         """Forget all places of the table from this one on, and what is in slots."""
@@ -259,9 +287,9 @@ class SentenceKVCache:
      1. The rows of a head are all its sinks, and then its sentences without gaps.
      2. Row r of the window is in slot B + r % R.
      3. Of the rows of a place, the first `n_resident` are in slots, from `starts` on.
-     4. Each head selects `budget` rows before the window, all sinks among them. With the window
+     4. Each head selects `n_select` rows before the window, all sinks among them. With the window
         these are at most `token_budget` tokens.
-     5. The window never moves back, so a row that can be selected once can be from then on.
+     5. The window never moves back: the slot of a row that has left it may hold another.
      6. Slots that the mask hides are finite: attention gives them weight 0, and 0 times NaN is NaN.
      7. Tensors are reallocated only with another `version`: `decode` can be a CUDA graph.
     """
@@ -275,8 +303,8 @@ class SentenceKVCache:
         self.copies, self.n_resizes = Copies(device), 0
         self.layers = [self.Layer(self.plan, HostRows(heads, dim, device, dtype, self.copies),
                                   device, dtype) for _ in range(n_layers)]
-        self.first_text = None  # its tokens, and the places in use after it
-        self.n_always = 0  # sinks of all heads and layers
+        self.first_text = None  # its number of tokens, and the places in use after it
+        self.n_sinks = 0  # all sinks of all heads and layers
         self.n_selected = torch.zeros_like(self.plan.n_loaded)  # since the last text, without sinks
 
     @property
@@ -295,9 +323,10 @@ class SentenceKVCache:
         if plan.n_rows > plan.open_row:
             self.seal(plan.n_rows - plan.open_row)
         if plan.is_first_text:
-            plan.n_sinks = min(self.config.sink_tokens, spans[-1][1])
+            plan.n_first_sinks = min(self.config.sink_tokens, spans[-1][1])
         plan.text_end = plan.num_tokens + spans[-1][1]
-        plan.sentence_ends = torch.tensor([end for _, end in spans], device=plan.budget.device)
+        plan.sentence_ends = torch.tensor([end for _, end in spans], device=plan.n_select.device)
+        # More places than the table has: `make_room` replaces its tensors by larger ones.
         self.n_resizes += make_room(self.layers, plan.n_places + len(spans))
 
     def advance(self, n_tokens: int):
@@ -306,7 +335,7 @@ class SentenceKVCache:
         plan.num_tokens += n_tokens
         if plan.num_tokens > plan.text_end:
             n_heads = len(self.layers) * self.layers[0].host.heads
-            self.n_selected += n_heads * plan.budget - self.n_always
+            self.n_selected += n_heads * plan.n_select - self.n_sinks
             plan.next_token()
         elif plan.num_tokens == plan.text_end:
             self.end_text()
@@ -314,37 +343,39 @@ class SentenceKVCache:
     def end_text(self):
         """All layers have read a text: its sentences can be selected."""
         plan = self.plan
-        plan.n_places += len(plan.sentence_ends)
         if plan.is_first_text:
             plan.n_dropped = plan.num_tokens - self.config.n_kept(plan.num_tokens)
             # The sentences of which a head keeps something: a head has its empty ones at the end.
             plan.n_places = 1 + max(int((layer.lengths > 0).sum(-1).max()) for layer in self.layers)
             self.n_resizes += make_room(self.layers, plan.n_places, shrink=True)
             self.first_text = plan.num_tokens, plan.n_places
+        else:
+            plan.n_places += len(plan.sentence_ends)
+        plan.open_row = plan.n_rows
         self.start_window()
 
     def start_window(self):
         """After a text, its last tokens are the window. One more makes it full."""
         plan = self.plan
-        plan.open_row = plan.n_rows
-        n_recent = min(plan.n_rows - plan.n_sinks, self.config.recent_window - 1)
+        n_recent = min(plan.n_rows - plan.n_first_sinks, self.config.recent_window - 1)
         for layer in self.layers:
             layer.start_window(plan.n_rows - n_recent)
-        # Sinks are selected for every token, and loaded with the first. Neither is counted.
-        self.n_always = sum(int(layer.ends[:, 0].sum()) for layer in self.layers)
-        n_resident = sum(int(layer.n_resident[:, 0].sum()) for layer in self.layers)
+        # Sinks are selected for every token, and loaded once. Neither is counted: `n_loaded` begins
+        # at minus the sinks that are still to load.
+        self.n_sinks = sum(int(layer.ends[:, 0].sum()) for layer in self.layers)
+        n_loaded_before = sum(int(layer.n_resident[:, 0].sum()) for layer in self.layers)
+        plan.n_loaded.fill_(n_loaded_before - self.n_sinks)
         self.n_selected.zero_()
-        plan.n_loaded.fill_(n_resident - self.n_always)
         plan.next_token()
 
     def seal(self, length: int):
-        """The first `length` tokens of the sentence being written form a sentence. Its rows can be
-        selected once they have left the window."""
+        """The first `length` tokens of the open sentence form a sentence. Its rows can be selected
+        once they have left the window."""
         plan = self.plan
         self.n_resizes += make_room(self.layers, plan.n_places + 1)
         for layer in self.layers:
             layer.seal(length)
-        self.copies.wait()
+        self.copies.wait()  # the next token may load these rows
         plan.n_places += 1
         plan.open_row += length
         plan.next_token()
@@ -355,6 +386,7 @@ class SentenceKVCache:
         first_tokens, plan.n_places = self.first_text
         assert n_tokens == first_tokens, "only the first text can be gone back to"
         plan.num_tokens = plan.text_end = n_tokens
+        plan.open_row = plan.n_rows
         self.n_resizes += make_room(self.layers, plan.n_places, shrink=True)
         for layer in self.layers:
             layer.truncate(plan.n_places)
@@ -363,36 +395,3 @@ class SentenceKVCache:
     def report(self) -> dict:
         """Bytes held on both tiers, and bytes selected and loaded since the last text."""
         return report(self)
-
-
-def assign_slots(rows, places, starts, n_resident, selected) -> tuple:
-    """The row that each slot holds next, that row's place in the table, and whether the row must be
-    loaded. A slot whose row is still selected keeps it. The other slots are free, and the i-th free
-    slot takes the i-th row to load.
-
-    rows, places (H_kv, B) of the slots; starts, n_resident and selected (H_kv, S) of the places,
-    the last two in rows -> rows, places, missing (H_kv, B)
-
-    Rows 4 and 5 of place 0 and row 8 of place 1 are in slots. Rows 8, 9 and 12 are selected:
-
-        slot                     0    1    2
-        its row                  5    8    4
-        free?                  yes   no  yes      rows 5 and 4 are not selected any more
-        number of a free slot    1         2
-        rows to load             9        12      the first of place 1, the second of place 2
-
-    >>> assign_slots(rows=torch.tensor([[5, 8, 4]]), places=torch.tensor([[0, 1, 0]]),
-    ...     starts=torch.tensor([[4, 8, 12]]), n_resident=torch.tensor([[2, 1, 0]]),
-    ...     selected=torch.tensor([[0, 2, 1]]))
-    (tensor([[ 9,  8, 12]]), tensor([[1, 1, 2]]), tensor([[ True, False,  True]]))
-    """
-    ends = starts + selected  # 4, 10, 13: selected rows of a place are before it
-    free = rows >= ends.gather(-1, places)  # also where a slot is empty
-    number = free.cumsum(dim=-1)  # from 1; unused at slots that are not free
-    loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)  # up to each place: 0, 1, 2
-    place = torch.searchsorted(loads, number).clamp(max=selected.shape[-1] - 1)
-    # The last row to load of a place has number == loads, and is its end - 1: count back from it.
-    row = (ends - loads).gather(-1, place) + number - 1
-    missing = free & (number <= loads[:, -1:])
-    rows = torch.where(missing, row, rows.masked_fill(free, NO_ROW))
-    return rows, torch.where(free, place, places), missing

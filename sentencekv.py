@@ -47,7 +47,8 @@ class SentenceKVConfig:
 
     @property
     def protected_tokens(self) -> int:
-        """Last tokens of the prompt that prefill never drops or makes secondary sinks."""
+        """Number of last tokens that prefill never drops, and never makes secondary sinks."""
+        # Without a limit no importance is computed, so no queries are observed.
         observed = 0 if self.keep_factor == math.inf else self.observation_window
         return max(self.recent_window, observed)
 
@@ -110,26 +111,26 @@ def keep_tokens(importance, secondary, config: SentenceKVConfig) -> torch.Tensor
 
 
 def order_rows(kept: torch.Tensor, secondary: torch.Tensor) -> tuple:
-    """The order of a head's rows: its secondary sinks, which belong to no sentence, then the other
-    kept tokens as they are read. In the second result, their sorted positions, a sink's is -1.
+    """The positions of a head's rows: its secondary sinks come first, as they are in no sentence,
+    then the other kept tokens as they are read. The second result has -1 for secondary sinks.
 
     kept (H_kv, N) positions in reading order, secondary (H_kv, T) bool -> two of (H_kv, N)
 
     >>> order_rows(torch.tensor([[0, 1, 2, 4]]), torch.tensor([[0, 0, 1, 0, 0]]).bool())
     (tensor([[2, 0, 1, 4]]), tensor([[-1,  0,  1,  4]]))
     """
-    positions = kept.masked_fill(secondary.gather(-1, kept), -1)
-    positions, order = positions.sort(dim=-1, stable=True)
-    return kept.gather(-1, order), positions
+    marked = kept.masked_fill(secondary.gather(-1, kept), -1)
+    marked, order = marked.sort(dim=-1, stable=True)
+    return kept.gather(-1, order), marked
 
 
-def sentence_bounds(positions: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. It ends where the next one begins.
 
-    A sentence of which a head keeps nothing becomes an empty one at the end, where it takes no
-    memory unless another head has more. So sentence s of two heads need not be the same.
+    A sentence of which a head keeps nothing becomes an empty one at the end: what is empty in all
+    heads can be cut off. So sentence s of one head need not be sentence s of another.
 
-    positions (H_kv, N) as from `order_rows`, ends (S,) after each sentence -> (H_kv, S + 1)
+    marked (H_kv, N) from `order_rows`, ends (S,), the position after each -> (H_kv, S + 1)
 
     Sentences end at 4, 7 and 10. Row 0 is a secondary sink, rows 1 and 2 are of the first sentence,
     none is of the second, rows 3 and 4 are of the third:
@@ -137,10 +138,10 @@ def sentence_bounds(positions: torch.Tensor, ends: torch.Tensor) -> torch.Tensor
     >>> sentence_bounds(torch.tensor([[-1, 0, 1, 8, 9]]), torch.tensor([4, 7, 10])).tolist()
     [[1, 3, 5, 5]]
     """
-    starts_and_end = F.pad(ends, (1, 0)).expand(len(positions), -1).contiguous()  # 0, 4, 7, 10
-    bounds = torch.searchsorted(positions, starts_and_end)  # rows before each: 1, 3, 3, 5
-    empty = F.pad(bounds.diff(dim=-1) == 0, (1, 0))  # bounds that repeat the one before
-    return bounds.masked_fill(empty, positions.shape[-1]).sort(dim=-1).values
+    starts_and_end = F.pad(ends, (1, 0)).expand(len(marked), -1).contiguous()  # 0, 4, 7, 10
+    bounds = torch.searchsorted(marked, starts_and_end)  # rows before each: 1, 3, 3, 5
+    empty = F.pad(bounds.diff(dim=-1) == 0, (1, 0))  # it repeats the one before: no, no, yes, no
+    return bounds.masked_fill(empty, marked.shape[-1]).sort(dim=-1).values  # 1, 3, 5, 5
 
 
 def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:

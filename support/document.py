@@ -89,7 +89,8 @@ def restore(cache, tensors: dict, release=None):
     `release(layer)` gives back the memory of mapped rows."""
     plan, n_tokens = cache.plan, tensors["num_tokens"].item()
     n_rows, n_places = len(tensors["0.rows"]), tensors["0.vectors"].shape[1]
-    plan.n_dropped, plan.n_sinks = n_tokens - n_rows, min(plan.config.sink_tokens, n_tokens)
+    plan.n_dropped = n_tokens - n_rows
+    plan.n_first_sinks = min(plan.config.sink_tokens, n_tokens)
     cache.first_text = n_tokens, n_places
     cache.n_resizes += make_room(cache.layers, n_places)
     for i, layer in enumerate(cache.layers):

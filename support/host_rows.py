@@ -87,15 +87,15 @@ class HostRows:
             grown[: len(self.later)] = self.later
             self.later, self.n_moves = grown, self.n_moves + 1
 
-    def write(self, first_row: int, kv: torch.Tensor):
+    def write(self, first_row: int, kv: torch.Tensor, n_rows: int = 0):
         """Start to copy kv (H_kv, n, 2, D) to the rows from `first_row` on. From row 0 on, it
-        replaces all rows."""
+        replaces all rows; otherwise it makes room for `n_rows` in all, if more will follow."""
         kv = kv.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
         if first_row == 0:
             self.hold(self.empty(len(kv)))
             self.copies.start(self.first, kv)
             return
-        self.reserve(first_row + len(kv))
+        self.reserve(max(n_rows, first_row + len(kv)))
         start = first_row - len(self.first)
         self.copies.start(self.later[start : start + len(kv)], kv)
 

@@ -96,12 +96,12 @@ class Trace:
         settings = asdict(cache.config)
         if cache.config.keep_factor == math.inf:
             settings["keep_factor"] = "inf"  # JSON has no infinity
-        secondary = [[places[: end - plan.n_sinks].tolist()  # place 0 is all sinks
+        secondary = [[places[: end - plan.n_first_sinks].tolist()  # place 0 is all sinks
                       for places, end in zip(positions[i], layer.ends[:, 0].tolist())]
                      for i, layer in enumerate(cache.layers)]
         later_ends = cache.layers[0].ends[0, n_places : plan.n_places] + plan.n_dropped
         self.data |= {"settings": settings, "pieces": pieces[:n_tokens], "ends": ends.tolist(),
-                      "sinks": plan.n_sinks, "secondary": secondary}
+                      "sinks": plan.n_first_sinks, "secondary": secondary}
         self.data["answers"].append({
             "question": question, "pieces": pieces[n_tokens:], "n_written": self.n_written,
             "ends": later_ends.tolist(), "windows": self.windows, "shape": list(shape),
@@ -182,7 +182,7 @@ def received(layer, weights: torch.Tensor) -> torch.Tensor:
     the recent tokens: attention weights of all slots (H_kv, n_slots) -> (H_kv, S + 3)"""
     n = layer.plan.n_places - 1
     sentence = torch.full(weights.shape, n + 2, device=weights.device)
-    n_secondary = layer.ends[:, :1] - layer.plan.n_sinks  # the first rows, in place 0
+    n_secondary = layer.ends[:, :1] - layer.plan.n_first_sinks  # the first rows, in place 0
     sink = torch.where(layer.slot_row < n_secondary, n + 1, n)
     # An empty slot can name any place of the table's capacity. Its weight is 0.
     sentence[:, : sink.shape[1]] = torch.where(

@@ -23,7 +23,7 @@ from cache import NO_ROW, LayerCache, Plan, SentenceKVCache, assign_slots
 from model import FullCache
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig, select_rows
-from support import host_rows, table
+from support import host_rows, slots, table
 from support.compiled import GraphedDecode
 from support.document import Document, load_document, restore, save_document, snapshot
 from weights.tokenizer import Tokenizer
@@ -79,7 +79,7 @@ def tensors_of(cache) -> list:
 
 
 def test_docstrings():
-    assert doctest.testmod(cache_module).failed == 0
+    assert doctest.testmod(slots).failed == 0
 
 
 @pytest.mark.parametrize("n_prompt", [1, 2, 31, 33, 70, 300])
@@ -628,7 +628,7 @@ def test_half_precision_keys_and_values_stay_half(device, dtype):
 
 def n_secondary(layer) -> torch.Tensor:
     """Secondary sinks of each head (H_kv,): place 0 stands for them and for the first tokens."""
-    return layer.ends[:, 0] - layer.plan.n_sinks
+    return layer.ends[:, 0] - layer.plan.n_first_sinks
 
 
 @pytest.mark.parametrize("short, least, most", [
@@ -644,7 +644,7 @@ def test_secondary_sinks_are_a_head_s_shortest_keys(tiny, device, short, least, 
     assert least == found.min() and found.max() == most
     for (layer, head), slow in caches[1].heads.items():
         assert found[layer, head] == len(slow.secondary)
-    assert caches[0].plan.budget == 96 - config.recent_window  # the sinks among them
+    assert caches[0].plan.n_select == 96 - config.recent_window  # the sinks among them
 
 
 @settings(deadline=None)
@@ -698,8 +698,8 @@ class WatchedLayer(LayerCache):
         keys, values, mask = super().decode(q, k, v)
         plan, self.window_read = self.plan, self.plan.window_start()
         window = plan.n_rows + 1 - self.window_read
-        assert (mask.sum(dim=-1) == plan.budget + window).all(), "not what the budget says"
-        assert plan.budget + window <= plan.config.token_budget
+        assert (mask.sum(dim=-1) == plan.n_select + window).all(), "not what the budget says"
+        assert plan.n_select + window <= plan.config.token_budget
         assert (self.n_resident[:, 0] == self.ends[:, 0]).all(), "a sink is not selected"
         # Each selected row is attended to, and so is each row of the window, in its slot.
         assert (mask.sum(dim=-1)[:, 0] == self.n_resident.sum(dim=-1) + window).all()
@@ -745,17 +745,17 @@ class Watched(SentenceKVCache):
     def check_tiles(self, layer, head, positions):
         n = self.plan.n_places
         starts, ends = layer.starts[head].tolist(), layer.ends[head].tolist()
-        n_always = ends[0]
-        assert starts[0] == 0 and n_always <= self.plan.n_sinks + self.config.secondary_sinks
+        n_sinks = ends[0]
+        assert starts[0] == 0 and n_sinks <= self.plan.n_first_sinks + self.config.secondary_sinks
         used = [(a, b) for a, b in zip(starts[1:n], ends[1:n]) if b > a]
         assert all(a == b for a, b in zip(starts[n:], ends[n:])), "a place that is not in use"
-        assert [n_always, *(b for _, b in used)] == [*(a for a, _ in used), len(positions)]
+        assert [n_sinks, *(b for _, b in used)] == [*(a for a, _ in used), len(positions)]
         sentence = [bisect_right(self.text_ends, p) for p in positions]
         for first, end in used:
             assert len(set(sentence[first:end])) == 1, "rows of two sentences"
-        assert len(used) == len(set(sentence[n_always:])), "a sentence in two parts"
-        assert sorted(positions[n_always - self.plan.n_sinks : n_always]) == [
-            *range(self.plan.n_sinks)], "the first tokens are not the last sinks"
+        assert len(used) == len(set(sentence[n_sinks:])), "a sentence in two parts"
+        assert sorted(positions[n_sinks - self.plan.n_first_sinks : n_sinks]) == [
+            *range(self.plan.n_first_sinks)], "the first tokens are not the last sinks"
 
     def check_slots(self, layer, head, seen, positions):
         slots, plan = layer.slots[head], self.plan
@@ -775,14 +775,14 @@ class Watched(SentenceKVCache):
     def check_what_moves(self):
         tensors = {id(t): t.data_ptr() for t in tensors_of(self)
                    if t is not self.plan.sentence_ends}
-        window_row = self.plan.window_row
-        available = torch.stack([window_row.clamp(layer.starts, layer.ends) - layer.starts
+        select_end = self.plan.select_end
+        available = torch.stack([select_end.clamp(layer.starts, layer.ends) - layer.starts
                                  for layer in self.layers])
         if self.before and self.before[0] == self.version:
             assert self.before[1] == tensors, "a tensor has moved"
             assert (available >= self.before[3]).all(), "a row may not be selected any more"
-        assert not self.before or self.before[2] <= window_row, "the window moved back"
-        self.before = self.version, tensors, window_row.clone(), available
+        assert not self.before or self.before[2] <= select_end, "the window moved back"
+        self.before = self.version, tensors, select_end.clone(), available
 
 
 def check_every_step(model, config, n_prompt):
@@ -845,11 +845,11 @@ def the_last_rows_of_a_sentence_are_selected(monkeypatch):
 
 
 def the_sinks_are_not_counted(monkeypatch):
-    after(monkeypatch, Plan, "next_token", lambda plan: plan.budget.add_(plan.n_sinks))
+    after(monkeypatch, Plan, "next_token", lambda plan: plan.n_select.add_(plan.n_first_sinks))
 
 
 def a_row_of_the_window_is_selected(monkeypatch):
-    after(monkeypatch, Plan, "next_token", lambda plan: plan.window_row.add_(1))
+    after(monkeypatch, Plan, "next_token", lambda plan: plan.select_end.add_(1))
 
 
 def empty_slots_are_not_a_number(monkeypatch):
