@@ -30,7 +30,6 @@ from support.memory import report
 from support.table import resize, room_for
 
 NO_ROW = 2**62  # the row of an empty slot; greater than any row
-TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
 
 
 class Plan:
@@ -114,6 +113,8 @@ class LayerCache:
     slot_row, slot_place, slot_missing  (H_kv, B): the row of a slot for selected rows, its place
                                     in the table, and whether it must be loaded from the host
     """
+
+    TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
 
     def __init__(self, plan: Plan, host: HostRows, device, dtype):
         heads, dim, capacity = host.heads, host.dim, room_for(plan.n_places)
@@ -294,7 +295,7 @@ class SentenceKVCache:
         if n_places > capacity or shrink and room_for(n_places) < capacity:
             self.n_resizes += 1
             for layer in self.layers:
-                resize(layer, TABLE, room_for(n_places))
+                resize(layer, layer.TABLE, room_for(n_places))
 
     def expect(self, spans: list):
         """The next text has these sentences, (start, end) in its tokens. The first text is kept as
