@@ -221,8 +221,8 @@ def ms_by_length(rows: list[dict], path: Path):
 def stages_by_length(rows: list[dict], path: Path):
     """Solid: measured. Dotted: the time to move the stage's bytes once."""
     figure, axis = pyplot.subplots(figsize=(8.4, 4.6), layout="constrained")
-    looks = (("score", BLUE, "o"), ("take", ORANGE, "s"), ("assign", PINK, "D"),
-             ("load", BROWN, "^"), ("attend", GREY, "v"), ("two levels", VERMILION, "X"))
+    looks = (("score", BLUE, "o"), ("select", ORANGE, "s"), ("load", BROWN, "^"),
+             ("attend", GREY, "v"), ("two levels", VERMILION, "X"))
     lengths, ends = [row["length"] for row in rows], []
     for stage, colour, marker in looks:
         values, look = [row[stage] for row in rows], {"color": colour, "marker": marker}
