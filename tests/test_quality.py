@@ -154,8 +154,8 @@ def test_methods_together_write_what_each_writes_alone(tiny_folder, book):
     for writer in bench.answers(ids, 30, methods):
         cache = writer.method.new_cache(bench.model, bench.tokenizer.pieces(ids), 30)
         first = prefill(bench.model, cache, ids, greedy)
-        alone = generate(bench.model, cache, first, bench.tokenizer.detokenizer(), greedy, bench.stop,
-                         30, writer.method.sentence_limit)
+        alone = generate(bench.model, cache, first, bench.tokenizer.detokenizer(), greedy,
+                         bench.stop, 30, writer.method.sentence_limit)
         assert list(alone) == list(zip(writer.tokens, writer.pieces))
 
 
@@ -274,7 +274,8 @@ def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
     assert run("ruler", "--data", data, "--model", tiny_folder, "--methods", "full",
                "--out", out) == 0
     assert len(results(out)) == 1
-    assert "long, row 1: 3000 prompt tokens + 64 new ones = 3064, and the model has 2048 positions" in capsys.readouterr().err
+    assert ("long, row 1: 3000 prompt tokens + 64 new ones = 3064, and the model has 2048"
+            " positions") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -308,8 +308,8 @@ class Evicting(MethodCache):
         return (room.double() / self.kept_size).long()
 
     def divide(self, layer, n_recent: int):
-        """How many of the kept and of `n_recent` recent tokens each head attends to, two of (H_kv,).
-        """
+        """How many of the kept, and of `n_recent` recent tokens, each head attends to: two of
+        (H_kv,)."""
         totals = self.totals[layer]
         n_kept = self.fit(totals - self.window).clamp(max=self.kept[layer].shape[1])
         least = self.least_kept(totals).minimum((n_kept * self.kept_size).ceil().long())
