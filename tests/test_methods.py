@@ -238,6 +238,15 @@ def test_the_second_vector_is_the_key_farthest_from_the_mean(recording):
             assert torch.equal(cache.layers[1].farthest[head, 1 + i], expected)
 
 
+def test_the_second_vectors_have_as_many_places_as_the_table(recording):
+    cache = recording.replay(new_cache("two_vectors"))
+    before, n_places = cache.layers[0].farthest.clone(), cache.plan.n_places
+    cache.make_room(before.shape[1] + 1)
+    layer = cache.layers[0]
+    assert layer.farthest.shape == layer.vectors.shape != before.shape
+    assert torch.equal(layer.farthest[:, :n_places], before[:, :n_places])
+
+
 def test_the_second_vector_counts_as_one_token(recording):
     cache, (q, _, _) = recording.replay(new_cache("two_vectors")), random_token(3)
     layer, scale = cache.layers[0], TINY.head_dim**0.5
