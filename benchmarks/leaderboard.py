@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from matplotlib import pyplot
 
 from benchmarks import methods, plots
-from benchmarks.quality import at_every_budget, differences
+from benchmarks.rows import at_every_budget, differences
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"

@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 
-from generate import generate, make_cache, prefill, sampler
-from segment import split_at_sentences
+from cache import SentenceKVCache
+from generate import generate, prefill, sampler
+from support.prompts import split_at_sentences
 from sentencekv import SentenceKVConfig
-from support.document import Document, identity_of, load_document, save_document
+from support.document import (Document, identity_of, load_document, restore, save_document,
+                              snapshot)
 from weights.checkpoint import fingerprint, load_model
 from weights.download import download
 
@@ -51,7 +53,8 @@ def random_ids(n_tokens: int) -> list[int]:
 def read(model, config, n_tokens: int, chunk: int):
     """The cache after so many random tokens."""
     spans = sentences(n_tokens)
-    cache = make_cache("sentencekv", config, model.config, spans, 100, CPU, torch.float32)
+    cache = SentenceKVCache(config, model.config, n_tokens + 100, CPU, torch.float32)
+    cache.expect(spans)
     prefill(model, cache, random_ids(n_tokens), greedy(),
             part_ends=split_at_sentences(spans, chunk))
     return cache
@@ -71,9 +74,9 @@ def measure_reading(folder: Path, n_tokens: int, chunk: int, document: Path | No
     print(f"| {n_tokens} | {min(chunk, n_tokens)} | {time.perf_counter() - start:.1f} |"
           f" {resident('VmHWM') - before:.0f} | {resident() - before:.0f} |")
     if document:
-        saved = Document("-", random_ids(n_tokens), sentences(n_tokens), cache.snapshot(),
-                         datetime.now())
-        save_document(document, saved, identity_of(fingerprint(folder), config, torch.float32),
+        saved = Document("-", random_ids(n_tokens), sentences(n_tokens), datetime.now())
+        save_document(document, saved, snapshot(cache),
+                      identity_of(fingerprint(folder), config, torch.float32),
                       config.protected_tokens)
 
 
@@ -83,8 +86,8 @@ def measure_loading(folder: Path, document: Path):
     before, start = resident(), time.perf_counter()
     loaded = load_document(document, identity_of(fingerprint(folder), config, torch.float32),
                            config.protected_tokens, model.config.kv_shape, CPU)
-    cache = make_cache("sentencekv", config, model.config, loaded.spans, 100, CPU, torch.float32)
-    cache.restore(loaded.snapshot, loaded.release)
+    cache = SentenceKVCache(config, model.config, len(loaded.ids) + 100, CPU, torch.float32)
+    restore(cache, loaded.kept, loaded.release)
     print(f"file: {document.stat().st_size / 2**20:.0f} MiB")
     print(f"loaded after {time.perf_counter() - start:.2f} s, {resident() - before:.0f} MiB")
     forget_peak()

@@ -24,7 +24,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from PIL import Image
 
-from benchmarks.quality import at_every_budget, differences
+from benchmarks.rows import at_every_budget, differences
 
 BLUE, ORANGE, VERMILION, PINK, WINE, VIOLET, BROWN, GREY = (
     "#0072b2", "#c78500", "#d55e00", "#bf5f95", "#882255", "#7a68b8", "#8c6d46", "#757575")
@@ -221,8 +221,8 @@ def ms_by_length(rows: list[dict], path: Path):
 def stages_by_length(rows: list[dict], path: Path):
     """Solid: measured. Dotted: the time to move the stage's bytes once."""
     figure, axis = pyplot.subplots(figsize=(8.4, 4.6), layout="constrained")
-    looks = (("score", BLUE, "o"), ("take", ORANGE, "s"), ("assign", PINK, "D"),
-             ("load", BROWN, "^"), ("attend", GREY, "v"), ("two levels", VERMILION, "X"))
+    looks = (("score", BLUE, "o"), ("select", ORANGE, "s"), ("load", BROWN, "^"),
+             ("attend", GREY, "v"), ("two levels", VERMILION, "X"))
     lengths, ends = [row["length"] for row in rows], []
     for stage, colour, marker in looks:
         values, look = [row[stage] for row in rows], {"color": colour, "marker": marker}

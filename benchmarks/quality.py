@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from tqdm import tqdm
@@ -52,14 +52,16 @@ from benchmarks.methods import (
 from benchmarks.methods.base import (
     Evicting,
     MethodCache,
+    NumberedLayer,
     Recording,
     forget_shared,
     window_attention,
 )
+from benchmarks.rows import at_every_budget, differences, table
 from benchmarks.segmentation import old_spans
-from cache import NO_ROW
+from cache import NO_ROW, SentenceKVCache
 from generate import prefill, seal_finished
-from model import LlamaConfig, rope_table
+from model import FullCache, LlamaConfig, rope_table
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig, find_secondary_sinks
 from support.document import read_text
@@ -149,9 +151,9 @@ class Writer:
         yield
         self.seconds += time.perf_counter() - start
 
-    def attend(self, attention, q, k, v):
+    def attend(self, attention, layer: int, q, k, v):
         with self.clock():
-            return attention.attend(q, k, v, self.cache, self.cache.layers[attention.layer])
+            return attention.attend(q, *self.cache.layers[layer].decode(q, k, v))
 
     def advance(self):
         with self.clock():
@@ -167,16 +169,17 @@ def decode_together(model, writers: list[Writer]) -> torch.Tensor:
 
     All are at the same position. Each attends for itself; the weights are read once for all.
     """
-    def attend(attention, x):
+    def attend(attention, layer, x):
         qkv = (heads.split(1, dim=1) for heads in attention.qkv(x, rope))
         return attention.o_proj(torch.cat([
-            writer.attend(attention, *one) for writer, *one in zip(writers, *qkv)]))
+            writer.attend(attention, layer, *one) for writer, *one in zip(writers, *qkv)]))
 
     x = model.embed_tokens(torch.tensor([writer.tokens[-1] for writer in writers]))
     position = torch.tensor([writers[0].cache.num_tokens])
     rope = rope_table(model.config, position, x.dtype)
-    for block in model.layers:
-        x = block(x, lambda h: attend(block.self_attn, h))
+    for layer, block in enumerate(model.layers):
+        x = x + attend(block.self_attn, layer, block.input_layernorm(x))
+        x = x + block.mlp(block.post_attention_layernorm(x))
     for writer in writers:
         writer.advance()
     return model.logits(model.norm(x))
@@ -223,21 +226,21 @@ class Bench:
         n = len(os.path.commonprefix([*prompts, self.tokenizer.prompt_ids(text)]))
         pieces = self.tokenizer.pieces(prompts[0])[:n]
         seen = self.record(prompts[0])[0].document_and_last_queries(n)
-        blind, states = self.record(prompts[0][:n])[0], []
+        blind, caches = self.record(prompts[0][:n])[0], []
         for method in methods:
             cache = method.new_cache(self.model, pieces, len(prompts[0]) - n + 99)
             sees = isinstance(cache, Evicting) and method.settings.get("sees") != "nothing"
             (seen if sees else blind).replay(cache)
             if sees:
                 cache.forget_window()
-            states.append((cache, None if isinstance(cache, MethodCache) else cache.snapshot()))
+            caches.append(cache)
         for example, ids in zip(questions, prompts):
             writers, tokens = [], []
-            for method, (cache, snapshot) in zip(methods, states):
-                if snapshot:
-                    cache.restore(snapshot)
-                else:
+            for method, cache in zip(methods, caches):
+                if isinstance(cache, MethodCache):
                     cache = cache.fork()
+                else:
+                    cache.truncate(n)
                 writers.append(Writer(method, cache, self.tokenizer.detokenizer()))
                 tokens.append(self.read_question(cache, ids[n:], method))
             yield from zip([example] * len(writers), self.write(writers, tokens,
@@ -245,8 +248,7 @@ class Bench:
 
     def read_question(self, cache, ids: list[int], method: Method) -> int:
         """Returns the first token of the answer."""
-        if hasattr(cache, "expect"):
-            cache.expect(token_spans(self.tokenizer.pieces(ids), method.sentence_limit))
+        cache.expect(token_spans(self.tokenizer.pieces(ids), method.sentence_limit))
         states = self.model.prefill(torch.tensor(ids), cache)
         return self.model.logits(states[-1:])[0].argmax().item()
 
@@ -325,7 +327,7 @@ class Bench:
         Means over heads; attention is that of the last 32 queries, as a share of all of it.
         """
         recording, _ = self.record(ids)
-        for layer, (q, k, _) in enumerate(recording.layers):
+        for layer, (q, k, _) in enumerate(recording.qkv):
             secondary = find_secondary_sinks(k, config)  # (H_kv, T)
             attention = window_attention(q, k, 32, 1) / 32  # (H_kv, T - 32): no sink is later
             yield (layer, secondary.sum(dim=-1).float().mean().item(),
@@ -335,11 +337,12 @@ class Bench:
 
 def chosen_by(cache) -> list:
     """For every layer the positions (H_kv, n) that were chosen of the prompt."""
-    if hasattr(cache, "slot_row"):
+    if isinstance(cache, SentenceKVCache):
         if cache.config.keep_factor != math.inf or cache.config.secondary_sinks:
             raise ValueError("jaccard needs keep_factor=inf,secondary_sinks=0: else rows are no"
                              " positions")
-        return list(cache.slot_row)
+        return [layer.slot_row.masked_fill(layer.slot_place == 0, NO_ROW)  # without the sinks
+                for layer in cache.layers]
     if getattr(cache, "kept_at", [None])[0] is None:
         raise ValueError(f"{type(cache).__name__} chooses no tokens of the prompt once and for all")
     return cache.kept_at
@@ -349,15 +352,14 @@ class Witness:
     """A full cache that also asks other caches what they would have attended to."""
 
     def __init__(self, config, n_tokens, others):
-        self.full = make_cache("full", config, 0, [(0, n_tokens)], 0)
-        self.others, self.stage = others, self.full.stage
-        self.seen = [[[] for _ in range(config.num_hidden_layers)] for _ in others]
+        self.full, self.others = FullCache(config, n_tokens, "cpu", torch.float32), others
+        self.layers = [NumberedLayer(self, number) for number in range(len(self.full.layers))]
+        self.seen = [[[] for _ in self.layers] for _ in others]
 
     num_tokens = property(lambda self: self.full.num_tokens)
-    layers = property(lambda self: self.full.layers)
 
-    def prefill(self, *args):
-        return self.full.prefill(*args)
+    def prefill(self, layer, *qkv):
+        return self.full.layers[layer].prefill(*qkv)
 
     def advance(self, n_tokens):
         decoding = self.full.num_tokens > 0
@@ -366,10 +368,10 @@ class Witness:
             other.advance(n_tokens)
 
     def decode(self, layer, q, k, v):
-        full = self.full.decode(layer, q, k, v)
+        full = self.full.layers[layer].decode(q, k, v)
         mass, output = attend(q, *full)
         for other, seen in zip(self.others, self.seen):
-            part, theirs = attend(q, *other.decode(other.layers[layer], q, k, v))
+            part, theirs = attend(q, *other.layers[layer].decode(q, k, v))
             error = ((theirs - output).norm() / output.norm()).item()
             seen[layer].append(((part - mass).exp().mean().item(), error))
         return full
@@ -530,59 +532,6 @@ def run_sinks(args, bench, methods, results):
                             score=value, model=bench.name)
 
 
-def at_every_budget(rows: list[dict]) -> list[dict]:
-    """The full cache has no budget, nor have some methods: they were run once, and are the same at
-    all of them."""
-    without = {name for name in METHODS if not has_budget(name)}
-    others = [row for row in rows if split(row["method"])[0] not in without]
-    budgets = sorted({row["budget"] for row in others or rows})
-    once = {(row["task"], row["index"], row["method"]): row for row in rows
-            if split(row["method"])[0] in without}
-    return [row | {"budget": budget} for row in once.values() for budget in budgets] + others
-
-
-def differences(rows: list[dict], reference: str) -> list[dict]:
-    """Each score less that of the method `reference`, for the same prompt and budget."""
-    known = {(r["task"], r["index"], r["budget"]): r["score"] for r in rows
-             if r["method"] == reference}
-    return [r | {"score": r["score"] - known[r["task"], r["index"], r["budget"]]} for r in rows
-            if (r["task"], r["index"], r["budget"]) in known]
-
-
-def table(rows: list[dict], percent: bool, above_full: bool = False) -> str:
-    """Markdown: a line for every method, a column for every task and budget; mean ± its error.
-    The rows are those of `at_every_budget`.
-
-    The last columns are the mean of all prompts, or with `above_full` the difference from the full
-    cache.
-    """
-    cells = {}
-    named = [("needle" if r["task"].startswith("needle ") else r["task"], r) for r in rows]
-    overall = ("mean",) if percent and len({task for task, _ in named}) > 1 else ()
-    if above_full:
-        named += [("above full", r) for r in differences(rows, "full")]
-    for task, row in named:
-        for column in (task, *overall):
-            cells.setdefault((row["method"], column, row["budget"]), []).append(row["score"])
-    scale, form = (100, "{:.0f}") if percent else (1, "{:.3f}")
-
-    def cell(method, task, budget):
-        scores = cells.get((method, task, budget))
-        if not scores:
-            return ""
-        error = scale * stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
-        text = form.format(scale * mean(scores))
-        return f"{text} ± {form.format(error)}" if error is not None else text
-
-    columns, last = {(t, b) for _, t, b in cells}, ("mean", "above full")
-    columns = sorted(columns, key=lambda c: (c[0] in last, c[0], c[1]))
-    lines = ["| method | " + " | ".join(f"{t} {b}" for t, b in columns) + " |",
-             "|---" * (len(columns) + 1) + "|"]
-    for method in dict.fromkeys(m for m, _, _ in cells):
-        lines.append(f"| {method} | " + " | ".join(cell(method, *c) for c in columns) + " |")
-    return "\n".join(lines)
-
-
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="benchmarks.quality", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -637,7 +586,7 @@ def main(arguments=None) -> int:
     args = parse(arguments)
     try:
         if args.task == "leaderboard":
-            from benchmarks import leaderboard  # it draws, and knows this file
+            from benchmarks import leaderboard  # it draws: only here
 
             print(leaderboard.make())
             return 0

@@ -15,9 +15,9 @@ of the cache once: their bytes over the bandwidth of a large copy, measured firs
 the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up
 to a power of two. Stage times are of tokens after those. `--cuda-graph` adds SentenceKV with each
 token replayed as one graph, `--compile` with a compiled step (and with both, if both are given),
-`--trace` SentenceKV recorded for a page, `--compare transformers` Hugging Face's Llama, and
-`--compare llama.cpp` that of llama.cpp, where they are installed. `--scale` measures one layer of
-SentenceKV instead, up to a million tokens: see benchmarks/scale.py.
+`--compare transformers` Hugging Face's Llama, and `--compare llama.cpp` that of llama.cpp, where
+they are installed. `--scale` measures one layer of SentenceKV instead, up to a million tokens: see
+benchmarks/scale.py.
 """
 
 import argparse
@@ -27,7 +27,6 @@ import random
 import sys
 import time
 from contextlib import contextmanager
-from copy import copy
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
@@ -39,22 +38,21 @@ from benchmarks import scale
 from benchmarks.llamacpp import BF16, FOUR_BITS, LlamaCpp
 from benchmarks.methods import SENTENCE_METHODS, settings_of
 from cache import SentenceKVCache
-from generate import GraphedDecode, make_cache, next_logits, prefill
+from generate import make_cache, next_logits, prefill
 from model import Llama
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
-from support.compiled import check_compiler, check_cuda_graph
+from support.compiled import GraphedDecode, check_compiler, check_cuda_graph, compiled
 from support.document import read_text
 from support.prompts import check_positions
-from support.timer import StageTimer
-from support.trace import Trace
+from support.timer import StageTimer, watch_stages
 from weights.checkpoint import load_model, parse_config, pick_device, pick_dtype
 from weights.download import download
 from weights.tokenizer import Tokenizer
 
 WARM_UP = 4  # tokens that are not timed
-GRAPHED, TRACED = "sentencekv, graph", "sentencekv, traced"
-COMPILED, BOTH = "sentencekv, compiled", "sentencekv, compiled, graph"
+GRAPHED, COMPILED = "sentencekv, graph", "sentencekv, compiled"
+BOTH = "sentencekv, compiled, graph"
 LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5,
            "max_position_embeddings": 131072, "rope_theta": 500000.0, "num_attention_heads": 32,
            "num_key_value_heads": 8}
@@ -145,8 +143,7 @@ class Ours:
         self.length, self.device = length, model.embed_tokens.weight.device
         settings = {"token_budget": args.token_budget, "keep_factor": args.keep_factor}
         if method in (COMPILED, BOTH):
-            self.model = copy(model)  # with the same weights
-            self.model.compile_step()
+            self.model = compiled(model)
         named = {} if method == "full" or "," in method else settings_of(method)
         self.settings = SentenceKVConfig(**settings | named)
         self.spans = token_spans(text.pieces[:length], self.settings.sentence_limit)
@@ -154,47 +151,41 @@ class Ours:
 
     def forget(self):
         """Let go of the cache."""
-        self.cache = self.decode = self.tokens = None
+        self.cache = self.decode = None
 
     def prefill(self):
         dtype = self.model.embed_tokens.weight.dtype
-        room = len(self.text.ids) - self.length
         self.cache = make_cache("full" if self.method == "full" else "sentencekv", self.settings,
-                                self.model.config, self.spans, room, self.device, dtype)
+                                self.model.config, len(self.text.ids), self.device, dtype)
+        self.cache.expect(self.spans)
         prefill(self.model, self.cache, self.text.ids[: self.length],
                 lambda logits: logits.argmax().item())
         self.at, self.sentences = self.length, SentenceStream(self.settings.sentence_limit)
         self.decode = self.model.decode
         if self.method in (GRAPHED, BOTH):
             self.decode = GraphedDecode(self.model)
-        self.tokens = self.read_on()
-        if self.method == TRACED:
-            self.tokens = Trace().watch(self.cache, self.tokens)
-
-    def read_on(self):
-        while True:
-            yield next_logits(self.model, self.cache, self.sentences, self.text.ids[self.at],
-                              self.text.pieces[self.at], self.decode).argmax().item()
-            self.at += 1
 
     def step(self):
-        next(self.tokens)
+        next_logits(self.model, self.cache, self.sentences, self.text.ids[self.at],
+                    self.text.pieces[self.at], self.decode).argmax().item()
+        self.at += 1
 
     def warm(self):
         """What came from the host is counted from here on."""
         if self.method != "full":
-            self.cache.total_selected.zero_()
-            self.cache.total_loaded.zero_()
+            self.cache.n_selected.zero_()
+            self.cache.plan.n_loaded.zero_()
 
     def stages(self, steps: int) -> dict:
         """Milliseconds a token, by stage. A graph and a compiled step have none."""
         if self.method in (GRAPHED, COMPILED, BOTH):
             return {}
         timer = StageTimer(self.device)
-        self.cache.stage = timer
+        watch_stages(timer, self.model, self.cache)
         for _ in range(steps):
             with timer("decode"):
                 self.step()
+        timer.unwatch()  # others measure the same model
         return {name: ms / steps for name, ms in timer.totals()["decode"].items()}
 
     def report(self) -> dict:
@@ -354,7 +345,6 @@ def parse(arguments):
     add, defaults = parser.add_argument, SentenceKVConfig()
     add("--model", type=Path, help="Llama folder (default: SmolLM2-135M-Instruct)")
     add("--config", choices=CONFIGS, help="a real shape with random weights instead")
-    add("--random-weights", action="store_true", help="says what --config implies")
     examples = sorted((Path(__file__).parent.parent / "examples").glob("*.txt"))
     add("--data", type=Path, nargs="+", default=examples, help="texts to read (default: examples/)")
     add("--lengths", type=lambda text: [int(part) for part in text.split(",")],
@@ -371,7 +361,6 @@ def parse(arguments):
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--cuda-graph", action="store_true", help=f"measure {GRAPHED!r} too")
     add("--compile", action="store_true", help=f"measure {COMPILED!r} too, and with a graph")
-    add("--trace", action="store_true", help=f"measure {TRACED!r} too")
     add("--scale", action="store_true", help="one layer, to a million tokens, instead")
     add("--out", type=Path, help="JSON lines; a table and a picture beside it")
     args = parser.parse_args(arguments)
@@ -380,8 +369,6 @@ def parse(arguments):
     for name, least in (("new_tokens", 2), ("repeats", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, at least {least}")
-    if args.random_weights and not args.config:
-        parser.error("--random-weights needs --config")
     names = {method.partition(":")[0] for method in args.methods}
     settings = [name for name, kind in SENTENCE_METHODS.items() if kind is SentenceKVCache]
     if unknown := names - {"full", *settings}:
@@ -417,8 +404,6 @@ def run(args) -> list[dict]:
     if args.compile:
         check_compiler(device)
         methods += [COMPILED] + [BOTH] * args.cuda_graph
-    if args.trace:
-        methods.append(TRACED)
     if "transformers" in args.compare:
         methods += ["transformers"] + ["transformers offloaded"] * (device.type == "cuda")
     if "llama.cpp" in args.compare:

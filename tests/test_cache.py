@@ -7,7 +7,6 @@ import sys
 import weakref
 from bisect import bisect_right
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest

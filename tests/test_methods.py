@@ -19,7 +19,7 @@ from benchmarks.methods import (
 )
 from benchmarks.methods.base import Evicting, Recording
 from benchmarks.methods.budgets import PyramidKV
-from cache import SentenceKVCache
+from cache import LayerCache
 from model import apply_rope, rope_table
 
 BUDGET, N_PROMPT, WINDOW = 72, 150, 32
@@ -71,7 +71,7 @@ def test_a_shared_prefill_answers_like_a_prefill_alone(model, recording, method)
 
 def attended(cache, layer, head, keys, q, k, v):
     """Positions that a head attends to when the next token is q, k, v, found by their keys."""
-    got, _, mask = cache.decode(cache.layers[layer], q, k, v)
+    got, _, mask = cache.layers[layer].decode(q, k, v)
     got = got[head] if mask is None else got[head][mask[head, 0]]
     everything = torch.cat((keys, k), dim=1)[head]
     return sorted((everything == row).all(-1).nonzero().item() for row in got)
@@ -152,8 +152,8 @@ def test_each_method_keeps_what_its_definition_says(recording, method):
         cache = recording.replay(new_cache(method))
         for layer in range(TINY.num_hidden_layers):
             token = random_token(layer)
-            got = attended(cache, layer, head, recording.layers[layer][1], *token)
-            kept = expected_positions(method, layer, recording.layers, head)
+            got = attended(cache, layer, head, recording.qkv[layer][1], *token)
+            kept = expected_positions(method, layer, recording.qkv, head)
             assert got == sorted({*kept, *range(N_PROMPT - WINDOW, N_PROMPT + 1)})
 
 
@@ -161,7 +161,7 @@ def test_quest_reads_the_pages_whose_bound_is_highest(recording):
     q, k, v = random_token(3)
     for head in range(TINY.num_key_value_heads):
         cache = recording.replay(new_cache("quest"))
-        keys = recording.layers[0][1]
+        keys = recording.qkv[0][1]
         group = q[3 * head : 3 * head + 3, 0]
         bounds = []
         for page in range(N_PROMPT // 16):
@@ -180,7 +180,7 @@ def test_shadowkv_reads_outliers_and_the_chunks_whose_landmarks_match(recording)
     q, k, v = random_token(3)
     for head in range(TINY.num_key_value_heads):
         cache = recording.replay(new_cache("shadowkv"))
-        keys = recording.layers[0][1]
+        keys = recording.qkv[0][1]
         n_chunks, last = N_PROMPT // 8, N_PROMPT // 8 * 8
         chunks = [keys[head, 8 * i : 8 * i + 8] for i in range(n_chunks)]
         landmarks = torch.stack([chunk.mean(0) for chunk in chunks])
@@ -202,7 +202,7 @@ def test_shadowkv_reads_outliers_and_the_chunks_whose_landmarks_match(recording)
 def test_the_best_tokens_are_those_attended_to_most(recording):
     q, k, v = random_token(3)
     for head in range(TINY.num_key_value_heads):
-        cache, keys = recording.replay(new_cache("best_tokens")), recording.layers[1][1]
+        cache, keys = recording.replay(new_cache("best_tokens")), recording.qkv[1][1]
         everything = torch.cat((keys, k), dim=1)
         logits = q[3 * head : 3 * head + 3, 0] @ everything[head].T / math.sqrt(keys.shape[-1])
         expected = best(logits.softmax(dim=-1).mean(dim=0).tolist(), BUDGET)
@@ -219,45 +219,64 @@ def test_quest_may_read_everything_in_its_first_two_layers(recording):
         assert ours.shape[1] == theirs.shape[1] + 1  # the token of the step before
 
 
+def secondary_sinks(cache, layer, head):
+    """Their keys: the first rows of place 0, before the first tokens."""
+    layer, n_sinks = cache.layers[layer], cache.plan.n_first_sinks
+    rows = layer.host.first[: layer.ends[head, 0] - n_sinks, head, 0]
+    return {tuple(row.tolist()) for row in rows}
+
+
 def test_the_second_vector_is_the_key_farthest_from_the_mean(recording):
     cache, spans = recording.replay(new_cache("two_vectors")), random_spans(N_PROMPT)
-    keys = recording.layers[1][1]
+    keys = recording.qkv[1][1]
     for head in range(TINY.num_key_value_heads):
-        secondary = {tuple(row.tolist()) for row in cache.host.first[
-            1, : cache.table.n_secondary[1, head], head, 0]}
+        secondary = secondary_sinks(cache, 1, head)
         sentences = [[key for key in keys[head, a:b] if tuple(key.tolist()) not in secondary]
                      for a, b in spans]
         for i, rows in enumerate(filter(None, sentences)):
             mean = torch.stack(rows).mean(dim=0)
             expected = max(rows, key=lambda key: (key - mean).norm().item())
-            assert torch.equal(cache.farthest[1][head, i], expected)
+            assert torch.equal(cache.layers[1].farthest[head, 1 + i], expected)
+
+
+def test_the_second_vectors_have_as_many_places_as_the_table(recording):
+    cache = recording.replay(new_cache("two_vectors"))
+    before, n_places = cache.layers[0].farthest.clone(), cache.plan.n_places
+    cache.make_room(before.shape[1] + 1)
+    layer = cache.layers[0]
+    assert layer.farthest.shape == layer.vectors.shape != before.shape
+    assert torch.equal(layer.farthest[:, :n_places], before[:, :n_places])
 
 
 def test_the_second_vector_counts_as_one_token(recording):
     cache, (q, _, _) = recording.replay(new_cache("two_vectors")), random_token(3)
-    table, scale = cache.table, TINY.head_dim**0.5
+    layer, scale = cache.layers[0], TINY.head_dim**0.5
     grouped = q.view(TINY.num_key_value_heads, 3, -1)
-    for head, score in enumerate(cache.score(cache.layers[0], grouped)):
-        lengths = table.lengths[0, head]
+    for head, score in enumerate(layer.score(grouped)):
+        lengths = layer.lengths[head, 1:]
         lengths = lengths[lengths > 0]  # empty sentences are last
         expected = torch.zeros(len(lengths))
         for one in q[3 * head : 3 * head + 3, 0] / scale:
             attention = []
-            for s, n in enumerate(lengths):
-                mean = one @ table.vectors[0, head, s] + one @ one * table.variances[0, head, s] / 2
-                attention.append((n - 1) * mean.exp() + (one @ cache.farthest[0][head, s]).exp())
+            for s, n in enumerate(lengths, start=1):
+                mean = one @ layer.vectors[head, s] + one @ one * layer.variances[head, s] / 2
+                attention.append((n - 1) * mean.exp() + (one @ layer.farthest[head, s]).exp())
             expected += torch.stack(attention) / sum(attention)
-        torch.testing.assert_close(score[: len(lengths)], expected / lengths)
+        assert score[0] == 0  # of all sinks
+        torch.testing.assert_close(score[1 : 1 + len(lengths)], expected / lengths)
 
 
 def test_two_levels_score_the_sentences_of_the_best_paragraphs(recording):
     cache, (q, _, _) = recording.replay(new_cache("two_level")), random_token(3)
-    cache.paragraph, cache.n_best = 3, 2
+    layer, n = cache.layers[1], cache.plan.n_places - 1
+    layer.paragraph, layer.n_best = 3, 2
     q = q.view(TINY.num_key_value_heads, 3, -1)
-    everywhere, table = SentenceKVCache.score(cache, cache.layers[1], q), cache.table
-    for head, score in enumerate(cache.score(cache.layers[1], q)):
-        bounds, n = table.bounds[1, head].tolist(), table.n_sentences
-        keys = cache.host.read(1, 0, table.n_rows)[head, :, 0]
+    everywhere = LayerCache.score(layer, q)
+    for head, score in enumerate(layer.score(q)):
+        n_secondary = layer.ends[head, 0].long() - cache.plan.n_first_sinks
+        lengths = layer.lengths[head, 1 : 1 + n].long()
+        bounds = [n_secondary, *(n_secondary + lengths.cumsum(0))]
+        keys = layer.host.read(0, cache.plan.open_row)[head, :, 0]
         parts = [keys[bounds[a] : bounds[min(a + 3, n)]] for a in range(0, n, 3)]
         shares = [0.0] * len(parts)
         for one in q[head]:
@@ -266,34 +285,34 @@ def test_two_levels_score_the_sentences_of_the_best_paragraphs(recording):
             total = sum(len(part) * x for part, x in zip(parts, each))
             shares = [share + x / total for share, x in zip(shares, each)]
         firsts = sorted(range(len(shares)), key=lambda i: -shares[i])[:2]
-        assert {i // 3 for i, x in enumerate(score[:n]) if x > 0} == set(firsts)
-        inside = [i for i in range(n) if i // 3 in firsts]
+        assert {i // 3 for i, x in enumerate(score[1 : 1 + n]) if x > 0} == set(firsts)
+        inside = [1 + i for i in range(n) if i // 3 in firsts]
         assert torch.equal(score[inside], everywhere[head, inside])
 
 
 @pytest.mark.parametrize("method", ["best_sentences", "two_bit_keys"])
 def test_a_row_of_a_sentence_counts_if_it_can_be_selected(recording, method):
     cache, (q, _, _) = recording.replay(new_cache(method)), random_token(3)
-    known = cache.known(0, recording.layers[0][1])
+    known = cache.layers[0].known(recording.qkv[0][1])
     grouped = q.view(TINY.num_key_value_heads, 3, -1)
-    for head, score in enumerate(cache.score(cache.layers[0], grouped)):
-        secondary = {tuple(row.tolist()) for row in cache.host.first[
-            0, : cache.table.n_secondary[0, head], head, 0]}
-        keys = recording.layers[0][1][head]
+    for head, score in enumerate(cache.layers[0].score(grouped)):
+        secondary = secondary_sinks(cache, 0, head)
+        keys = recording.qkv[0][1][head]
         sentences = [[i for i in range(a, b) if tuple(keys[i].tolist()) not in secondary]
                      for a, b in random_spans(N_PROMPT)]
         logits = q[3 * head : 3 * head + 3, 0] @ known[head].T / TINY.head_dim**0.5
         attention = logits.softmax(dim=-1).mean(dim=0)
-        for got, rows in zip(score.tolist(), filter(None, sentences)):
-            rows = [i for i in rows if cache.n_sinks <= i < cache.recent_start]
+        window = cache.plan.select_end + cache.plan.n_dropped
+        for got, rows in zip(score[1:].tolist(), filter(None, sentences)):
+            rows = [i for i in rows if cache.plan.n_first_sinks <= i < window]
             expected = attention[rows].sum().item() / max(len(rows), 1)
             assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
 def test_two_bits_a_channel_are_four_values(recording):
     cache = recording.replay(new_cache("two_bit_keys"))
-    keys = recording.layers[0][1]
-    known = cache.known(0, keys)
+    keys = recording.qkv[0][1]
+    known = cache.layers[0].known(keys)
     assert all(len(channel.unique()) <= 4 for head in known for channel in head.T)
     left = ((known - keys).square().mean() / keys.var(dim=1).mean()).item()
     assert 0.05 < left < 0.2  # 0.1175 for a Gaussian
@@ -309,7 +328,7 @@ def test_the_published_settings_are_the_paper_s():
 def recorded(config, n_tokens):
     recording, model = Recording(), random_llama(config=config)
     model.prefill(random_ids(n_tokens, "cpu"), recording)
-    recording.layers = [tuple(x.clone() for x in layer) for layer in recording.layers]
+    recording.qkv = [tuple(x.clone() for x in layer) for layer in recording.qkv]
     return model, recording
 
 
@@ -362,13 +381,13 @@ def test_nothing_of_a_forgotten_token_is_left(method):
     """What no head attends to after 60 tokens is in no tensor of a cache that forgets, and NaN in
     the prompt's tensors changes nothing any more."""
     _, recording = recorded(TINY, N_PROMPT)
-    prompt = [k.clone() for _, k, _ in recording.layers]
+    prompt = [k.clone() for _, k, _ in recording.qkv]
     cache = recording.replay(make_cache(method, TINY, BUDGET, random_spans(N_PROMPT), 60))
-    for layer in recording.layers:
+    for layer in recording.qkv:
         for x in layer:
             x.fill_(math.nan)
     for step in range(60):
-        seen = [cache.decode(layer, *random_token(step)) for layer in cache.layers]
+        seen = [layer.decode(*random_token(step)) for layer in cache.layers]
         for keys, values, mask in seen:
             assert keys.isfinite().all() and values.isfinite().all()
             assert mask is None or not mask.isnan().any()
@@ -398,9 +417,9 @@ def test_every_token_is_attended_to_where_it_was_read(method):
             cache.seal(10)
         written.append(random_token(step))
         for layer in range(TINY.num_hidden_layers):
-            seen = cache.decode(cache.layers[layer], *written[-1])
+            seen = cache.layers[layer].decode(*written[-1])
     for head in range(TINY.num_key_value_heads):
-        prompt = recording.layers[layer][1][head]
+        prompt = recording.qkv[layer][1][head]
         everything = torch.cat([prompt, *(k[head] for _, k, _ in written)])
         keys = masked_keys(seen, head)
         own = keys[is_in(keys, everything)]
@@ -416,19 +435,19 @@ def test_the_first_tokens_stay(recording, method):
     cache = recording.replay(new_cache(method))
     for step in range(10):
         for layer in range(TINY.num_hidden_layers):
-            seen = cache.decode(cache.layers[layer], *random_token(step))
+            seen = cache.layers[layer].decode(*random_token(step))
         cache.advance(1)
     for head in range(TINY.num_key_value_heads):
-        assert is_in(recording.layers[-1][1][head, :4], masked_keys(seen, head)).all()
+        assert is_in(recording.qkv[-1][1][head, :4], masked_keys(seen, head)).all()
 
 
 @pytest.mark.parametrize("method, least", [("streamingllm", 4), ("snapkv", BUDGET // 2)])
 def test_the_prompt_s_best_tokens_outlast_a_long_text(recording, method, least):
     cache = recording.replay(new_cache(method))
     for step in range(100):
-        keys = cache.decode(cache.layers[0], *random_token(step))[0]
+        keys = cache.layers[0].decode(*random_token(step))[0]
         cache.advance(1)
-    prompt = recording.layers[0][1][0]
+    prompt = recording.qkv[0][1][0]
     left = sum((prompt == key).all(-1).any().item() for key in keys[0])
     assert left == least and keys.shape[1] == BUDGET
 
@@ -472,7 +491,7 @@ def test_rope_scaling_does_not_stand_in_the_way(recording):
                "original_max_position_embeddings": 100}
     config = replace(TINY, rope_scaling=scaling)
     cache = recording.replay(make_cache("expected_attention", config, BUDGET, [], 5))
-    assert cache.decode(cache.layers[0], *random_token(1))[0].shape[1] == BUDGET
+    assert cache.layers[0].decode(*random_token(1))[0].shape[1] == BUDGET
 
 
 def test_an_unknown_method_is_refused():

@@ -79,7 +79,7 @@ def filled(spec, config, recording, budget=BUDGET):
 def writing(cache, recording, config=TINY, found_by=1):
     """After each new token, the positions that every head of every layer attends to, found by their
     keys, or by their values (2)."""
-    layers = recording.layers
+    layers = recording.qkv
     known = [[{tuple(row): i for i, row in enumerate(layer[found_by][head].tolist())}
               for head in HEADS] for layer in layers]
     for step in range(N_NEW):
@@ -155,7 +155,7 @@ def best(scores):
 def test_adakv_gives_a_head_its_places_among_the_best_of_the_layer(prompt):
     config, recording = prompt
     kept = []
-    for q, k, _ in recording.layers:
+    for q, k, _ in recording.qkv:
         scores = window_scores(q, k)
         ranking = sorted([(-score, head) for head in HEADS for score in scores[head]])
         places = [head for _, head in ranking[: len(HEADS) * ROOM]]
@@ -187,7 +187,7 @@ def prefix_order(q, k):
 @pytest.mark.parametrize("budget", [44, BUDGET, 101])
 def test_prefixkv_keeps_the_same_share_of_every_layer_s_attention(prompt, budget):
     config, recording = prompt
-    orders, shares = zip(*[prefix_order(q, k) for q, k, _ in recording.layers])
+    orders, shares = zip(*[prefix_order(q, k) for q, k, _ in recording.qkv])
     seen = next(writing(filled("prefixkv", config, recording, budget), recording))
     counts = [len(layer[0]) - WINDOW for layer in seen]
     assert sum(counts) == (budget - WINDOW) * config.num_hidden_layers
@@ -226,7 +226,7 @@ def fewest(q, k, orders):
 def test_dbudgetkv_keeps_the_fewest_tokens_that_the_last_query_does_not_miss(prompt):
     config, recording = prompt
     kept, totals = [], []
-    for layer, (q, k, _) in enumerate(recording.layers):
+    for layer, (q, k, _) in enumerate(recording.qkv):
         orders = [best(scores) for scores in window_scores(q, k, pool=1)]
         n = fewest(q, k, orders)
         assert 0 < n < k.shape[1] - WINDOW
@@ -247,7 +247,7 @@ def test_dbudgetkv_never_drops_a_token_of_its_first_two_layers(prompt):
 def test_kvcompress_keeps_the_dearest_blocks_of_all_layers_and_heads(prompt, budget):
     config, recording = prompt
     blocks, n_layers = [], config.num_hidden_layers
-    for layer, (q, k, _) in enumerate(recording.layers):
+    for layer, (q, k, _) in enumerate(recording.qkv):
         for head, scores in enumerate(window_scores(q, k, power=2)):
             ranked = best(scores)
             for start in range(0, len(ranked), 16):
@@ -339,7 +339,7 @@ def test_duo_heads_are_as_many_whole_heads_as_fit(prompt, budget):
     """4 sinks and the latest tokens in the others. What is left over goes to all alike."""
     config, recording = prompt
     n_prompt, heads = recording.num_tokens, config.num_hidden_layers * len(HEADS)
-    looks = [looks_back(q, k, head) for q, k, _ in recording.layers for head in HEADS]
+    looks = [looks_back(q, k, head) for q, k, _ in recording.qkv for head in HEADS]
     totals = [36] * heads
     for i in best(looks):
         if sum(totals) - 36 + n_prompt > budget * heads:
@@ -391,7 +391,7 @@ def kept_channels(q, k):
 def test_think_multiplies_the_kept_channels_of_all_but_the_latest(config):
     recording = random_prompt(config, N_PROMPT)
     cache = filled("think", config, recording)
-    for layer, (old_q, old_k, old_v) in enumerate(recording.layers):
+    for layer, (old_q, old_k, old_v) in enumerate(recording.qkv):
         channels, (q, k, v) = kept_channels(old_q, old_k), random_qkv(config, 1, layer)
         keys, values, _ = cache.decode(layer, q, k, v)  # all heads hold as many: there is no mask
         for head in HEADS:
@@ -409,7 +409,7 @@ def test_think_keeps_as_many_tokens_as_fit_in_fewer_bytes():
     cache = filled("think", TEN_CHANNELS, recording)
     size = Fraction(4, 5)  # all channels of the value, and 60 % of the key's
     kept = [[best(scores)[: math.floor(ROOM / size)] for scores in window_scores(q, k)]
-            for q, k, _ in recording.layers]
+            for q, k, _ in recording.qkv]
     expected = [[expected_writing(head, BUDGET, N_PROMPT, size=size) for head in layer]
                 for layer in kept]
     for seen in writing(cache, recording, TEN_CHANNELS, found_by=2):

@@ -78,7 +78,7 @@ def attended(cache, layer, k, v, token):
 def write(cache, recording, n_new=N_NEW, query_size=1):
     """Write tokens one by one. Yields for each, in every layer: its position, the layer, all q and
     k so far, and the positions that each head attends to."""
-    layers = list(recording.layers)
+    layers = list(recording.qkv)
     for t in range(recording.num_tokens, recording.num_tokens + n_new):
         for layer in range(len(layers)):
             q, k, v = random_tokens(1, 100 * t + layer)
@@ -158,7 +158,7 @@ def windowkv_budget(layer, n_layers, budget=BUDGET):
 
 def test_windowkv_keeps_the_windows_whose_best_tokens_are_attended_to_most(deep_recording):
     n_layers = DEEP.num_hidden_layers
-    choices = [PromptChoice(windowkv_order(deep_recording.layers, layer),
+    choices = [PromptChoice(windowkv_order(deep_recording.qkv, layer),
                             windowkv_budget(layer, n_layers)) for layer in range(n_layers)]
     assert {choice.budget for choice in choices} == {32 + 57, 32 + 40, 32 + 22}
     for t, layer, _, _, got in write(filled(deep_recording, "windowkv", config=DEEP),
@@ -189,7 +189,7 @@ def test_windowkv_judges_a_short_last_window_by_the_tokens_it_has():
     q, k = direction.expand_as(q), 0.01 * k
     k[:, 80:82] += direction  # so they are attended to more than all others
     recording = recording_of([(q, k, v)] * LAYERS)
-    choice = PromptChoice(windowkv_order(recording.layers, 0), WINDOW + 10, n_prompt)
+    choice = PromptChoice(windowkv_order(recording.qkv, 0), WINDOW + 10, n_prompt)
     assert choice.kept[:2] == [80, 81]
     cache = filled(recording, "windowkv", budget=WINDOW + 10)
     for t, _, _, _, got in write(cache, recording, n_new=1):
@@ -206,7 +206,7 @@ def shots_before_window():
 
 
 def test_shotkv_keeps_the_sentences_that_all_heads_and_layers_attend_to_most(recording):
-    scores = [from_window(recording.layers, layer, head)
+    scores = [from_window(recording.qkv, layer, head)
               for layer in range(LAYERS) for head in range(HEADS)]
     ranked = sorted(shots_before_window(), reverse=True,
                     key=lambda shot: fmean(row[i] for row in scores for i in shot))
@@ -314,7 +314,7 @@ class Needed:
 
 
 def test_corm_holds_what_one_of_the_last_queries_found_important(recording):
-    heads = [[Needed(q, k, head) for head in range(HEADS)] for q, k, _ in recording.layers]
+    heads = [[Needed(q, k, head) for head in range(HEADS)] for q, k, _ in recording.qkv]
     sizes = []  # of all heads, one step after the other
     for t, layer, q, k, got in write(filled(recording, "corm", latest=LATEST), recording):
         assert got == [needed.write(q, k, t) for needed in heads[layer]]
@@ -326,7 +326,7 @@ def test_corm_holds_what_one_of_the_last_queries_found_important(recording):
 
 
 def test_corm_drops_nothing_if_all_tokens_are_attended_to_alike(recording):
-    silent = recording_of((0 * q, k, v) for q, k, v in recording.layers)
+    silent = recording_of((0 * q, k, v) for q, k, v in recording.qkv)
     cache = filled(silent, "corm", latest=LATEST)
     for t, *_, got in write(cache, silent, query_size=0):
         assert got == [list(range(t + 1))] * HEADS
@@ -334,7 +334,7 @@ def test_corm_drops_nothing_if_all_tokens_are_attended_to_alike(recording):
 
 def test_corm_holds_the_latest_and_the_one_token_that_all_attend_to(recording):
     loud = []
-    for q, k, v in recording.layers:
+    for q, k, v in recording.qkv:
         q, k = torch.eye(DIM)[0].expand_as(q) * 100, k.clone()
         k[:, 7] = torch.eye(DIM)[0] * 100
         loud.append((q, k, v))
@@ -390,7 +390,7 @@ class Cascade:
 @pytest.mark.parametrize("buffers", [2, 4])
 def test_cascading_buffers_take_what_falls_out_of_the_one_before(recording, buffers):
     heads = [[Cascade(q, k, head, buffers=buffers) for head in range(HEADS)]
-             for q, k, _ in recording.layers]
+             for q, k, _ in recording.qkv]
     cache = filled(recording, "cascading", buffers=buffers)
     for t, layer, q, k, got in write(cache, recording):
         assert got == [cascade.write(q, k, t) for cascade in heads[layer]]

@@ -91,7 +91,7 @@ def attention_from(queries, q, k, head):
 
 def window_scores(recording, layer, head):
     """From the last 32 queries to the tokens before them."""
-    (q, k, _), n_tokens = recording.layers[layer], recording.num_tokens
+    (q, k, _), n_tokens = recording.qkv[layer], recording.num_tokens
     queries = range(n_tokens - WINDOW, n_tokens)
     return attention_from(queries, q, k, head)[: n_tokens - WINDOW]
 
@@ -111,7 +111,7 @@ def answer(q, keys, values, mask=None):
 
 def everything(recording, layer, k, v):
     """Keys and values of the prompt and of one token after it."""
-    _, keys, values = recording.layers[layer]
+    _, keys, values = recording.qkv[layer]
     return torch.cat((keys, k), dim=1), torch.cat((values, v), dim=1)
 
 
@@ -125,7 +125,7 @@ def test_what_is_held_stays_within_the_budget_of_sixty_written_tokens(recording,
     cache = filled(recording, method)
     for step in range(60):
         for layer in range(LAYERS):
-            cache.decode(cache.layers[layer], *random_token(2 * step + layer))
+            cache.layers[layer].decode(*random_token(2 * step + layer))
         cache.advance(1)
         assert BUDGET - 1 < cost(cache).held <= BUDGET
         if step % 10 == 9:
@@ -182,7 +182,7 @@ def test_snapkv_keeps_twice_as_many_tokens_of_eight_bits_a_channel(recording):
         q, k, v = random_token(layer)
         keys, values = everything(recording, layer, k, v)
         if head == 0:
-            decoded = cache.decode(cache.layers[layer], q, k, v)
+            decoded = cache.layers[layer].decode(q, k, v)
             assert decoded[2] is None
         # One of 16 bits is taken by the new token, so two of 8 bits have gone.
         order = best(pooled_scores(recording, layer, head), 2 * (BUDGET - WINDOW - 1))
@@ -199,7 +199,7 @@ def test_tokens_of_fewer_bits_fill_the_same_bytes(dim, bits):
     cache = filled(recording, "snapkv_4bit", config=config)
     for step in range(1, 61):
         for layer in range(LAYERS):
-            keys, _, mask = cache.decode(cache.layers[layer], *random_token(2 * step + layer, dim))
+            keys, _, mask = cache.layers[layer].decode(*random_token(2 * step + layer, dim))
             latest = min(WINDOW + step, BUDGET // 2)  # the prompt keeps half of the bytes
             kept = int((BUDGET - latest) * 16 // bits)
             assert mask is None and keys.shape[1] == kept + latest
@@ -214,7 +214,7 @@ def test_the_written_tokens_of_snapkv_are_exact(recording):
     for step in range(10):
         token = random_token(step)
         written.append(token[1:])
-        keys, values, _ = cache.decode(cache.layers[0], *token)
+        keys, values, _ = cache.layers[0].decode(*token)
     for i, (k, v) in enumerate(written):
         assert torch.equal(keys[:, i - 10], k[:, 0]) and torch.equal(values[:, i - 10], v[:, 0])
 
@@ -230,12 +230,13 @@ def order_of_rows(keys):
 
 def test_all_rows_of_the_prompt_have_four_bits_on_the_host(recording):
     cache = filled(recording, "sentencekv_4bit")
-    assert cache.host.first.shape[1] == N_PROMPT
+    assert all(len(layer.host.first) == N_PROMPT for layer in cache.layers)
     for layer, head in EACH_HEAD:
-        kv = [x[head] for x in recording.layers[layer][1:]]
+        kv = [x[head] for x in recording.qkv[layer][1:]]
         secondary, others = order_of_rows(kv[0])
         for row, position in enumerate([*secondary, *others]):
-            for got, exact in zip(cache.host.first[layer, row, head], (x[position] for x in kv)):
+            host_row = cache.layers[layer].host.first[row, head]
+            for got, exact in zip(host_row, (x[position] for x in kv)):
                 step = (exact.max() - exact.min()).item() / 15
                 assert (got - exact).abs().max().item() <= step / 2 + 1e-6
                 torch.testing.assert_close(got, rounded(exact), rtol=0, atol=1e-5)
@@ -244,13 +245,13 @@ def test_all_rows_of_the_prompt_have_four_bits_on_the_host(recording):
 def test_the_vectors_of_sentences_are_means_of_exact_keys(recording):
     cache = filled(recording, "sentencekv_4bit")
     for layer, head in EACH_HEAD:
-        keys = recording.layers[layer][1][head]
+        keys = recording.qkv[layer][1][head]
         others = order_of_rows(keys)[1]
         sentences = [[keys[i] for i in range(a, b) if i in others]
                      for a, b in random_spans(N_PROMPT)]
-        for i, rows in enumerate(filter(None, sentences)):
+        for place, rows in enumerate(filter(None, sentences), start=1):
             mean = sum(rows) / len(rows)
-            got = cache.table.vectors[layer, head, i]
+            got = cache.layers[layer].vectors[head, place]
             torch.testing.assert_close(got, mean, rtol=0, atol=1e-5)
 
 
@@ -258,9 +259,9 @@ def test_what_is_read_of_the_prompt_has_the_precision_of_the_host(recording):
     cache = filled(recording, "sentencekv_4bit")
     for layer in range(LAYERS):
         q, k, v = random_token(layer)
-        keys, values, mask = cache.decode(cache.layers[layer], q, k, v)
+        keys, values, mask = cache.layers[layer].decode(q, k, v)
         for head in range(HEADS):
-            exact = torch.cat(recording.layers[layer][1:], dim=-1)[head]
+            exact = torch.cat(recording.qkv[layer][1:], dim=-1)[head]
             prompt = [torch.cat((rounded(row[:DIM]), rounded(row[DIM:]))) for row in exact]
             known = torch.stack([*prompt, torch.cat((k, v), dim=-1)[head, 0]])
             seen = torch.cat((keys, values), dim=-1)[head][mask[head, 0]]
@@ -274,9 +275,10 @@ def test_the_bits_do_not_change_what_sentencekv_selects(recording):
     for step in range(20):
         for layer in range(LAYERS):
             token = random_token(2 * step + layer)
-            masks = [cache.decode(cache.layers[layer], *token)[2] for cache in (ours, exact)]
+            masks = [cache.layers[layer].decode(*token)[2] for cache in (ours, exact)]
             assert torch.equal(*masks)
-        assert torch.equal(ours.slot_row, exact.slot_row)
+        for our_layer, exact_layer in zip(ours.layers, exact.layers):
+            assert torch.equal(our_layer.slot_row, exact_layer.slot_row)
         for cache in (ours, exact):
             cache.advance(1)
             if step % 10 == 9:
@@ -290,7 +292,7 @@ def write_sentences(cache, n_sentences):
         for layer in range(LAYERS):
             token = random_token(2 * step + layer)
             written[layer].append(torch.stack(token[1:], dim=2)[:, 0])  # (H_kv, 2, D)
-            cache.decode(cache.layers[layer], *token)
+            cache.layers[layer].decode(*token)
         cache.advance(1)
         if step % 10 == 9:
             cache.seal(10)
@@ -299,14 +301,15 @@ def write_sentences(cache, n_sentences):
 
 def test_written_rows_are_exact_on_the_host_and_in_the_recent_window(recording):
     cache = filled(recording, "sentencekv_4bit")
-    n_sentences = cache.table.n_sentences
-    for layer, tokens in enumerate(write_sentences(cache, 2)):
+    n_places = cache.plan.n_places
+    for layer, tokens in zip(cache.layers, write_sentences(cache, 2)):
+        slots = cache.plan.slots_of(N_PROMPT, N_PROMPT + len(tokens))  # nothing was dropped
         for i, kv in enumerate(tokens):
-            assert torch.equal(cache.host.later[layer, i], kv)
-            assert torch.equal(cache.slots[layer, :, cache.slot_of(N_PROMPT + i)], kv)
+            assert torch.equal(layer.host.later[i], kv)
+            assert torch.equal(layer.slots[:, slots[i]], kv)
         for sentence in range(2):
             mean = sum(kv[:, 0] for kv in tokens[10 * sentence : 10 * sentence + 10]) / 10
-            got = cache.table.vectors[layer, :, n_sentences + sentence]
+            got = layer.vectors[:, n_places + sentence]
             torch.testing.assert_close(got, mean, rtol=0, atol=1e-5)
 
 
@@ -356,7 +359,7 @@ def whole_and_runs(recording, layer, head):
     scores = window_scores(recording, layer, head)
     whole = best(scores, N_WHOLE)
     others = [i for i in range(len(scores)) if i not in whole]
-    runs = runs_of(recording.layers[layer][1][head], others, N_RUNS)
+    runs = runs_of(recording.qkv[layer][1][head], others, N_RUNS)
     assert len(runs) == N_RUNS
     return whole, sorted(runs, key=lambda run: -sum(scores[i] for i in run)), scores
 
@@ -364,7 +367,7 @@ def whole_and_runs(recording, layer, head):
 def test_kvmerger_keeps_a_quarter_whole_and_merges_runs_of_the_rest(recording):
     cache = filled(recording, "kvmerger")
     for layer, head in EACH_HEAD:
-        keys, values = (x[head] for x in recording.layers[layer][1:])
+        keys, values = (x[head] for x in recording.qkv[layer][1:])
         whole, runs, scores = whole_and_runs(recording, layer, head)
         expected = [[keys[i], values[i]] for i in whole]
         expected += [merged(run, scores, keys, values) for run in runs]
@@ -386,7 +389,7 @@ def test_each_token_of_a_head_is_counted_once(recording):
 def test_a_written_token_takes_the_place_of_the_worst_run(recording):
     cache = filled(recording, "kvmerger")
     for step in range(1, 61):
-        keys, _, mask = cache.decode(cache.layers[0], *random_token(step))
+        keys, _, mask = cache.layers[0].decode(*random_token(step))
         latest = min(WINDOW + step, BUDGET // 2)
         n_left = BUDGET - latest - N_WHOLE
         assert keys.shape[1] == BUDGET and mask.shape == (HEADS, 1, BUDGET)
@@ -401,7 +404,7 @@ def repeated_recording(n_stretches, n_equal):
     recording, plain = Recording(), random_recording(TINY, n_stretches + WINDOW)
     places = [i for i in range(n_stretches) for _ in range(n_equal)]
     places += range(n_stretches, n_stretches + WINDOW)
-    recording.layers = [tuple(x[:, places] for x in layer) for layer in plain.layers]
+    recording.qkv = [tuple(x[:, places] for x in layer) for layer in plain.qkv]
     recording.num_tokens = len(places)
     return recording
 
@@ -419,7 +422,7 @@ def test_equal_neighbours_merge_without_loss():
             _, runs, _ = whole_and_runs(recording, layer, head)
             assert all(len(run) == 5 for run in runs)
             left[head, 0, runs[-1]] = False
-        got = answer(q, *cache.decode(cache.layers[layer], q, k, v))
+        got = answer(q, *cache.layers[layer].decode(q, k, v))
         torch.testing.assert_close(got, answer(q, keys, values, left), rtol=0, atol=1e-5)
 
 
@@ -431,7 +434,7 @@ N_HEAVY = BUDGET - FEATURES - N_LATEST
 
 def heavy_and_dropped(recording, layer, head):
     """By H2O's score: attention from all queries."""
-    q, k, _ = recording.layers[layer]
+    q, k, _ = recording.qkv[layer]
     received = attention_from(range(N_PROMPT), q, k, head)[: N_PROMPT - N_LATEST]
     heavy = best(received, N_HEAVY)
     return heavy, [i for i in range(len(received)) if i not in heavy]
@@ -458,12 +461,12 @@ def test_the_slots_of_less_hold_its_state(recording):
     cache = filled(recording, "less")
     for layer in range(LAYERS):
         q, k, v = random_token(layer)
-        keys, values, mask = cache.decode(cache.layers[layer], q, k, v)
+        keys, values, mask = cache.layers[layer].decode(q, k, v)
         assert keys.shape[1] == BUDGET and mask.shape == (HEADS, GROUP, BUDGET)
         assert not keys[:, -FEATURES:].any() and not mask[..., :-FEATURES].any()
         for head in range(HEADS):
             dropped = heavy_and_dropped(recording, layer, head)[1]
-            z, h = state_of(cache, *(x[head] for x in recording.layers[layer][1:]), dropped)
+            z, h = state_of(cache, *(x[head] for x in recording.qkv[layer][1:]), dropped)
             for r, w in enumerate(cache.random):
                 got = values[head, r - FEATURES].double()
                 torch.testing.assert_close(got, h[r] / z[r], rtol=1e-4, atol=1e-5)
@@ -477,7 +480,7 @@ def test_less_answers_by_the_formula_of_its_state(recording):
     for layer in range(LAYERS):
         q, k, v = random_token(10 + layer)
         keys, values = everything(recording, layer, k, v)
-        got = answer(q, *cache.decode(cache.layers[layer], q, k, v))
+        got = answer(q, *cache.layers[layer].decode(q, k, v))
         for query_head in range(GROUP * HEADS):
             head, one = query_head // GROUP, q[query_head, 0]
             heavy, dropped = heavy_and_dropped(recording, layer, head)
@@ -504,7 +507,7 @@ def test_many_features_are_right_in_the_mean(recording, n_features=200_000):
 def test_where_nothing_is_dropped_less_attends_without_its_state(recording, budget):
     cache = filled(recording, "less", budget)
     q, k, v = random_token(1)
-    keys, values, mask = cache.decode(cache.layers[0], q, k, v)
+    keys, values, mask = cache.layers[0].decode(q, k, v)
     assert (mask[..., -FEATURES:] == -math.inf).all() and values.isfinite().all()
     got, expected = answer(q, keys, values, mask), answer(q, *everything(recording, 0, k, v))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
@@ -521,7 +524,7 @@ def mean_of(x):
 
 def sources(recording, n_shared):
     """The layer that each layer reads, of all pairs the most distant first."""
-    means = [mean_of(k) + mean_of(v) for _, k, v in recording.layers]
+    means = [mean_of(k) + mean_of(v) for _, k, v in recording.qkv]
     n_layers = len(means)
     pairs = sorted(((math.dist(means[a], means[b]), a, b)
                     for b in range(n_layers) for a in range(b)), reverse=True)
@@ -562,8 +565,8 @@ def test_a_shared_layer_reads_the_earlier_one_s_tokens_and_the_new_one(deep_reco
         tokens = [random_token(8 * step + layer) for layer in range(8)]
         written.append(tokens)
         for layer, source in enumerate(cache.source):
-            keys, values, mask = cache.decode(cache.layers[layer], *tokens[layer])
-            prompt = deep_recording.layers[source]
+            keys, values, mask = cache.layers[layer].decode(*tokens[layer])
+            prompt = deep_recording.qkv[source]
             for i, got in ((1, keys), (2, values)):
                 expected = torch.cat((prompt[i], *(past[source][i] for past in written)), dim=1)
                 assert torch.equal(got, expected)

@@ -60,7 +60,7 @@ def with_token(layers, step):
 
 def writing(cache, recording, n_new=N_NEW):
     """After each new token, of each layer: all queries and keys, and what is attended to."""
-    layers = recording.layers
+    layers = recording.qkv
     for step in range(n_new):
         tokens, layers = with_token(layers, step)
         seen = [cache.decode(layer, *token) for layer, token in enumerate(tokens)]
@@ -263,14 +263,14 @@ def test_actqkv_s_layers_share_blocks_by_their_entropy(recording):
 def recording_asking(recording, queries):
     """The same keys and values with other queries."""
     return recording_of([(queries.expand(GROUP * len(HEADS), -1, -1), k, v)
-                         for _, k, v in recording.layers])
+                         for _, k, v in recording.qkv])
 
 
 def first_token(cache, recording, query):
     """Of each layer, as `writing`."""
     tokens = [(query.expand(GROUP * len(HEADS), 1, -1), *random_qkv(1, layer)[1:])
               for layer in range(LAYERS)]
-    for layer, (token, earlier) in enumerate(zip(tokens, recording.layers)):
+    for layer, (token, earlier) in enumerate(zip(tokens, recording.qkv)):
         q, k, _ = [torch.cat(pair, dim=1) for pair in zip(earlier, token)]
         yield q, k, cache.decode(layer, *token)
 
@@ -316,7 +316,7 @@ def slow_k_means(keys, n_clusters, steps, centred):
 @pytest.mark.parametrize("n_clusters, steps", [(4, 20), (17, 10), (60, 1), (60, 10)])
 def test_k_means_assigns_each_key_to_the_centroid_of_highest_cosine(
         recording, n_clusters, steps, centred):
-    k = recording.layers[1][1]
+    k = recording.qkv[1][1]
     got = k_means(k, 4, 270, n_clusters, steps, centred)
     for head in HEADS:
         expected = slow_k_means(k[head, 4:270].tolist(), n_clusters, steps, centred)
@@ -334,7 +334,7 @@ def clusters_of(recording, per_cluster, steps, local, centred):
     last = N_PROMPT - local
     n_clusters = math.ceil((last - 4) / per_cluster)
     clusters = {}
-    for layer, (_, k, _) in enumerate(recording.layers):
+    for layer, (_, k, _) in enumerate(recording.qkv):
         for head in HEADS:
             found = slow_k_means(k[head, 4:last].tolist(), n_clusters, steps, centred)
             clusters[layer, head] = [[i + 4 for i, c in enumerate(found) if c == cluster]
@@ -427,7 +427,7 @@ def kv_of(layers, layer, head):
 def test_retroinfer_reads_the_best_clusters_and_estimates_the_next(recording, budget):
     """With 72, and 68 that are always attended to, half of the room is for estimates."""
     clusters = clusters_of(recording, per_cluster=16, steps=10, local=32, centred=True)
-    cache, layers, counts = filled("retroinfer", recording, budget), recording.layers, set()
+    cache, layers, counts = filled("retroinfer", recording, budget), recording.qkv, set()
     for step in range(N_NEW):
         tokens, layers = with_token(layers, step)
         for layer, token in enumerate(tokens):
@@ -454,7 +454,7 @@ def weighted_mean(q, rows):
 @pytest.mark.parametrize("n_earlier", [0, 70])
 def test_retroinfer_s_answer_counts_an_estimate_as_so_many_tokens(model, recording, n_earlier):
     clusters = clusters_of(recording, per_cluster=16, steps=10, local=32, centred=True)
-    cache, layers = filled("retroinfer", recording, 100), recording.layers
+    cache, layers = filled("retroinfer", recording, 100), recording.qkv
     for step in range(n_earlier):
         tokens, layers = with_token(layers, step)
         for layer, token in enumerate(tokens):
@@ -462,7 +462,9 @@ def test_retroinfer_s_answer_counts_an_estimate_as_so_many_tokens(model, recordi
         cache.advance(1)
     tokens, layers = with_token(layers, n_earlier)
     for layer, token in enumerate(tokens):
-        answer = model.layers[layer].self_attn.attend(*token, cache, layer).view(len(HEADS), GROUP, DIM)
+        attended = cache.decode(layer, *token)
+        answer = model.layers[layer].self_attn.attend(token[0], *attended)
+        answer = answer.view(len(HEADS), GROUP, DIM)
         for head in HEADS:
             q, kv = layers[layer][0], kv_of(layers, layer, head)
             rows, _ = retroinfer(q, kv, head, clusters[layer, head], 100)
@@ -484,7 +486,9 @@ def test_retroinfer_is_exact_if_the_keys_of_a_cluster_are_alike(model, values_al
                    estimated=1.0)
     tokens, layers = with_token(layers, 0)
     for layer, token in enumerate(tokens):
-        answer = model.layers[layer].self_attn.attend(*token, cache, layer).view(len(HEADS), GROUP, DIM)
+        attended = cache.decode(layer, *token)
+        answer = model.layers[layer].self_attn.attend(token[0], *attended)
+        answer = answer.view(len(HEADS), GROUP, DIM)
         for head in HEADS:
             rows = [[*row, 0.0] for row in kv_of(layers, layer, head)]
             expected = [weighted_mean(one, rows) for one in queries_of(layers[layer][0], head)]

@@ -6,6 +6,7 @@ import torch
 from conftest import TINY
 
 from benchmarks import compare, leaderboard, quality, tasks
+from benchmarks import rows as result_rows
 from generate import generate, prefill
 
 BOOK = "\n\n".join(f"Paragraph {i} of a short book. It says little! Does it?" for i in range(40))
@@ -156,8 +157,8 @@ def test_methods_together_write_what_each_writes_alone(tiny_folder, book):
     for writer in bench.answers(ids, 30, methods):
         cache = writer.method.new_cache(bench.model, bench.tokenizer.pieces(ids), 30)
         first = prefill(bench.model, cache, ids, greedy)
-        alone = generate(bench.model, cache, first, bench.tokenizer.detokenizer(), greedy, bench.stop,
-                         30, writer.method.sentence_limit)
+        alone = generate(bench.model, cache, first, bench.tokenizer.detokenizer(), greedy,
+                         bench.stop, 30, writer.method.sentence_limit)
         assert list(alone) == list(zip(writer.tokens, writer.pieces))
 
 
@@ -190,11 +191,11 @@ def test_differences_are_those_of_the_same_prompt_and_budget():
 
     rows = [row("full", 0, 9, 1.0), row("full", 1, 9, 0.5), row("a", 0, 5, 0.25),
             row("a", 1, 5, 0.5), row("a", 0, 9, 1.0), row("b", 0, 5, 0.5)]
-    rows = quality.at_every_budget(rows)
-    assert [(r["method"], r["budget"], r["score"]) for r in quality.differences(rows, "a")] == [
+    rows = result_rows.at_every_budget(rows)
+    assert [(r["method"], r["budget"], r["score"]) for r in result_rows.differences(rows, "a")] == [
         ("full", 5, 0.75), ("full", 9, 0.0), ("full", 5, 0.0), ("a", 5, 0), ("a", 5, 0),
         ("a", 9, 0), ("b", 5, 0.25)]
-    assert quality.table(quality.differences(rows, "a"), percent=True).splitlines()[2] == (
+    assert result_rows.table(result_rows.differences(rows, "a"), percent=True).splitlines()[2] == (
         "| full | 38 ± 37 | 0 |")
 
 
@@ -277,7 +278,8 @@ def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
     assert run("ruler", "--data", data, "--model", tiny_folder, "--methods", "full",
                "--out", out) == 0
     assert len(results(out)) == 1
-    assert "long, row 1: 3000 prompt tokens + 64 new ones = 3064, and the model has 2048 positions" in capsys.readouterr().err
+    assert ("long, row 1: 3000 prompt tokens + 64 new ones = 3064, and the model has 2048"
+            " positions") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [

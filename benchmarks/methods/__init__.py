@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 
 import benchmarks.scores  # noqa: F401  registers the scores that a method can name
-import generate
 from benchmarks.methods import (
     budgets,
     channels,
@@ -38,7 +37,7 @@ from benchmarks.methods import (
     sentences,
 )
 from benchmarks.methods.base import Cost, Recording
-from cache import SentenceKVCache
+from cache import NO_ROW, SentenceKVCache
 from model import FullCache, LlamaConfig
 from sentencekv import SentenceKVConfig
 
@@ -129,7 +128,7 @@ def settings_of(spec: str) -> dict:
 
 def make_cache(method: str, model_config, budget: int, spans: list, max_new_tokens: int,
                dtype=torch.float32, **settings):
-    """An empty cache for a prompt of these sentences, on the CPU.
+    """An empty cache on the CPU that expects a prompt of these sentences.
 
     `settings` go to `SentenceKVConfig`, or replace attributes of the class. ValueError for an
     unknown method, or one without settings.
@@ -139,8 +138,7 @@ def make_cache(method: str, model_config, budget: int, spans: list, max_new_toke
         if settings:
             raise ValueError(f"method {method!r} has no settings")
         if method == "full":
-            return generate.make_cache("full", None, model_config, spans, max_new_tokens, "cpu",
-                                       dtype)
+            return FullCache(model_config, spans[-1][1] + max_new_tokens, "cpu", dtype)
         return kind(model_config, budget, spans, max_new_tokens)
     if method not in SENTENCE_METHODS:
         kind = type(kind.__name__, (kind,), settings)
@@ -148,7 +146,9 @@ def make_cache(method: str, model_config, budget: int, spans: list, max_new_toke
     if "score" in settings and kind is not SentenceKVCache:
         raise ValueError(f"method {method!r} has a score of its own")
     config = SentenceKVConfig(token_budget=budget, **settings)
-    return kind(config, model_config, spans, max_new_tokens, "cpu", dtype)
+    cache = kind(config, model_config, spans[-1][1] + max_new_tokens, "cpu", dtype)
+    cache.expect(spans)
+    return cache
 
 
 def has_budget(method: str) -> bool:
@@ -168,10 +168,13 @@ def cost(cache) -> Cost:
         return cache.cost()
     if isinstance(cache, FullCache):
         return Cost(cache.num_tokens, 0, cache.num_tokens)
-    held = cache.mask.sum(dim=-1).float().mean().item()
-    n_first = cache.host.first.shape[1]  # rows of the prompt, which may take fewer bits
-    rows = n_first * getattr(cache, "row_size", 1) + cache.table.n_rows - n_first
-    index = sentences.index_tokens(cache)
+    in_window, n_rows = cache.plan.in_window.sum().item(), cache.plan.open_row
+    in_slots = torch.stack([layer.slot_row < NO_ROW for layer in cache.layers]).sum(dim=-1)
+    held = in_window + in_slots.float().mean().item()
+    layer = cache.layers[0]
+    n_first = len(layer.host.first)  # rows of the prompt, which may take fewer bits
+    rows = n_first * getattr(layer, "row_size", 1) + n_rows - n_first
+    index = sentences.index_tokens(layer)
     return Cost(held, rows + index, held + index)
 
 
@@ -188,7 +191,7 @@ def try_out(spec: str):
         recording.replay(cache)
         for layer in range(2):
             q, k, v = (torch.randn(heads, 1, 8) for heads in (4, 2, 2))
-            keys, values, _ = cache.decode(cache.layers[layer], q, k, v)
+            keys, values, _ = cache.layers[layer].decode(q, k, v)
             if keys.shape != values.shape or keys.shape[::2] != (2, 8):
                 raise ValueError(f"decode returns keys {tuple(keys.shape)} and values"
                                  f" {tuple(values.shape)}, and not (2, n, 8)")

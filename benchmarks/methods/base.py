@@ -16,8 +16,8 @@ tokens, D channels. `kv` is keys and values side by side (H_kv, n, 2, D).
 
 import copy
 import math
-from contextlib import nullcontext
 from functools import lru_cache
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -37,16 +37,32 @@ class Cost(NamedTuple):
     read: float  # to write one token
 
 
+class NumberedLayer:
+    """One layer, as a model wants it, of a cache whose methods take the layer's number."""
+
+    def __init__(self, cache, number: int):
+        self.cache, self.number = cache, number
+
+    def prefill(self, q, k, v):
+        return self.cache.prefill(self.number, q, k, v)
+
+    def decode(self, q, k, v):
+        return self.cache.decode(self.number, q, k, v)
+
+
 class Recording:
     """Remembers what every layer computed while reading a prompt, for any number of caches."""
 
-    stage = nullcontext
-
     def __init__(self):
-        self.layers, self.num_tokens = [], 0
+        self.qkv, self.num_tokens = [], 0  # (q, k, v) of each layer
+
+    @property
+    def layers(self):
+        """One after another, as many as the model has."""
+        return (NumberedLayer(self, number) for number in count())
 
     def prefill(self, layer, q, k, v):
-        self.layers.append((q, k, v))
+        self.qkv.append((q, k, v))
         return k, v
 
     def advance(self, n_tokens):
@@ -54,8 +70,8 @@ class Recording:
 
     def replay(self, cache):
         """Tell `cache` of the prompt as `Llama.prefill` would have. Returns it."""
-        for layer, (q, k, v) in enumerate(self.layers):
-            cache.prefill(layer, q, k, v)
+        for layer, (q, k, v) in zip(cache.layers, self.qkv):
+            layer.prefill(q, k, v)
         cache.advance(self.num_tokens)
         return cache
 
@@ -64,7 +80,7 @@ class Recording:
         observation window."""
         shown = Recording()
         parts = [*range(n_document), *range(self.num_tokens - WINDOW, self.num_tokens)]
-        shown.layers = [tuple(x[:, parts] for x in tensors) for tensors in self.layers]
+        shown.qkv = [tuple(x[:, parts] for x in tensors) for tensors in self.qkv]
         shown.num_tokens = n_document
         return shown
 
@@ -141,7 +157,6 @@ class MethodCache:
     Class attributes are settings: `--methods quest:page=32` runs a class with another one.
     """
 
-    stage = nullcontext
     budgeted = True  # False: what is held follows from the text, and no budget is asked for
     reads_on = True  # False: it cannot read a second text, which would attend without its mask
     keeps_all = False  # True: tokens that are not held are kept elsewhere
@@ -151,9 +166,12 @@ class MethodCache:
         """`spans` are the sentences of the prompt, (start, end) in tokens."""
         self.model_config, self.spans = model_config, spans
         self.n_layers, self.n_kv_heads, _ = model_config.kv_shape
-        self.layers = range(self.n_layers)
         self.budget, self.num_tokens = budget, 0
         self.attended = [0.0] * self.n_layers  # tokens of a KV head, the mean
+
+    @property
+    def layers(self) -> list:
+        return [NumberedLayer(self, number) for number in range(self.n_layers)]
 
     def layer_budget(self, layer) -> int:
         """Tokens of a KV head, everything included."""
@@ -175,6 +193,9 @@ class MethodCache:
 
     def advance(self, n_tokens):
         self.num_tokens += n_tokens
+
+    def expect(self, spans):
+        """Nothing to do: of the sentences of texts, a method can know the prompt's."""
 
     def seal(self, length):
         """Nothing to do: no method here uses the sentences that are written."""
@@ -287,8 +308,8 @@ class Evicting(MethodCache):
         return (room.double() / self.kept_size).long()
 
     def divide(self, layer, n_recent: int):
-        """How many of the kept and of `n_recent` recent tokens each head attends to, two of (H_kv,).
-        """
+        """How many of the kept, and of `n_recent` recent tokens, each head attends to: two of
+        (H_kv,)."""
         totals = self.totals[layer]
         n_kept = self.fit(totals - self.window).clamp(max=self.kept[layer].shape[1])
         least = self.least_kept(totals).minimum((n_kept * self.kept_size).ceil().long())

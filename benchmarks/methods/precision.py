@@ -3,7 +3,7 @@
 import torch  # noqa: F401  the example below needs it
 
 from benchmarks.methods.evict_prompt import SnapKV
-from cache import SentenceKVCache
+from cache import LayerCache, SentenceKVCache
 
 
 def quantised(kv, bits: int):
@@ -48,12 +48,13 @@ class SentenceKVBits(SentenceKVCache):
     bits. Rest: kept, at 4 bits. Vectors are of the exact keys. Written tokens have 16 bits.
     """
 
-    bits = 4
+    class Layer(LayerCache):
+        bits = 4
 
-    @property
-    def row_size(self):
-        """Bytes of a row on the host, as a part of one of 16 bits."""
-        return stored_bits(self.bits, self.host.kv_shape[-1]) / 16
+        @property
+        def row_size(self):
+            """Bytes of a row of the prompt on the host, as a part of one of 16 bits."""
+            return stored_bits(self.bits, self.host.dim) / 16
 
-    def keep(self, layer, q, kv):
-        return quantised(super().keep(layer, q, kv), self.bits)
+        def make_sentences(self, kv, kept, secondary):
+            return quantised(super().make_sentences(kv, kept, secondary), self.bits)

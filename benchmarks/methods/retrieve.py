@@ -18,7 +18,7 @@ from benchmarks.methods.base import (
     sums,
     take,
 )
-from model import FullCache
+from model import FullCache, FullLayer
 from sentencekv import select_rows
 
 
@@ -286,13 +286,20 @@ class BestTokens(FullCache):
     def __init__(self, model_config, budget, spans, max_new_tokens: int):
         super().__init__(model_config, spans[-1][1] + max_new_tokens, "cpu", torch.float32)
         self.budget = budget
-
-    def decode(self, layer, q, k, v):
-        keys, values, _ = super().decode(layer, q, k, v)
-        attention = group_logits(q, keys).softmax(dim=-1).mean(dim=(1, 2))
-        chosen = attention.topk(min(self.budget, keys.shape[1]), dim=-1).indices
-        return take(keys, chosen), take(values, chosen), None
+        self.layers = [BestTokensLayer(layer.kv, budget) for layer in self.layers]
 
     def cost(self):
         held = min(self.budget, self.num_tokens)
         return Cost(held, self.num_tokens - held, held / 2 + self.num_tokens / 2)
+
+
+class BestTokensLayer(FullLayer):
+    def __init__(self, kv, budget: int):
+        super().__init__(kv)
+        self.budget = budget
+
+    def decode(self, q, k, v):
+        keys, values, _ = super().decode(q, k, v)
+        attention = group_logits(q, keys).softmax(dim=-1).mean(dim=(1, 2))
+        chosen = attention.topk(min(self.budget, keys.shape[1]), dim=-1).indices
+        return take(keys, chosen), take(values, chosen), None

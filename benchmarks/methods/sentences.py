@@ -1,6 +1,8 @@
 """SentenceKV itself, and what it could know: sentences by other vectors or by every key.
 
-`sentencekv` is `cache.SentenceKVCache`. The classes here differ from it in the score alone.
+`sentencekv` is `cache.SentenceKVCache`. The classes here have layers with another score. Place 0 of
+a layer's table stands for all sinks, which are selected whatever their score is: a score computes
+it with lengths of 0, or leaves it at 0.
 """
 
 import math
@@ -8,17 +10,21 @@ import math
 import torch
 import torch.nn.functional as F
 
-from benchmarks.methods.base import in_tokens
-from cache import SentenceKVCache, SentenceTable
+from cache import LayerCache, SentenceKVCache
 from sentencekv import gaussian
 
 
-def index_tokens(cache) -> float:
-    """What a SentenceKVCache reads in order to choose, in tokens of a KV head."""
-    if hasattr(cache, "index_tokens"):
-        return cache.index_tokens()
-    table, n = cache.table, cache.table.n_sentences
-    return in_tokens([table.vectors[:, :, :n], table.variances[:, :, :n]], cache.host.kv_shape)
+def index_tokens(layer) -> float:
+    """What a layer of a SentenceKVCache reads in order to choose, in tokens of a KV head."""
+    if hasattr(layer, "index_tokens"):
+        return layer.index_tokens()
+    return vectors_in_tokens(layer, layer.plan.n_places - 1)
+
+
+def vectors_in_tokens(layer, n_vectors: float) -> float:
+    """So many vectors, each with a variance, in tokens of a KV head."""
+    dim = layer.host.dim
+    return n_vectors * (dim + 1) / (2 * dim)
 
 
 class TwoVectors(SentenceKVCache):
@@ -29,49 +35,45 @@ class TwoVectors(SentenceKVCache):
     Mean and variance are still those of all n keys.
     """
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.farthest = list(torch.zeros_like(self.table.vectors))  # of each layer (H_kv, S, D)
-        self.table.put = self.put
+    class Layer(LayerCache):
+        """Also on the device: farthest (H_kv, S, D), the second vectors."""
 
-    def index_tokens(self):
-        table, n = self.table, self.table.n_sentences
-        return in_tokens([table.vectors[:, :, :n], table.vectors[:, :, :n],
-                          table.variances[:, :, :n]], self.host.kv_shape)
+        TABLE = (*LayerCache.TABLE, "farthest")
 
-    def put(self, layer, keys, bounds):
-        SentenceTable.put(self.table, layer, keys, bounds)
-        first = self.table.n_sentences
-        new = slice(first, first + bounds.shape[-1] - 1)
-        stored = self.stored(layer)
-        stored[:, new] = self.choose(keys, bounds, self.table.vectors[layer, :, new])
-        self.farthest[layer] = stored
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.farthest = torch.zeros_like(self.vectors)
 
-    def stored(self, layer):
-        """The second vectors, as many as the table has places."""
-        more = self.table.capacity - self.farthest[layer].shape[1]
-        return F.pad(self.farthest[layer], (0, 0, 0, more))
+        def index_tokens(self):
+            return vectors_in_tokens(self, self.plan.n_places - 1) + (self.plan.n_places - 1) / 2
 
-    @staticmethod
-    def choose(keys, bounds, vectors):
-        """keys (H_kv, N, D), bounds (H_kv, S + 1), vectors (H_kv, S, D) -> (H_kv, S, D)"""
-        rows = torch.arange(keys.shape[1]).expand(len(keys), -1).contiguous()
-        sentence = torch.searchsorted(bounds.contiguous(), rows, right=True)  # from 1; 0: none
-        means = F.pad(vectors, (0, 0, 1, 0))
-        distances = (keys - means.gather(1, sentence[..., None].expand_as(keys))).norm(dim=-1)
-        order = distances.argsort(dim=-1, descending=True, stable=True)
-        order = order.gather(-1, sentence.gather(-1, order).argsort(dim=-1, stable=True))
-        first = order.gather(-1, bounds[:, :-1].clamp(max=keys.shape[1] - 1))  # farthest of each
-        return keys.gather(1, first[..., None].expand_as(vectors))
+        def add_sentences(self, keys, bounds, first_row: int = 0):
+            super().add_sentences(keys, bounds, first_row)
+            first = self.plan.n_places
+            places = slice(first, first + bounds.shape[-1] - 1)
+            self.farthest[:, places] = self.choose(keys, bounds, self.vectors[:, places])
 
-    def score(self, layer, q):
-        table = self.table
-        lengths, q = table.lengths[layer].unsqueeze(1), q / math.sqrt(q.shape[-1])
-        squared_norms = q.square().sum(dim=-1, keepdim=True)
-        others = q @ table.vectors[layer].mT + squared_norms * table.variances[layer, :, None] / 2
-        farthest = (q @ self.stored(layer).mT).masked_fill(lengths == 0, -math.inf)
-        attention = torch.logaddexp(others + (lengths - 1).clamp(min=0).log(), farthest).softmax(-1)
-        return attention.sum(dim=1) / table.lengths[layer].clamp(min=1)
+        @staticmethod
+        def choose(keys, bounds, vectors):
+            """keys (H_kv, N, D), bounds (H_kv, S + 1), vectors (H_kv, S, D) -> (H_kv, S, D)"""
+            rows = torch.arange(keys.shape[1]).expand(len(keys), -1).contiguous()
+            # Of each row, from 1; 0 if it is in no sentence.
+            sentence = torch.searchsorted(bounds.contiguous(), rows, right=True)
+            means = F.pad(vectors, (0, 0, 1, 0))
+            distances = (keys - means.gather(1, sentence[..., None].expand_as(keys))).norm(dim=-1)
+            order = distances.argsort(dim=-1, descending=True, stable=True)
+            order = order.gather(-1, sentence.gather(-1, order).argsort(dim=-1, stable=True))
+            farthest = order.gather(-1, bounds[:, :-1].clamp(max=keys.shape[1] - 1))
+            return keys.gather(1, farthest[..., None].expand_as(vectors))
+
+        def score(self, q):
+            lengths, q = self.lengths.unsqueeze(1), q / math.sqrt(q.shape[-1])
+            squared_norms = q.square().sum(dim=-1, keepdim=True)
+            others = q @ self.vectors.mT + squared_norms * self.variances.unsqueeze(1) / 2
+            farthest = (q @ self.farthest.mT).masked_fill(lengths == 0, -math.inf)
+            others = others + (lengths - 1).clamp(min=0).log()
+            attention = torch.logaddexp(others, farthest).softmax(dim=-1)
+            return attention.sum(dim=1) / self.lengths.clamp(min=1)
 
 
 class TwoLevel(SentenceKVCache):
@@ -83,30 +85,30 @@ class TwoLevel(SentenceKVCache):
     0.
     """
 
-    paragraph, n_best = 16, 4
+    class Layer(LayerCache):
+        paragraph, n_best = 16, 4
 
-    def index_tokens(self):
-        n_vectors = self.table.n_sentences / self.paragraph + self.n_best * self.paragraph
-        return n_vectors * (self.host.kv_shape[-1] + 1) / (2 * self.host.kv_shape[-1])
+        def index_tokens(self):
+            n_paragraphs = (self.plan.n_places - 1) / self.paragraph
+            return vectors_in_tokens(self, n_paragraphs + self.n_best * self.paragraph)
 
-    def score(self, layer, q):
-        table, more = self.table, -self.table.capacity % self.paragraph
-        lengths = table.lengths[layer].float()
+        def score(self, q):
+            lengths, vectors = self.lengths[:, 1:], self.vectors[:, 1:].float()  # (H_kv, S, D)
+            n_sentences = lengths.shape[1]
 
-        def total(x):  # over each paragraph, (H_kv, S, n) -> (H_kv, P, n)
-            x = F.pad(x * lengths.unsqueeze(-1), (0, 0, 0, more))
-            return x.unflatten(1, (-1, self.paragraph)).sum(dim=2)
+            def total(x):  # over each paragraph, (H_kv, S, n) -> (H_kv, P, n)
+                x = F.pad(x * lengths.unsqueeze(-1), (0, 0, 0, -n_sentences % self.paragraph))
+                return x.unflatten(1, (-1, self.paragraph)).sum(dim=2)
 
-        counts = total(torch.ones_like(lengths).unsqueeze(-1))  # (H_kv, P, 1)
-        vectors, squares = table.vectors[layer].float(), table.vectors[layer].float().square()
-        squares = squares.mean(dim=-1, keepdim=True) + table.variances[layer].unsqueeze(-1)
-        means = total(vectors) / counts.clamp(min=1)
-        variances = total(squares) / counts.clamp(min=1) - means.square().mean(-1, keepdim=True)
-        scores = gaussian(q.float(), means, variances.squeeze(-1), counts.squeeze(-1))
-        first = scores.topk(min(self.n_best, scores.shape[1]), dim=-1).indices  # (H_kv, n)
-        sentence = torch.arange(table.capacity) // self.paragraph
-        is_first = (sentence[None, :, None] == first[:, None]).any(dim=-1)
-        return super().score(layer, q) * is_first
+            counts = total(torch.ones_like(lengths).unsqueeze(-1))  # (H_kv, P, 1)
+            squares = vectors.square().mean(dim=-1, keepdim=True) + self.variances[:, 1:, None]
+            means = total(vectors) / counts.clamp(min=1)
+            variances = total(squares) / counts.clamp(min=1) - means.square().mean(-1, keepdim=True)
+            scores = gaussian(q.float(), means, variances.squeeze(-1), counts.squeeze(-1))
+            first = scores.topk(min(self.n_best, scores.shape[1]), dim=-1).indices  # (H_kv, n)
+            sentence = torch.arange(n_sentences) // self.paragraph
+            is_first = (sentence[None, :, None] == first[:, None]).any(dim=-1)
+            return super().score(q) * F.pad(is_first, (1, 0))
 
 
 class BestSentences(SentenceKVCache):
@@ -115,58 +117,59 @@ class BestSentences(SentenceKVCache):
     It reads every key, which no method may; a choice of whole sentences can hardly do better.
     """
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.seen = {}  # layer -> keys (H_kv, N, D), side by side: reading them is faster
+    class Layer(LayerCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.seen = None  # keys (H_kv, N, D), side by side: reading them is faster
 
-    def keys(self, layer):
-        n = int(layer)
-        if n not in self.seen or self.seen[n].shape[1] != self.table.n_rows:
-            keys = self.host.read(n, 0, self.table.n_rows)[:, :, 0]
-            self.seen[n] = self.known(n, keys).contiguous()
-        return self.seen[n]
+        def keys(self):
+            """What is known of the keys of all rows that are in sentences (H_kv, N, D)."""
+            n_rows = self.plan.open_row
+            if self.seen is None or self.seen.shape[1] != n_rows:
+                self.seen = self.known(self.host.read(0, n_rows)[:, :, 0]).contiguous()
+            return self.seen
 
-    def known(self, layer, keys):
-        """What is known of all keys (H_kv, N, D): here everything."""
-        return keys
+        def known(self, keys):
+            """What is known of keys (H_kv, N, D): here everything."""
+            return keys
 
-    def index_tokens(self):
-        return self.table.n_rows / 2
+        def truncate(self, n_places: int):
+            super().truncate(n_places)
+            self.seen = None  # another text can have as many rows
 
-    def restore(self, snapshot, release=None):
-        super().restore(snapshot, release)
-        self.seen = {}
+        def index_tokens(self):
+            return self.plan.open_row / 2
 
-    def score(self, layer, q):
-        """What a retrievable row of each sentence receives from one token's queries, the mean."""
-        logits = (q @ self.keys(layer).mT).float() / math.sqrt(q.shape[-1])  # (H_kv, G, N)
-        total = F.pad(logits.softmax(-1).mean(dim=1).double().cumsum(-1), (1, 0))
-        starts, lengths = self.table.starts[layer], self.table.n_retrievable[layer]
-        received = total.gather(-1, starts + lengths) - total.gather(-1, starts)
-        return (received / lengths.clamp(min=1)).float()
+        def score(self, q):
+            """What a row that may be selected receives from one token's queries: the mean of each
+            sentence."""
+            logits = (q @ self.keys().mT).float() / math.sqrt(q.shape[-1])  # (H_kv, G, N)
+            total = F.pad(logits.softmax(-1).mean(dim=1).double().cumsum(-1), (1, 0))
+            end_rows = self.plan.select_end.clamp(self.starts, self.ends)
+            received = total.gather(-1, end_rows) - total.gather(-1, self.starts)
+            return (received / (end_rows - self.starts).clamp(min=1)).float()
 
 
-class TwoBitKeys(BestSentences):
+class TwoBitKeys(SentenceKVCache):
     """SentenceKV that knows every key at 2 bits a channel, in place of a vector a sentence.
 
     A sentence's score is the attention that its rows would receive. It shows what a vector gives
     away. These keys take an eighth of those of 16 bits.
     """
 
-    # The four levels that lose least of a Gaussian channel, and where they meet, in deviations.
-    levels, edges = torch.tensor([-1.51, -0.453, 0.453, 1.51]), torch.tensor([-0.982, 0.0, 0.982])
+    class Layer(BestSentences.Layer):
+        # The four levels that lose least of a Gaussian channel, and where they meet, in deviations.
+        levels = torch.tensor([-1.51, -0.453, 0.453, 1.51])
+        edges = torch.tensor([-0.982, 0.0, 0.982])
 
-    def prefill(self, layer, q, k, v):
-        if self.num_tokens == 0:
-            if layer == 0:
-                self.channels = []  # for each layer mean and deviation (H_kv, 1, D)
-            self.channels.append((k.mean(dim=1, keepdim=True), k.std(dim=1, keepdim=True)))
-        return super().prefill(layer, q, k, v)
+        def prefill(self, q, k, v):
+            if self.plan.num_tokens == 0:  # each (H_kv, 1, D)
+                self.mean, self.deviation = k.mean(dim=1, keepdim=True), k.std(dim=1, keepdim=True)
+            return super().prefill(q, k, v)
 
-    def known(self, layer, keys):
-        mean, deviation = self.channels[layer]
-        level = torch.bucketize(((keys - mean) / deviation).contiguous(), self.edges)
-        return mean + deviation * self.levels[level]
+        def known(self, keys):
+            level = torch.bucketize(((keys - self.mean) / self.deviation).contiguous(), self.edges)
+            return self.mean + self.deviation * self.levels[level]
 
-    def index_tokens(self):
-        return self.table.n_rows / 16
+        def index_tokens(self):
+            return self.plan.open_row / 16
