@@ -110,20 +110,23 @@ class Session:
         self.trace = Trace(self.cache) if args.trace or args.show_sentences else None
         self.timer = StageTimer(self.device)
         watch_stages(self.timer, model, self.cache, not (args.cuda_graph or args.compile))
-        self.go_back(Document())
+        self.start_after(Document())  # an empty one
+
+    def start_after(self, document: Document):
+        """This document is all that has been read, and nothing is written yet."""
+        self.ids, self.spans = document.ids, document.spans
+        self.written = []  # the tokens of the answer
+        self.sample = sampler(self.args.temperature, self.args.top_p, self.args.seed, self.device)
 
     def go_back(self, document: Document):
-        """Forget what came after a document that the cache holds."""
-        self.ids, self.spans = document.ids, document.spans  # of all that was read
-        self.written = []  # the tokens of the answer after it
-        self.sample = sampler(self.args.temperature, self.args.top_p, self.args.seed, self.device)
-        if document.ids:
-            self.cache.truncate(len(document.ids))
+        """Forget what was read and written after a document that the cache holds."""
+        self.start_after(document)
+        self.cache.truncate(len(document.ids))
 
     def read(self, ids: list[int]) -> int:
         """Read a text, the first or a later one. Returns the first token after it."""
-        # The cache has not seen the last token of an answer. It is read now, unless it is the
-        # stop token: the chat template puts that at the beginning of the next text.
+        # The last token of the answer before is not in the cache: nothing had to follow it. It is
+        # read now, unless it is a stop token: the next text of a chat begins with one.
         ids = [token for token in self.written[-1:] if token not in self.stop] + ids
         n_before = self.cache.num_tokens
         check_prompt(ids, n_before, 1, self.model.config)
@@ -177,10 +180,11 @@ def parse(arguments: list[str]):
 
 @process.with_exit_status
 def main(arguments: list[str]) -> int:
-    """Returns the exit status. A signal while it answers ends the answer: its report is printed."""
+    """Answer as the command line asks, and return the exit status. Ctrl-C ends an answer: what was
+    written and its report are still printed."""
     args = parse(arguments)
     config = SentenceKVConfig(**args.settings)
-    # Each of several ranks, the processes that share a model, has a device of its own.
+    # Ranks are processes that share a model. Each has a device of its own.
     device = pick_device(join_ranks(args.device) if RANKS > 1 else args.device)
     compiled.check(args, device)
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
@@ -197,13 +201,13 @@ def main(arguments: list[str]) -> int:
     max_tokens = prompts.check(args.max_new_tokens, args.chat, model_config)
     model = load_model(folder, device, dtype)
     if args.compile:
-        model = compiled.compiled(model)
+        model = compiled.compile_blocks(model)
     session = Session(model, tokenizer, config, args, max_tokens)
-    if args.ask or args.chat or args.save or args.load:  # the text is read before its questions
+    if args.ask or args.chat or args.save or args.load:  # read or load the text, then answer
         return questions.answer_all(session, prompts, document, identity)
     with session.timer("tokenize"):
         ids = prompts.ids()
-    first = session.read(ids)  # segment, make the cache, prefill
+    first = session.read(ids)  # segment, prefill
     with questions.interrupts() as stopped:
         text = session.write(first, stopped)  # decode token by token, and print the pieces
     return report.finish(session.report(text, stopped()), session.trace, args)
@@ -211,4 +215,5 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     process.start(RANK)
-    (leave_ranks if RANKS > 1 else sys.exit)(main())
+    status = main()  # with the arguments of the command line
+    leave_ranks(status) if RANKS > 1 else sys.exit(status)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
-from support.attention import BACKENDS, causal_attention
+from support.attention import BACKENDS, causal_attention  # for one token, and for several
 from support.linear import Linear  # an nn.Linear that is faster for one token on a CPU
 
 
@@ -51,8 +51,9 @@ def rope_frequencies(config: LlamaConfig, device) -> torch.Tensor:
     frequency = config.rope_theta ** (-exponent / config.head_dim)
     if config.rope_scaling is None:
         return frequency
-    # Llama 3.1: frequencies of at most `low` turns in the original context are divided by `factor`,
-    # those of at least `high` turns are unchanged, and between the two it interpolates.
+    # Llama 3.1 was trained on a short context, then on a longer one. A pair that makes fewer than
+    # `low` turns in the short one becomes `factor` times slower, as if positions were that much
+    # closer. A pair of more than `high` turns stays. Between the two, `blend` goes from 0 to 1.
     scaling = config.rope_scaling
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -169,7 +170,7 @@ class Llama(nn.Module):
         return self.norm(x)
 
     @torch.inference_mode()
-    @sdpa_kernel(BACKENDS, set_priority=True)
+    @sdpa_kernel(BACKENDS, set_priority=True)  # PyTorch's own choice is slow for one query on a GPU
     def decode(self, ids: torch.Tensor, cache) -> torch.Tensor:
         """Read one more token, ids (1,) -> (1, hidden)."""
         x, rope = self.embed(ids, cache)
@@ -203,10 +204,11 @@ class FullCache:
                          (H_kv, 1, n), True where to attend, or None
     advance(n_tokens)    all layers have seen `n_tokens` more
     expect(spans)        before each text: it has these sentences, (start, end) in its tokens
-    seal(length)         between two tokens: the next `length` tokens that are in no sentence yet
-                         form one
+    seal(length)         between two tokens: the first `length` tokens of the open sentence, which
+                         is being written, form a sentence
     truncate(n_tokens)   forget all but the first text, which had `n_tokens`
-    report()             bytes held and moved
+    report()             a dict: bytes on device and host, bytes that a full cache would have,
+                         bytes selected and loaded, and the part of the selected that was there
     """
 
     def __init__(self, model_config, max_tokens: int, device, dtype):

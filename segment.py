@@ -15,6 +15,7 @@ import regex
 
 from support.words import WORDS
 
+# A gap is where a sentence may end: white space, or nothing, as after `。`.
 BEFORE, AFTER = 200, 12  # the rules see this many characters before a gap and after it
 
 
@@ -60,10 +61,10 @@ class SentenceStream:
 
     def push(self, piece: str) -> list[int]:
         """Add a token; return the lengths of the sentences found to have ended before it."""
-        # An end inside the last token is not reported yet. At a gap up to AFTER characters before
-        # that token, more text can still change a no to a yes: see `is_end`.
+        # Look again at the last token and at the AFTER characters before it: there the new text
+        # can be what a rule waited for. Begin before a gap and not inside it.
         last = self.token_starts[-1] if self.token_starts else 0
-        search_start = len(self.text[: max(0, last - AFTER)].rstrip())  # not inside a gap
+        search_start = len(self.text[: max(0, last - AFTER)].rstrip())
         n_spaces = 0 if piece.isspace() else len(piece) - len(piece.lstrip())
         self.token_starts.append(len(self.text) + n_spaces)
         self.text += piece
@@ -103,7 +104,7 @@ class SentenceStream:
 CUTS = [regex.compile(f"(?r){cut}") for cut in (r"[,;:—]\s+|[，、；：]\s*", r"\n\s*", r"\s+", "")]
 
 
-# Part 2: sentences of a text. A gap is where a sentence may end: white space, or "" as after `。`.
+# Part 2: sentences of a text.
 def sentence_ends(text: str) -> list[int]:
     """Offsets at which the sentences of `text` end. White space belongs to the one before it."""
     return [*find_ends(text), len(text)] if text else []

@@ -193,8 +193,7 @@ def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
     q = q / math.sqrt(q.shape[-1])
     squared_norms = q.float().square().sum(dim=-1, keepdim=True)  # |q|² (H_kv, G, 1)
     log_mean_exp = q @ vectors.mT + squared_norms * variances.unsqueeze(1) / 2  # (H_kv, G, S)
-    # An empty sentence has ln 0 = -inf and receives nothing.
-    attention = (log_mean_exp + lengths.log().unsqueeze(1)).softmax(dim=-1)
+    attention = (log_mean_exp + lengths.log().unsqueeze(1)).softmax(-1)  # empty: ln 0 = -inf
     return attention.sum(dim=1) / lengths.clamp(min=1)
 
 

@@ -42,7 +42,7 @@ from generate import make_cache, next_logits, prefill
 from model import Llama
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
-from support.compiled import GraphedDecode, check_compiler, check_cuda_graph, compiled
+from support.compiled import GraphedDecode, check_compiler, check_cuda_graph, compile_blocks
 from support.document import read_text
 from support.prompts import check_positions
 from support.timer import StageTimer, watch_stages
@@ -143,7 +143,7 @@ class Ours:
         self.length, self.device = length, model.embed_tokens.weight.device
         settings = {"token_budget": args.token_budget, "keep_factor": args.keep_factor}
         if method in (COMPILED, BOTH):
-            self.model = compiled(model)
+            self.model = compile_blocks(model)
         named = {} if method == "full" or "," in method else settings_of(method)
         self.settings = SentenceKVConfig(**settings | named)
         self.spans = token_spans(text.pieces[:length], self.settings.sentence_limit)

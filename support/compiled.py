@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-def compiled(model):
+def compile_blocks(model):
     """The same model, with the same weights, whose blocks decode in compiled code: small operations
     are fused, and on a CPU, C++ and not Python calls the others. It is compiled when it first runs,
     once for all layers."""

@@ -8,7 +8,8 @@
 
 A *sentence* is a span (start, end) of token positions. Shapes: T tokens of a text, D channels, H
 query heads, H_kv KV heads, G = H // H_kv query heads that share a KV head, S sentences. A test that
-runs a model with this cache shows what `cache.SentenceKVCache` must compute.
+runs a model with this cache shows what `cache.SentenceKVCache` must compute. At a first reading,
+`SlowHead` is enough.
 """
 
 import math
@@ -25,7 +26,7 @@ class SlowHead:
     def __init__(self, config, spans: list):
         self.config, self.spans, self.n_tokens = config, spans, 0
         self.kv = {}  # position -> key and value (2, D), of all kept tokens
-        self.sinks = []  # positions of the first tokens, always attended to
+        self.first_sinks = []  # positions of the first tokens, always attended to
         self.secondary = []  # positions of the secondary sinks, always attended to
         self.queries = []  # (G, D) of each token of the sentence being written
         self.selected = []  # for each decoded token, the positions that it selected
@@ -34,7 +35,7 @@ class SlowHead:
     def prefill(self, q, k, v):
         """Read the prompt: q (G, T, D), k and v (T, D)."""
         self.n_tokens = len(k)
-        self.sinks = list(range(min(self.config.sink_tokens, len(k))))
+        self.first_sinks = list(range(min(self.config.sink_tokens, len(k))))
         self.secondary = self.shortest_keys(k)
         self.kv = {i: torch.stack((k[i], v[i])) for i in self.most_important(q, k)}
 
@@ -60,7 +61,7 @@ class SlowHead:
         earlier = received[: n_tokens - window]
         pooled = [max(earlier[max(0, i - 3) : i + 4]) for i in range(len(earlier))]
         last = range(n_tokens - self.config.protected_tokens, n_tokens)
-        kept = {*self.sinks, *self.secondary, *last}
+        kept = {*self.first_sinks, *self.secondary, *last}
         for i in sorted(range(len(pooled)), key=lambda i: -pooled[i]):
             if len(kept) < int(n_kept):
                 kept.add(i)
@@ -72,12 +73,12 @@ class SlowHead:
         sinks, of the best sentences within the budget, and of the recent window."""
         self.append(k, v)
         self.queries.append(q)
-        sinks, recent = self.sinks + self.secondary, self.recent_window()
-        room = self.config.token_budget - len(sinks) - len(recent)
+        all_sinks, recent = self.first_sinks + self.secondary, self.recent_window()
+        room = self.config.token_budget - len(all_sinks) - len(recent)
         ranked = [i for span in self.best_sentences() for i in self.tokens_of(span)]
-        selected = [i for i in ranked if i not in sinks and i not in recent][:room]
+        selected = [i for i in ranked if i not in all_sinks and i not in recent][:room]
         self.selected.append(selected)
-        attended = sinks + selected + recent
+        attended = all_sinks + selected + recent
         assert len(attended) == len(set(attended)) <= self.config.token_budget
         return torch.stack([self.kv[i] for i in attended])
 
@@ -87,13 +88,14 @@ class SlowHead:
         self.n_tokens += 1
 
     def recent_window(self) -> list:
-        """The last positions: as many as the settings say, or the sentence being written if it is
-        longer. Of a very long one, only the end: all heads leave room for the most sinks."""
+        """The last positions: as many as the settings say, or the open sentence, which is being
+        written, if it is longer. If it is longer than the budget, only its last tokens: each head
+        leaves room for as many sinks as a head can have."""
         config = self.config
         n_written = self.n_tokens - self.spans[-1][1]
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
         length = min(max(config.recent_window, n_written), most)
-        return list(range(max(self.n_tokens - length, len(self.sinks)), self.n_tokens))
+        return list(range(max(self.n_tokens - length, len(self.first_sinks)), self.n_tokens))
 
     def best_sentences(self) -> list:
         """The sentences of which a token is kept, those with the highest scores first."""
@@ -101,7 +103,7 @@ class SlowHead:
         keys = [torch.stack([self.kv[i][0] for i in self.tokens_of(span)]) for span in spans]
         scores = SCORES[self.config.score](torch.stack(self.queries), keys)  # (n, S)
         ages = reversed(range(len(self.queries)))  # an older query counts less
-        weights = torch.tensor([self.config.query_decay**age for age in ages])
+        weights = torch.tensor([self.config.query_decay**age for age in ages])  # (n,)
         order = (weights.to(scores) @ scores).argsort(descending=True, stable=True)
         return [spans[i] for i in order.tolist()]
 
@@ -110,7 +112,8 @@ class SlowHead:
         return [i for i in range(*span) if i in self.kv and i not in self.secondary]
 
 
-# What a model calls: the protocol of `model.FullCache`.
+# What a model calls: `expect` before each text; `prefill` or `decode` of each layer, and `advance`
+# after all layers; `seal` when a written sentence has ended.
 class SlowLayer:
     """The KV heads of one layer. `prefill` and `decode` get q (H, T, D), k and v (H_kv, T, D)."""
 
@@ -174,8 +177,9 @@ class SlowSentenceKV:
             head.queries.clear()
 
 
-# A score: from the queries (n, G, D) of n tokens, and the keys (m, D) of each of S sentences, how
-# well each sentence matches each token (n, S).
+# A score: from the queries (n, G, D) of n tokens, and a list of the keys (m, D) of each of S
+# sentences, how well each sentence matches each token (n, S). `sentencekv.py` computes the same
+# from a vector for each sentence.
 def mean_query(q, keys: list) -> torch.Tensor:
     """The paper's score: the mean query of the heads, times the mean key of the sentence."""
     return q.mean(1) @ torch.stack([k.mean(0) for k in keys]).T
@@ -193,7 +197,8 @@ def votes(q, keys: list) -> torch.Tensor:
 
 
 def attention(q, keys: list, variances) -> torch.Tensor:
-    """The attention that each sentence receives, summed over heads, if the keys are Gaussian."""
+    """The attention that each sentence receives, summed over heads, if its keys are Gaussian: the
+    mean of exp(q · k / √D) is then exp(q · mean / √D + |q|² · variance / 2D)."""
     dim, means = q.shape[-1], torch.stack([k.mean(0) for k in keys])  # (S, D)
     lengths = torch.tensor([len(k) for k in keys]).to(q)
     logits = q @ means.T / math.sqrt(dim)  # (n, G, S)

@@ -13,7 +13,7 @@ from test_cache import LEAST, SHORT, SMALL, expecting
 from cache import SentenceKVCache
 from generate import main
 from sentencekv import SentenceKVConfig
-from support.compiled import compiled
+from support.compiled import compile_blocks
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ class Compiled:
 
     def __init__(self, model):
         torch.compiler.reset()
-        self.plain, self.fast = model, compiled(model)
+        self.plain, self.fast = model, compile_blocks(model)
         self.embed_tokens, self.prefill = model.embed_tokens, model.prefill
 
     def decode(self, ids, cache):
