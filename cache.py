@@ -125,11 +125,8 @@ class LayerCache:
         ends        6    12    18
         lengths     0    10     6    a first sink counts in its sentence, a secondary one does not
 
-    slots       (H_kv, B + R, 2, D)
-    slot_row    (H_kv, B)          the row in each slot for selected rows, or NO_ROW
-    slot_place  (H_kv, B)          its place
-    slot_missing (H_kv, B)         whether it must be loaded from the host
-
+    Its slots (H_kv, B + R, 2, D). Of the B slots for selected rows, slot_row is the row or NO_ROW,
+    slot_place the row's place, and slot_missing whether the host has to load it (H_kv, B).
     The steps are methods of their own, so that each can be timed.
     """
 
@@ -165,13 +162,18 @@ class LayerCache:
     def read_first_text(self, q, kv):
         """Offload the rows of a part. After the last part, offload the kept rows in their place,
         and make the sentences. kv (H_kv, n, 2, D) of all parts so far"""
-        plan, window = self.plan, self.plan.config.observation_window
-        self.last_queries.append(q[:, -window:].clone())  # a slice would keep all of q in memory
-        if kv.shape[1] < plan.text_rows:
+        plan, config, n_tokens = self.plan, self.plan.config, kv.shape[1]
+        # `clone`: a slice would keep all of q in memory.
+        self.last_queries.append(q[:, -config.observation_window :].clone())
+        if n_tokens < plan.text_rows:
             self.offload(plan.n_rows, kv[:, plan.n_rows :])
-        else:
-            kept, secondary = self.choose_tokens(kv[:, :, 0])
-            self.offload(0, self.make_sentences(kv, kept, secondary))
+            return
+        secondary = self.secondary_sinks(kv[:, :, 0])
+        kept = torch.arange(n_tokens, device=kv.device).expand(len(kv), -1)  # (H_kv, N)
+        if config.n_kept(n_tokens) < n_tokens:
+            kept = self.most_important(kv[:, :, 0], secondary)
+        self.last_queries = []
+        self.offload(0, self.make_sentences(kv, kept, secondary))
 
     def read_later_text(self, kv):
         """Offload the rows of a part: all are kept. After the last part, make the sentences."""
@@ -181,20 +183,19 @@ class LayerCache:
             ends = plan.sentence_ends.expand(len(kv), -1)
             self.add_sentences(kv[:, plan.open_row :, 0], F.pad(ends, (1, 0)), plan.open_row)
 
-    def choose_tokens(self, k) -> tuple:
-        """k (H_kv, T, D) of the first text -> the positions that each head keeps (H_kv, N), in
-        reading order, and which tokens are secondary sinks (H_kv, T)"""
-        config, n_tokens = self.plan.config, k.shape[1]
-        secondary = find_secondary_sinks(k, config)
-        q = torch.cat(self.last_queries, dim=1)[:, -config.observation_window :]
-        self.last_queries = []
-        if config.n_kept(n_tokens) == n_tokens:
-            return torch.arange(n_tokens, device=k.device).expand(len(k), -1), secondary
-        return keep_tokens(token_importance(q, k), secondary, config), secondary
+    def secondary_sinks(self, k) -> torch.Tensor:
+        """Which tokens of the first text are secondary sinks: k (H_kv, T, D) -> (H_kv, T) bool"""
+        return find_secondary_sinks(k, self.plan.config)
+
+    def most_important(self, k, secondary) -> torch.Tensor:
+        """The positions that each head keeps, in reading order: k (H_kv, T, D) -> (H_kv, N)"""
+        config, q = self.plan.config, torch.cat(self.last_queries, dim=1)
+        importance = token_importance(q[:, -config.observation_window :], k)
+        return keep_tokens(importance, secondary, config)
 
     def make_sentences(self, kv, kept, secondary) -> torch.Tensor:
         """Put the kept rows in order, and give the sentences of the first text their places.
-        kv (H_kv, T, 2, D), and the results of `choose_tokens` -> the kept rows (H_kv, N, 2, D)"""
+        kv (H_kv, T, 2, D), kept (H_kv, N), secondary (H_kv, T) -> the rows (H_kv, N, 2, D)"""
         plan, head = self.plan, torch.arange(len(kv), device=kv.device)[:, None]
         row_positions, marked = order_rows(kept, secondary)
         rows = kv[head, row_positions]

@@ -3,8 +3,8 @@
 A variable that is set already stays as it is.
 """
 
+import _signal as signal  # built in. The module `signal` takes longer to import
 import os
-import signal
 
 # Waiting CPU threads sleep early. Busy waiting can delay the thread that they wait for.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -1,7 +1,5 @@
 """What the settings of the method may be, checked when they are made."""
 
-import math
-
 MAX_COUNT = 2**31  # the largest setting that counts tokens
 LEAST = {"sink_tokens": 0, "secondary_sinks": 0, "secondary_ratio": 0, "recent_window": 1,
          "observation_window": 1, "sentence_limit": 1, "keep_factor": 1, "query_decay": 0}
@@ -11,9 +9,8 @@ def check_settings(config, scores) -> None:
     """Raises ValueError, with the value and the limit, for a setting of a SentenceKVConfig that
     cannot work. `scores` are the names that its score may have."""
     for name, least in LEAST.items():
-        value = getattr(config, name)
-        if math.isnan(value) or value < least:
-            raise ValueError(f"{name} is {value}, must be at least {least}")
+        if not getattr(config, name) >= least:  # `not >=` also refuses NaN
+            raise ValueError(f"{name} is {getattr(config, name)}, must be at least {least}")
     for name, kind in config.__annotations__.items():
         if kind is int and getattr(config, name) > MAX_COUNT:
             raise ValueError(f"{name} is {getattr(config, name)}, must be at most {MAX_COUNT}")
