@@ -25,7 +25,7 @@ def lesson(number: int) -> Path:
 
 
 def source(name: str) -> str:
-    """The source of a function, method or class: `sentencekv.gaussian`, `cache.HostTier.write`."""
+    """The source of a function, method or class: `sentencekv.gaussian`, `cache.LayerCache.seal`."""
     return inspect.getsource(pkgutil.resolve_name(name))
 
 

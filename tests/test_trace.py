@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, random_ids, random_llama, random_spans
 from test_generate import TEXT, chat_folder, prompt, run, run_json  # noqa: F401  two are fixtures
 
-from cache import SentenceKVCache
+from cache import LayerCache, SentenceKVCache
 from course.trace.pictures import open_page
 from sentencekv import SentenceKVConfig, find_secondary_sinks
 from support.trace import Trace, one_line
@@ -40,39 +40,46 @@ def test_the_numbers_are_the_caches_own(keep_factor, sentence_limit):
     spans = random_spans(300, 12)
     config = SentenceKVConfig(token_budget=100, keep_factor=keep_factor, secondary_ratio=0.9,
                               sentence_limit=sentence_limit)
-    cache = SentenceKVCache(config, TINY, spans, 60, "cpu", torch.float32)
-    cache.positions = []
-    keys, prefill = [], cache.prefill
-    cache.prefill = lambda layer, q, k, v: (keys.append(k), prefill(layer, q, k, v))[1]
+    keys, kept, weights = [], [], []
+
+    class Noting(LayerCache):
+        """Notes the keys of the text, and for a token the attention weight of every slot."""
+
+        def prefill(self, q, k, v):
+            keys.append(k)
+            return super().prefill(q, k, v)
+
+        def decode(self, q, k, v):
+            slot_keys, values, mask = super().decode(q, k, v)
+            identity = torch.eye(slot_keys.shape[1]).expand(len(slot_keys), -1, -1)
+            found = F.scaled_dot_product_attention(
+                q.view(len(slot_keys), -1, q.shape[-1]), slot_keys, identity, mask).mean(dim=1)
+            weights[-1].append((found, self.slot_row.clone()))
+            return slot_keys, values, mask
+
+    class Cache(SentenceKVCache):
+        Layer = Noting
+
+    cache = Cache(config, TINY, 360, "cpu", torch.float32)
+    trace, pieces = Trace(cache), ["x"] * 341
+    cache.expect(spans)
     model.prefill(ids, cache)
-    kept, weights = [], []
 
     def written():
-        decode = cache.decode
-
-        def decode_and_note(layer, q, k, v):
-            keys, values, mask = decode(layer, q, k, v)
-            identity = torch.eye(keys.shape[1]).expand(len(keys), -1, -1)
-            found = F.scaled_dot_product_attention(
-                q.view(len(keys), -1, q.shape[-1]), keys, identity, mask).mean(dim=1)
-            weights[-1].append((found, cache.slot_row[layer].clone()))
-            return keys, values, mask
-
         yield 0, ""
         for step in range(40):
             if step % 9 == 8:
-                cache.seal(min(cache.num_tokens - cache.open_start, 8))
+                cache.seal(min(cache.plan.n_rows - cache.plan.open_row, 8))
             weights.append([])
-            cache.decode = decode_and_note
             model.decode(torch.tensor([step]), cache)
-            cache.decode = decode
-            kept.append((cache.table.n_resident.clone(), cache.table.bounds.clone()))
+            # Place 0 is all sinks. The trace has the sentences after it.
+            kept.append([torch.stack([getattr(layer, name)[:, 1:] for layer in cache.layers])
+                         for name in ("n_resident", "starts", "ends")])
             yield step, "x"
 
-    trace, pieces = Trace(), ["x"] * 341
-    assert len(list(trace.watch(cache, written()))) == 41
+    assert len(list(trace.watch(written()))) == 41
     report = cache.report()
-    trace.add("", cache, pieces, spans, report)
+    trace.add("", pieces, spans, report)
     (answer,) = trace.data["answers"]
     rows, attention = unpack(answer, "rows"), unpack(answer, "attention")
     assert answer["bytes"] == (1 if sentence_limit == 12 else 4)
@@ -82,13 +89,14 @@ def test_the_numbers_are_the_caches_own(keep_factor, sentence_limit):
     assert rows.sum(dtype=int) * row_bytes == report["selected_bytes"]
     assert moved.sum() * row_bytes == report["loaded_bytes"]
 
-    positions, ends = torch.stack(cache.positions), [*trace.data["ends"], *answer["ends"]]
+    positions = torch.stack([layer.host.positions for layer in cache.layers])
+    ends = [*trace.data["ends"], *answer["ends"]]
     n_rows, places, choose = positions.shape[-1], 0, random.Random(0)
     while places < 10:
         step, layer, head = choose.randrange(40), choose.randrange(2), choose.randrange(2)
-        resident, bounds = (tensor[layer, head] for tensor in kept[step])
+        resident, starts, row_ends = (tensor[layer, head] for tensor in kept[step])
         s = choose.randrange(len(resident))
-        first, end = bounds[s].item(), bounds[s + 1].item()
+        first, end = starts[s].item(), row_ends[s].item()
         if first == end:
             continue
         position = positions[layer, head, first] if first < n_rows else first - n_rows + 300
@@ -254,12 +262,11 @@ HOSTILE = [
 
 @pytest.mark.slow
 def test_a_hostile_document_is_shown_as_text(tmp_path):
-    trace, path = Trace(), tmp_path / "page.html"
-    cache = SentenceKVCache(SentenceKVConfig(), TINY, [(i, i + 1) for i in range(len(HOSTILE))], 9,
-                            "cpu", torch.float32)
-    cache.positions = []
-    random_llama().prefill(random_ids(len(HOSTILE), "cpu"), cache)
-    model = random_llama()
+    path, spans = tmp_path / "page.html", [(i, i + 1) for i in range(len(HOSTILE))]
+    cache = SentenceKVCache(SentenceKVConfig(), TINY, len(HOSTILE) + 9, "cpu", torch.float32)
+    trace, model = Trace(cache), random_llama()
+    cache.expect(spans)
+    model.prefill(random_ids(len(HOSTILE), "cpu"), cache)
 
     def written():
         yield 0, ""
@@ -267,11 +274,10 @@ def test_a_hostile_document_is_shown_as_text(tmp_path):
             model.decode(torch.tensor([token]), cache)
             yield token, ""
 
-    list(trace.watch(cache, written()))
+    list(trace.watch(written()))
     report = cache.report() | {"dtype": "float32", "device": "cpu", "ttft_ms": 1.0,
                                "decode_steps": 3, "stages_ms": {"prefill": {}, "decode": {}}}
-    spans = [(i, i + 1) for i in range(len(HOSTILE))]
-    trace.add("<b>?</b>", cache, HOSTILE + ["<i>", "a", "b", "c"], spans, report)
+    trace.add("<b>?</b>", HOSTILE + ["<i>", "a", "b", "c"], spans, report)
     trace.write(path)
     with in_browser(path) as (page, complaints):
         assert page.title() == "Which sentences does each token attend to?"

@@ -2,14 +2,16 @@ import torch
 import torch.nn.functional as F
 
 
-def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """The row at which each sentence begins. The sentence ends where the next one begins.
+def sentence_bounds(positions: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The row at which each sentence begins. It ends where the next one begins.
 
-    A sentence of which a head keeps nothing becomes an empty one at the end. So sentence s of one
-    head need not be sentence s of another.
+    A sentence of which a head keeps nothing becomes an empty one at the end. There it takes no
+    memory, unless another head has more. So sentence s of two heads need not be the same.
 
-    marked (H_kv, N) positions, -1 for those of no sentence, ends (S,) positions after each sentence
-    -> (H_kv, S + 1)
+    positions (H_kv, N) as from `order_rows`, ends (S,) after each sentence -> (H_kv, S + 1)
+
+    Sentences end at 4, 7 and 10. Row 0 is a secondary sink, rows 1 and 2 are of the first sentence,
+    none is of the second, rows 3 and 4 are of the third:
 
     >>> sentence_bounds(torch.tensor([[-1, 0, 1, 8, 9]]), torch.tensor([4, 7, 10])).tolist()
     [[1, 3, 5, 5]]

@@ -6,8 +6,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     """The semantic vector of each sentence: the mean of its kept keys, after RoPE (Section 3.2).
 
     Also returns its variance (not in the paper): the squared distance of a key from that mean,
-    averaged over keys and channels. An empty sentence gets zeros. Rows before the first sentence
-    take no part.
+    averaged over keys and channels. An empty sentence gets zeros.
 
     keys (H_kv, N, D), bounds (H_kv, S + 1) -> (H_kv, S, D) in the keys' dtype, (H_kv, S) in float32
 

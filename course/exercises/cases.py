@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import torch
 
 import sentencekv
-from cache import NO_ROW, SentenceKVCache
-from model import FullCache, LlamaConfig
+from cache import NO_ROW, LayerCache, SentenceKVCache
+from model import LlamaConfig
 from sentencekv import SentenceKVConfig
 
 TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
@@ -24,15 +24,11 @@ def random(seed: int, *shape) -> torch.Tensor:
 
 
 def attend(function):
-    cache = FullCache(TINY, 8, "cpu", torch.float32)
-    cache.prefill(0, None, random(1, 2, 5, 4), random(2, 2, 5, 4))
-    cache.num_tokens = 5
-    attention = SimpleNamespace(head_dim=4)
-    yield function(attention, random(3, 4, 1, 4), random(4, 2, 1, 4), random(5, 2, 1, 4), cache, 0)
-    keys = random(6, 2, 6, 4)
+    attention, q = SimpleNamespace(head_dim=4), random(1, 4, 1, 4)
+    keys, values = random(2, 2, 6, 4), random(3, 2, 6, 4)
     mask = torch.tensor([[[1, 0, 1, 1, 0, 1]], [[0, 1, 1, 0, 0, 1]]]).bool()
-    some = SimpleNamespace(stage=cache.stage, decode=lambda *_: (keys, -keys, mask))
-    yield function(attention, random(3, 4, 1, 4), keys[:, :1], keys[:, :1], some, 0)
+    yield function(attention, q, keys, values, None)
+    yield function(attention, q, keys, values, mask)
 
 
 def is_end(function):
@@ -48,8 +44,9 @@ def is_end(function):
 
 def sentence_bounds(function):
     ends = torch.tensor([4, 7, 10])
-    for marked in ([[-1, 0, 1, 8, 9]], [[0, 1, 5, 8, 9], [3, 4, 5, 6, 7]], [[7, 8, 9], [0, 1, 8]]):
-        yield function(torch.tensor(marked), ends)
+    for positions in ([[-1, 0, 1, 8, 9]], [[0, 1, 5, 8, 9], [3, 4, 5, 6, 7]],
+                      [[7, 8, 9], [0, 1, 8]]):
+        yield function(torch.tensor(positions), ends)
 
 
 def sentence_vectors(function):
@@ -72,25 +69,25 @@ def token_importance(function):
 
 
 def select_rows(function):
-    scores, lengths = random(1, 2, 6), torch.tensor([[3, 1, 4, 1, 5, 2], [2, 0, 3, 3, 0, 4]])
+    scores, available = random(1, 2, 6), torch.tensor([[3, 1, 4, 1, 5, 2], [2, 0, 3, 3, 0, 4]])
     for budget in (0, 1, 4, 7, 100):
-        yield function(scores, lengths, torch.tensor([[budget], [max(budget - 1, 0)]]))
+        yield function(scores, available, budget)
+    yield function(scores, available, torch.tensor([4]))
 
 
 def assign_slots(function):
     """Any order of the loaded rows is right: what is compared does not depend on it."""
     starts = torch.tensor([[4, 8, 12]])
-    for before, sentences, resident, selected in (
+    for before, places, resident, selected in (
             ([5, 8, 4], [0, 1, 0], [2, 1, 0], [0, 2, 1]),
-            ([0, 4, 5, 8], [0, 0, 0, 1], [2, 1, 0], [1, 2, 0]),  # row 0 is a secondary sink
+            ([4, 5, 8, 9], [0, 0, 1, 1], [2, 2, 0], [2, 1, 0]),
             ([NO_ROW] * 4, [0] * 4, [0, 0, 0], [2, 2, 0]),
             ([4, 5, 8, 9], [0, 0, 1, 1], [2, 2, 0], [1, 0, 2])):
-        given = [torch.tensor([x]) for x in (before, sentences, resident, selected)]
+        given = [torch.tensor([x]) for x in (before, places, resident, selected)]
         before, *rest = (x.clone() for x in given)
-        sentences, resident, selected = rest
+        places, resident, selected = rest
         wanted = {starts[0, s].item() + i for s in range(3) for i in range(selected[0, s])}
-        wanted |= {0} & set(before[0].tolist())
-        rows, sentences, missing = function(before, sentences, starts, resident, selected)
+        rows, places, missing = function(before, places, starts, resident, selected)
         if missing.dtype != torch.bool:
             raise ValueError(f"`missing` has the dtype {missing.dtype}, it must be torch.bool")
         if not all(map(torch.equal, given, (before, *rest))):
@@ -99,7 +96,7 @@ def assign_slots(function):
         if missing.sum() > (selected - resident).clamp(min=0).sum() and set(
                 rows[rows < NO_ROW].tolist()) == wanted:
             raise ValueError(ALL_MOVE)
-        yield sentences[rows < NO_ROW][rows[rows < NO_ROW].argsort()]
+        yield places[rows < NO_ROW][rows[rows < NO_ROW].argsort()]
         yield rows[missing].sort().values
         yield (rows == given[0])[~missing & (rows < NO_ROW)]
     rows_moved(function)  # finds what goes wrong only after several steps
@@ -109,12 +106,12 @@ def rows_moved(function, steps: int = 50) -> tuple[int, int]:
     """How many rows `assign_slots` loads in a random run, and the least that are necessary."""
     lengths = torch.tensor([[3, 7, 5, 9, 2, 6, 8, 4]])
     starts = lengths.cumsum(dim=-1) - lengths
-    rows, sentences = torch.full((1, 20), NO_ROW), torch.zeros(1, 20, dtype=torch.long)
+    rows, places = torch.full((1, 20), NO_ROW), torch.zeros(1, 20, dtype=torch.long)
     resident, scores, moved, least = torch.zeros_like(lengths), 0, 0, 0
     for step in range(steps):
         scores = 0.9 * scores + random(step, *lengths.shape)  # most of a selection stays
-        selected = sentencekv.select_rows(scores, lengths, torch.tensor([[20 - step % 3]]))
-        rows, sentences, missing = function(rows, sentences, starts, resident, selected)
+        selected = sentencekv.select_rows(scores, lengths, 20 - step % 3)
+        rows, places, missing = function(rows, places, starts, resident, selected)
         moved += int(missing.sum())
         least += int((selected - resident).clamp(min=0).sum())
         resident = selected
@@ -127,29 +124,45 @@ def seal(function):
 
 
 def seal_after(function, spans: list):
-    config = SentenceKVConfig(token_budget=24, keep_factor=1, sink_tokens=2, secondary_sinks=0,
-                              recent_window=4, observation_window=4)
-    cache, n = SentenceKVCache(config, TINY, spans, 20, "cpu", torch.float32), spans[-1][1]
-    for layer in (0, 1):
-        cache.prefill(layer, random(1, 4, n, 4), random(2, 2, n, 4), random(3, 2, n, 4))
-    cache.advance(n)
-    if n > cache.n_kept:
-        cache.host.reserve(100)  # more than `seal` will, so these tensors stay
-        cache.host.later.fill_(math.nan)
+    class Layer(LayerCache):
+        seal = function
+
+    cache, n_tokens = sealing_cache(Layer, spans), spans[-1][1]
+    plan, layer = cache.plan, cache.layers[1]
+    take(cache, n_tokens, "prefill")
+    layer.host.reserve(100)  # more than a seal will, so these rows stay
+    layer.host.later.fill_(math.nan)
     for i in range(12):
         if i in (6, 9):
-            function(cache, 5 if i == 6 else 3)
-            table, n_rows = cache.table, cache.table.n_rows
-            yield "open_start and the start of the window", torch.tensor(
-                [cache.open_start, cache.recent_start])
-            yield "bounds", table.bounds[:, :, : table.n_sentences + 1].clone()
-            yield "scores", table.scores.clone()
-            yield "rows on the host", cache.host.read(1, 0, n_rows)
-            yield "vectors", table.vectors[:, :, : table.n_sentences].clone()
-            yield "mask", cache.mask.clone()
-        for layer in cache.layers:
-            cache.decode(layer, random(i, 4, 1, 4), random(i + 50, 2, 1, 4), random(i, 2, 1, 4))
-        cache.advance(1)
+            cache.seal(5 if i == 6 else 3)
+            in_use = slice(plan.n_places)
+            yield "the starts of the sentences, then their ends", torch.stack(
+                (layer.starts[:, in_use], layer.ends[:, in_use]))
+            yield "scores", layer.scores.clone()
+            yield "rows on the host", layer.host.read(0, plan.open_row)
+            yield "vectors", layer.vectors[:, in_use].clone()
+        take(cache, 1, "decode")
+
+
+def sealing_cache(layer_class, spans: list) -> SentenceKVCache:
+    """A cache for TINY with layers of this class, which expects a text of these sentences."""
+    class Cache(SentenceKVCache):
+        Layer = layer_class
+
+    config = SentenceKVConfig(token_budget=24, keep_factor=1, sink_tokens=2, secondary_sinks=0,
+                              recent_window=4, observation_window=4, sentence_limit=12)
+    cache = Cache(config, TINY, spans[-1][1] + 20, "cpu", torch.float32)
+    cache.expect(spans)
+    return cache
+
+
+def take(cache, n_tokens: int, method: str):
+    """What a model does, with random q, k and v. `method` is "prefill" or "decode"."""
+    for i, layer in enumerate(cache.layers):
+        q, k, v = (random(cache.num_tokens + 100 * (3 * i + j), heads, n_tokens, 4)
+                   for j, heads in enumerate((4, 2, 2)))
+        getattr(layer, method)(q, k, v)
+    cache.advance(n_tokens)
 
 
 GROUPS = "query heads 0 to G - 1 share KV head 0; you gave it every H_kv-th head"
@@ -157,20 +170,19 @@ ALL_MOVE = "you loaded rows that were in slots already"
 # (text of the project's function, what a student may write instead, the diagnosis)
 MISTAKES = {
     "02_attend": [
-        ("q.view(len(k), -1, self.head_dim)", "q.view(-1, len(k), self.head_dim).transpose(0, 1)",
+        ("q.view(len(keys), -1, self.head_dim)",
+         "q.view(-1, len(keys), self.head_dim).transpose(0, 1)", GROUPS),
+        ("grouped[None], keys[None], values[None], mask)",
+         "q[None], keys.repeat(len(q) // len(keys), 1, 1)[None],\n"
+         "            values.repeat(len(q) // len(keys), 1, 1)[None],\n"
+         "            None if mask is None else mask.repeat(1, len(q) // len(keys), 1, 1))",
          GROUPS),
-        ("grouped[None], keys[None], values[None], attn_mask=mask)",
-         "q[None], keys.repeat(len(q) // len(k), 1, 1)[None],\n"
-         "            values.repeat(len(q) // len(k), 1, 1)[None],\n"
-         "            attn_mask=None if mask is None else mask.repeat(1, len(q) // len(k), 1, 1))",
-         GROUPS),
-        ("attn_mask=mask)", "is_causal=True)",
+        ("values[None], mask)", "values[None], is_causal=True)",
          "the rows of a group are heads, not positions: no is_causal"),
-        ("attn_mask=mask)", "attn_mask=None if mask is None else ~mask)",
+        ("values[None], mask)", "values[None], None if mask is None else ~mask)",
          "your mask excludes what it should include: it is True where to attend"),
-        ("attn_mask=mask)", "attn_mask=None)",
-         "you attended to slots that the mask excludes"),
-        ("attn_mask=mask)", "attn_mask=mask, scale=1.0)",
+        ("values[None], mask)", "values[None])", "you attended to slots that the mask excludes"),
+        ("values[None], mask)", "values[None], mask, scale=1.0)",
          "you did not divide by the root of D"),
     ],
     "03_is_end": [
@@ -195,9 +207,10 @@ MISTAKES = {
     "04_sentence_bounds": [
         ("F.pad(ends, (1, 0))", "F.pad(ends, (1, 0), value=-1)",
          "rows marked with -1 belong to no sentence: the first sentence begins after them"),
-        ("bounds.masked_fill(empty, marked.shape[-1]).sort(dim=-1).values", "bounds",
+        ("bounds.masked_fill(empty, positions.shape[-1]).sort(dim=-1).values", "bounds",
          "a sentence without rows must become an empty one at the end"),
-        ("torch.searchsorted(marked, ends)", "torch.searchsorted(marked, ends, right=True)",
+        ("torch.searchsorted(positions, starts_and_end)",
+         "torch.searchsorted(positions, starts_and_end, right=True)",
          "an end is the position after a sentence: a token there is in the next one"),
     ],
     "05_mean_query": [
@@ -231,11 +244,11 @@ MISTAKES = {
     "06_select_rows": [
         ("topk(n, dim=-1)", "topk(n, dim=-1, largest=False)",
          "the best sentence has the highest score"),
-        ("(available - excess).clamp(min=0)", "available.masked_fill(excess > 0, 0)",
+        ("(rows - excess).clamp(min=0)", "rows.masked_fill(excess > 0, 0)",
          "the first rows of the last sentence are selected too, until the budget is full"),
-        ("clamp(min=0)  # rows too many, up to this one", "clamp(min=0) * 0",
+        ("clamp(min=0)  # rows beyond the budget: 0, 1, 4", "clamp(min=0) * 0",
          "the budget is exceeded: of the last sentence only the first rows are selected"),
-        ("torch.zeros_like(lengths).scatter_(-1, best, selected)", "selected.gather(-1, best)",
+        ("torch.zeros_like(available).scatter_(-1, best, selected)", "selected.gather(-1, best)",
          "gather puts nothing back: use scatter, or gather with order.argsort()"),
         ("scatter_(-1, best, selected)", "copy_(selected)",
          "your result is in the order of the scores: put it back in the sentences' order"),
@@ -249,20 +262,22 @@ MISTAKES = {
          "a sentence that needs fewer rows than before loads none: no negative counts"),
         ("missing = free & (number <= loads[:, -1:])", "missing = free",
          "a free slot is missing nothing when all rows to load have a slot"),
-        ("rows >= ends.gather(-1, sentences)",
-         "(rows >= ends.gather(-1, sentences)) | (rows < starts.gather(-1, sentences))",
-         "you freed the slots of secondary sinks: compare a row with the end only"),
+        ("rows.masked_fill(free, NO_ROW)", "rows",
+         "a free slot that takes no row is empty: its row is NO_ROW"),
+        ("torch.where(free, place, places)", "places",
+         "a slot that takes a row takes the row's place, too"),
     ],
     "08_seal": [
-        ("self.table.scores.zero_()", "None", "scores must begin at zero for the next sentence"),
-        ("self.open_start = end", "self.open_start = self.num_tokens",
-         "only the first `length` tokens are sealed: the others stay open"),
-        ("self.host.write(layer, self.table.n_rows, kv[layer])",
-         "self.host.write(layer, self.open_start, kv[layer])",
-         "rows are not positions: the first row to write is `table.n_rows`"),
-        ("self.plan()", "None", "the mask is old: call `plan` last"),
-        ("kv[layer, :, :, 0]", "kv[layer, :, :, 1]", "a sentence vector is the mean of keys"),
-        ("self.move_window(self.window_start(self.num_tokens + 1))", "None",
-         "the recent window must move, so that the next sentence has slots"),
+        ("self.scores.zero_()", "None", "scores must begin at zero for the next sentence"),
+        ("kv[:, :, 0], bounds", "kv[:, :, 1], bounds", "a sentence vector is the mean of keys"),
+        ("bounds, first_row)", "bounds)",
+         "bounds count from the first row of the sentence: tell `add_sentences` which row this is"),
+        ("self.plan.slots_of(first_row, first_row + length)",
+         "slice(first_row, first_row + length)", "a row is not a slot: ask `plan.slots_of`"),
+        ("first_row = self.plan.open_row", "first_row = self.plan.n_rows - length",
+         "the first `length` open tokens are sealed, not the last ones"),
+        ("self.offload(first_row, kv)", "self.offload(first_row + self.plan.n_dropped, kv)",
+         "rows are not positions: the first row to write is `plan.open_row`"),
+        ("self.offload(first_row, kv)", "None", "the rows are not on the host: offload them"),
     ],
 }

@@ -28,9 +28,10 @@ EXERCISES = {  # the number of the lesson, the function, and what its body may u
     "06_token_importance": (sentencekv.token_importance,
                             "import math\n\nimport torch\nimport torch.nn.functional as F"),
     "06_select_rows": (sentencekv.select_rows,
-                       "import math\n\nimport torch\n\nfrom sentencekv import MOST"),
+                       "import math\n\nimport torch\n\nfrom support.settings import MAX_COUNT"),
     "07_assign_slots": (cache.assign_slots, "import torch\n\nfrom cache import NO_ROW"),
-    "08_seal": (cache.SentenceKVCache.seal, "import torch"),
+    # A layer's seal has all of lessons 4 to 7 in five lines. The cache's counts, and calls it.
+    "08_seal": (cache.LayerCache.seal, "import torch"),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from course.figures.draw import Picture
-from model import FullCache
+from model import FullCache, FullLayer
 from sentencekv import SentenceKVConfig, find_secondary_sinks, token_importance
 from weights.checkpoint import load_model
 from weights.download import download
@@ -30,14 +30,14 @@ def shares_of_one(q, k) -> torch.Tensor:
     return torch.stack((first, second, 1 - others))
 
 
-class Watching(FullCache):
-    """A full cache that measures what the last queries attend to."""
+class Watching(FullLayer):
+    """A layer of a full cache that measures what the last queries attend to."""
 
-    def prefill(self, layer: int, q, k, v) -> tuple:
-        self.shares[layer] = torch.stack([
+    def prefill(self, q, k, v) -> tuple:
+        self.shares = torch.stack([
             shares_of_one(q[:, i : i + 1], k[:, : i + 1])
             for i in range(TOKENS - QUERIES, TOKENS)]).mean(dim=0)
-        return super().prefill(layer, q, k, v)
+        return super().prefill(q, k, v)
 
 
 def measure() -> torch.Tensor:
@@ -45,10 +45,10 @@ def measure() -> torch.Tensor:
     folder = download()
     model = load_model(folder, "cpu", torch.float32)
     ids = Tokenizer(folder).prompt_ids(TEXT.read_text(encoding="utf-8"))[:TOKENS]
-    cache = Watching(model.config, TOKENS, "cpu", torch.float32)
-    cache.shares = torch.zeros(model.config.num_hidden_layers, len(KINDS))
+    cache = FullCache(model.config, TOKENS, "cpu", torch.float32)
+    cache.layers = [Watching(layer.kv) for layer in cache.layers]
     model.prefill(torch.tensor(ids), cache)
-    return cache.shares
+    return torch.stack([layer.shares for layer in cache.layers])
 
 
 def draw() -> Picture:

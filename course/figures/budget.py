@@ -5,20 +5,20 @@ import torch
 from course.figures.draw import Picture
 from sentencekv import select_rows
 
-SCORES, LENGTHS, ROW_BUDGET = [0.1, 0.9, 0.5], [3, 3, 2], 4
+SCORES, AVAILABLE, ROW_BUDGET = [0.1, 0.9, 0.5], [3, 3, 2], 4
 COLOURS = ["sky", "blue", "orange"]
 
 
 def draw() -> Picture:
     picture, cell = Picture(620, 190), 44
-    scores, lengths = torch.tensor([SCORES]), torch.tensor([LENGTHS])
-    (selected,) = select_rows(scores, lengths, torch.tensor([[ROW_BUDGET]])).tolist()
+    (selected,) = select_rows(torch.tensor([SCORES]), torch.tensor([AVAILABLE]),
+                              ROW_BUDGET).tolist()
     ranked = sorted(range(3), key=lambda s: -SCORES[s])
     picture.text(24, 32, "the best sentence first", "title")
     x = 24
     for s in ranked:
         picture.text(x, 62, f"sentence {s}, score {SCORES[s]}")
-        for row in range(LENGTHS[s]):
+        for row in range(AVAILABLE[s]):
             chosen = row < selected[s]
             picture.box(x, 72, cell - 3, 40, COLOURS[s], opacity=1 if chosen else 0.3)
             x += cell

@@ -5,9 +5,10 @@ Nothing is allocated: a tensor on the device "meta" has a size and no memory.
 
 import torch
 
-from cache import SentenceTable
+from cache import SentenceKVCache
 from course.figures.draw import Picture
 from model import FullCache, Llama, LlamaConfig
+from sentencekv import SentenceKVConfig
 
 GIB, BUDGET, TOKENS_A_SENTENCE = 2**30, 1024, 12
 LLAMA = LlamaConfig(  # Llama 3.1 8B
@@ -19,17 +20,21 @@ def full_cache(n_tokens: int) -> int:
     return FullCache(LLAMA, n_tokens, "meta", torch.bfloat16).report()["device_kv_bytes"]
 
 
-def sentence_vectors(n_tokens: int) -> int:
+def sentencekv(n_tokens: int) -> int:
+    """Slots for a budget, and a vector for each sentence, without room for more."""
     n_sentences = -(-n_tokens // TOKENS_A_SENTENCE)
-    return SentenceTable(LLAMA.kv_shape, n_sentences, "meta", torch.bfloat16).vectors.nbytes
+    cache = SentenceKVCache(SentenceKVConfig(token_budget=BUDGET), LLAMA, n_tokens, "meta",
+                            torch.bfloat16)
+    cache.make_room(n_sentences)
+    return sum(layer.slots[:, :BUDGET].nbytes + layer.vectors[:, :n_sentences].nbytes
+               for layer in cache.layers)
 
 
 def draw() -> Picture:
     picture, left, scale = Picture(720, 268), 128, 28  # pixels a GiB
     picture.text(24, 30, "Llama 3.1 8B in bfloat16: GiB on the device (computed)", "title")
     for i, n_tokens in enumerate((4096, 32768, 131072)):
-        y, full = 54 + 52 * i, full_cache(n_tokens) / GIB
-        ours = (full_cache(BUDGET) + sentence_vectors(n_tokens)) / GIB
+        y, full, ours = 54 + 52 * i, full_cache(n_tokens) / GIB, sentencekv(n_tokens) / GIB
         picture.text(left - 12, y + 25, f"{n_tokens:,} tokens", align="end")
         for down, size, colour in ((0, full, "orange"), (19, ours, "blue")):
             picture.box(left, y + down, scale * size, 16, colour)

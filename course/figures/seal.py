@@ -2,43 +2,36 @@
 
 from itertools import pairwise
 
-import torch
-
-from cache import SentenceKVCache
-from course.exercises.cases import TINY, random
+from cache import LayerCache
+from course.exercises.cases import sealing_cache, take
 from course.figures.draw import Picture
-from sentencekv import SentenceKVConfig
 
-CONFIG = SentenceKVConfig(token_budget=24, sink_tokens=2, secondary_sinks=0, recent_window=4)
-KINDS = {"sink": "blue", "retrievable": "sky", "recent": "orange"}
+KINDS = {"sink": "blue", "available": "sky", "recent": "orange"}
 CELL, LEFT = 24, 26
 
 
-def step(cache, n_tokens: int, function, layers):
-    for layer in layers:
-        function(layer, *(random(heads, heads, n_tokens, 4) for heads in (4, 2, 2)))
-    cache.advance(n_tokens)
-
-
-def kind(cache, position: int) -> str:
-    """Here the rows are the positions: nothing is dropped, and there are no secondary sinks."""
-    starts, n_rows = (x[0, 0].tolist() for x in (cache.table.starts, cache.table.n_retrievable))
-    if any(start <= position < start + n for start, n in zip(starts, n_rows)):
-        return "retrievable"
-    return "sink" if position < cache.n_sinks else "recent"
+def kind(cache, row: int) -> str:
+    """What a row of the first head is for the next token. Place 0 of the table is the sinks."""
+    plan, layer = cache.plan, cache.layers[0]
+    ends = plan.window_row.clamp(layer.starts, layer.ends)[0].tolist()  # of what is available
+    for place, (start, end) in enumerate(zip(layer.starts[0].tolist(), ends)):
+        if start <= row < end:
+            return "sink" if place == 0 else "available"
+    return "recent"
 
 
 def time_line(picture: Picture, y: int, title: str, cache):
     picture.text(LEFT, y, title, "bold")
-    n, x = cache.num_tokens + 1, lambda position: LEFT + position * CELL
+    plan, x = cache.plan, lambda row: LEFT + row * CELL
+    n = plan.n_rows + 1
     for name, colour in KINDS.items():
-        here = [p for p in range(n) if kind(cache, p) == name]
+        here = [row for row in range(n) if kind(cache, row) == name]
         assert here == [*range(here[0], here[-1] + 1)]
         picture.box(x(here[0]), y + 12, len(here) * CELL - 3, 34, colour, opacity=0.55)
     picture.box(x(n - 1), y + 12, CELL - 3, 34, "ink", outline=True)
-    ends = [*cache.table.bounds[0, 0, : cache.table.n_sentences + 1].tolist(), n]
-    for p in sorted({*ends[:-1], cache.n_sinks, *range(20, n)}):
-        picture.text(x(p) + CELL / 2 - 1.5, y + 34, p, "small", align="middle")
+    ends = [0, *cache.layers[0].ends[0, 1 : plan.n_places].tolist(), n]
+    for row in sorted({*ends[:-1], plan.n_sinks, *range(20, n)}):
+        picture.text(x(row) + CELL / 2 - 1.5, y + 34, row, "small", align="middle")
     for sentence, (start, end) in enumerate(pairwise(ends)):
         a, b = x(start), x(end) - 3
         picture.line((a, y + 52), (a, y + 57), (b, y + 57), (b, y + 52))
@@ -48,16 +41,16 @@ def time_line(picture: Picture, y: int, title: str, cache):
 
 def draw() -> Picture:
     picture = Picture(700, 278)
-    cache = SentenceKVCache(CONFIG, TINY, [(0, 5), (5, 12), (12, 20)], 20, "cpu", torch.float32)
-    step(cache, 20, cache.prefill, (0, 1))
+    cache = sealing_cache(LayerCache, [(0, 5), (5, 12), (12, 20)])  # nothing is dropped
+    take(cache, 20, "prefill")
     for _ in range(6):
-        step(cache, 1, cache.decode, cache.layers)
+        take(cache, 1, "decode")
     picture.text(LEFT, 30, "the sentence is sealed, and the window moves", "title")
     time_line(picture, 60, "before the seal", cache)
     cache.seal(5)
     time_line(picture, 160, "after it", cache)
-    for x, name, words in ((26, "sink", "sink"), (96, "retrievable", "retrievable"),
-                           (206, "recent", "window and open sentence")):
+    for x, name, words in ((26, "sink", "sink"), (96, "available", "can be selected"),
+                           (226, "recent", "window and open sentence")):
         picture.box(x, 254, 12, 12, KINDS[name], opacity=0.55)
         picture.text(x + 18, 264, words, "small")
     picture.text(420, 264, "framed: the next token, not yet decoded", "small", "quiet")
