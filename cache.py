@@ -10,13 +10,15 @@ A *row* is a kept token: its key and its value, side by side (2, D), so that the
 rows of a head are on the host: first its secondary sinks, then the other kept tokens as they are
 read. Prefill may drop tokens in the middle of the first text, but none of its last ones and nothing
 that comes later. So from there on, row = position - n_dropped. A *slot* is room for a row on the
-device. Attention reads the slots of its layer, and nothing else:
+device. Attention reads the slots of its layer, and nothing else, in any order: RoPE has put the
+positions into the keys.
 
     [ B slots for selected rows | R slots for the window: row r is in slot B + r % R ]
 
-The table of a layer has S places. Place 0 stands for all sinks of a head, the first tokens and the
-secondary ones: it is always selected. Each other place stands for a sentence. The *open* sentence,
-which is being written, has no place: `seal` gives it one. Other shapes are as in `sentencekv.py`.
+The table of a layer has P *places*. Place 0 stands for all sinks of a head, the first tokens and
+the secondary ones: it is always selected. Each other place stands for a sentence; some are free.
+The *open* sentence, which is being written, has no place until `seal` gives it one. Other shapes
+are as in `sentencekv.py`, which is given the P places as its S sentences.
 """
 
 import math
@@ -27,14 +29,14 @@ import torch.nn.functional as F
 from sentencekv import (SCORES, SentenceKVConfig, find_secondary_sinks, keep_tokens, order_rows,
                         select_rows, sentence_bounds, sentence_vectors, token_importance)
 from support.host_rows import Copies, HostRows, load_missing
-from support.memory import report
+from support.memory import Totals, report
 from support.slots import NO_ROW, assign_slots
 from support.table import make_room, room_for
 
 
 class Plan:
-    """What all layers share. A layer has a reference to the plan and none to the cache: a cycle of
-    references would keep the memory of both for longer."""
+    """What all layers share. A layer holds the plan and not the cache, which holds the layers: two
+    objects that point at each other are freed late."""
 
     def __init__(self, config: SentenceKVConfig, max_tokens: int, device):
         self.config = config
@@ -43,12 +45,13 @@ class Plan:
         self.n_first_sinks = 0  # number of first tokens that are always selected
         self.n_places = 1  # number of places in use
         self.open_row = 0  # first row of the open sentence: the rows before it are in the table
-        self.text_end = 0  # the position after the text being read
-        self.sentence_ends = None  # after each sentence of that text, counted from its beginning
+        self.text_end = 0  # the position after the last text, which may be being read
+        self.sentence_ends = None  # of that text: after each sentence, counted from its beginning
 
         self.n_row_slots = min(config.token_budget - config.recent_window, max_tokens)  # B
-        # The window also holds the open sentence, so max(window, limit) + 1 slots would do. The sum
-        # keeps B + R from being a power of two, which is slow: heads share a processor's cache.
+        # The window also holds the open sentence, and one more token: the next one is planned
+        # before a sentence that ends is sealed. The larger of both, plus 1, would do. But if B + R
+        # is a power of two, all heads compete for the same lines of a processor's cache.
         self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)  # R
         self.window_slots = torch.arange(self.n_window_slots, device=device)
 
@@ -57,7 +60,7 @@ class Plan:
         self.select_end = torch.zeros_like(self.n_select)  # only rows before it can be selected
         self.next_slot = torch.zeros_like(self.n_select)  # of the token itself
         self.in_window = torch.zeros(1, self.n_window_slots, device=device, dtype=torch.bool)
-        self.n_loaded = torch.zeros_like(self.n_select)  # rows since the last text, of all layers
+        self.total_loaded = torch.zeros_like(self.n_select)  # rows since the last text, all layers
 
     @property
     def n_rows(self) -> int:
@@ -66,7 +69,7 @@ class Plan:
 
     @property
     def text_rows(self) -> int:
-        """Rows when the text being read has been read. Of the first text, none is dropped yet."""
+        """Rows at the end of the last text. While the first is read, nothing of it is dropped."""
         return self.text_end - self.n_dropped
 
     @property
@@ -80,14 +83,15 @@ class Plan:
 
     def window_start(self) -> int:
         """The first row of the next token's window: that of the recent window, or of the open
-        sentence if it is longer. If that does not fit the budget, the window is cut: each head
-        leaves room for as many sinks as a head can have."""
+        sentence if it is longer. It is the same in all heads, so if it has to be cut to fit the
+        budget, it leaves room for as many sinks as a head can have."""
         config, end = self.config, self.n_rows + 1
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
         start = min(end - config.recent_window, self.open_row)
+        # The last bound is for a short prompt. It has no secondary sinks before its first tokens.
         return max(start, end - most, self.n_first_sinks)
 
-    def next_token(self):
+    def plan_next(self):
         """Decide what the next token attends to: its window, which ends with the token itself, and
         as many selected rows before the window as the budget of τ tokens allows.
 
@@ -96,7 +100,7 @@ class Plan:
         """
         row, start = self.n_rows, self.window_start()
         n_window = row + 1 - start
-        # If the window is cut, no token attends to the rows from `open_row` to its start.
+        # If the window is cut, the beginning of the open sentence is not attended to.
         select_end = min(start, self.open_row)
         assert row - select_end < self.n_window_slots, "a sentence is too long: call `seal`"
         self.n_select.fill_(min(self.config.token_budget - n_window, select_end))
@@ -109,21 +113,22 @@ class Plan:
 class LayerCache:
     """One layer, on the device. Its table, per KV head:
 
-    vectors     (H_kv, S, D)       the sentence vector; 0 at place 0 and at empty places
-    variances   (H_kv, S)          of the sentence's keys
-    lengths     (H_kv, S) float    rows of the sentence, for its score; 0 at place 0
-    starts      (H_kv, S)          the first row that can be selected
-    ends        (H_kv, S)          the row after the last one
-    scores      (H_kv, S)          how well it matches the open sentence
-    n_resident  (H_kv, S)          how many of its rows are in slots
+    vectors     (H_kv, P, D)       the sentence vector
+    variances   (H_kv, P)          of the sentence's keys
+    lengths     (H_kv, P) float    rows of the sentence, for its score; 0 at place 0
+    starts      (H_kv, P)          the first row that can be selected
+    ends        (H_kv, P)          the row after the last one that can be selected
+    scores      (H_kv, P)          how well it matches the open sentence
+    n_resident  (H_kv, P)          how many of its rows are in slots
 
     A prompt has two sentences, of 10 and of 8 tokens. In one head, 2 tokens of the second are
-    secondary sinks: rows 0 and 1. Rows 2 to 11 are the first sentence, 4 of them first sinks:
+    secondary sinks: rows 0 and 1. Rows 2 to 11 are the first sentence. Its first 4 tokens are
+    sinks, too. They count for its vector and its length, but are selected with place 0:
 
         place       0     1     2
         starts      0     6    12
         ends        6    12    18
-        lengths     0    10     6    a first sink counts in its sentence, a secondary one does not
+        lengths     0    10     6
 
     Its slots (H_kv, B + R, 2, D). Of the B slots for selected rows, slot_row is the row or NO_ROW,
     slot_place the row's place, and slot_missing whether the host has to load it (H_kv, B).
@@ -160,8 +165,8 @@ class LayerCache:
         return kv.unbind(dim=2)
 
     def read_first_text(self, q, kv):
-        """Offload the rows of a part. After the last part, offload the kept rows in their place,
-        and make the sentences. kv (H_kv, n, 2, D) of all parts so far"""
+        """Offload the rows of a part. After the last part, offload the kept rows instead, and make
+        the sentences. kv (H_kv, n, 2, D) of all parts so far"""
         plan, config, n_tokens = self.plan, self.plan.config, kv.shape[1]
         # `clone`: a slice would keep all of q in memory.
         self.last_queries.append(q[:, -config.observation_window :].clone())
@@ -173,15 +178,15 @@ class LayerCache:
         if config.n_kept(n_tokens) < n_tokens:
             kept = self.most_important(kv[:, :, 0], secondary)
         self.last_queries = []
-        self.offload(0, self.make_sentences(kv, kept, secondary))
+        self.offload(0, self.make_sentences(kv, kept, secondary))  # row 0 replaces all rows
 
     def read_later_text(self, kv):
         """Offload the rows of a part: all are kept. After the last part, make the sentences."""
         plan = self.plan
         self.offload(plan.n_rows, kv[:, plan.n_rows :])
         if kv.shape[1] == plan.text_rows:
-            ends = plan.sentence_ends.expand(len(kv), -1)
-            self.add_sentences(kv[:, plan.open_row :, 0], F.pad(ends, (1, 0)), plan.open_row)
+            bounds = F.pad(plan.sentence_ends, (1, 0)).expand(len(kv), -1)  # 0, and all ends
+            self.add_sentences(kv[:, plan.open_row :, 0], bounds, plan.open_row)
 
     def secondary_sinks(self, k) -> torch.Tensor:
         """Which tokens of the first text are secondary sinks: k (H_kv, T, D) -> (H_kv, T) bool"""
@@ -190,8 +195,8 @@ class LayerCache:
     def most_important(self, k, secondary) -> torch.Tensor:
         """The positions that each head keeps, in reading order: k (H_kv, T, D) -> (H_kv, N)"""
         config, q = self.plan.config, torch.cat(self.last_queries, dim=1)
-        importance = token_importance(q[:, -config.observation_window :], k)
-        return keep_tokens(importance, secondary, config)
+        q = q[:, -config.observation_window :]  # (H, W, D)
+        return keep_tokens(token_importance(q, k), secondary, config)
 
     def make_sentences(self, kv, kept, secondary) -> torch.Tensor:
         """Put the kept rows in order, and give the sentences of the first text their places.
@@ -221,8 +226,8 @@ class LayerCache:
         """Copy rows (H_kv, n, 2, D) to the host, beside the computation that follows."""
         self.host.write(first_row, rows, self.plan.text_rows)
 
-    def start_window(self, first_row: int):
-        """After a text, the window's first rows come from the host."""
+    def fill_window(self, first_row: int):
+        """After a text, the rows from this one on come from the host."""
         n_rows = self.plan.n_rows
         self.slots[:, self.plan.slots_of(first_row, n_rows)] = self.host.read(first_row, n_rows)
         self.scores.zero_()
@@ -230,11 +235,11 @@ class LayerCache:
     def decode(self, q, k, v) -> tuple:
         """Select rows, load those that are missing (Section 3.3), return all slots and a mask."""
         plan = self.plan
-        self.slots.index_copy_(1, plan.next_slot, torch.stack((k, v), dim=2))
-        self.select(q.view(len(k), -1, q.shape[-1]))  # (H_kv, G, D)
+        self.slots.index_copy_(1, plan.next_slot, torch.stack((k, v), dim=2))  # (H_kv, 1, 2, D)
+        self.select(q.view(len(k), -1, q.shape[-1]))
         self.load()
         mask = torch.cat((self.slot_row < NO_ROW, plan.in_window.expand(len(k), -1)), dim=1)
-        return *self.slots.unbind(dim=2), mask.unsqueeze(1)
+        return *self.slots.unbind(dim=2), mask.unsqueeze(1)  # (H_kv, 1, B + R)
 
     def select(self, q):
         """Select the rows of the best sentences, and find slots for them. q (H_kv, G, D)"""
@@ -242,16 +247,17 @@ class LayerCache:
         # Scores add up over the sentence being written, with less weight for older tokens.
         torch.add(self.score(q), self.scores, alpha=plan.config.query_decay, out=self.scores)
         self.scores[:, 0] = math.inf  # after the sum: a decay of 0 times infinity is not a number
-        available = plan.select_end.clamp(self.starts, self.ends) - self.starts  # (H_kv, S) rows
+        available = plan.select_end.clamp(self.starts, self.ends) - self.starts  # (H_kv, P)
         selected = select_rows(self.scores, available, plan.n_select, plan.n_row_slots)
-        # A row that is still selected keeps its slot. The slots of others are for missing rows.
+        # A row that is still selected keeps its slot. If slots hold the rows 5, 8, 4, and 8, 9, 12
+        # are selected, the slots hold 9, 8, 12 next, and 9 and 12 are missing.
         rows, places, missing = assign_slots(
             self.slot_row, self.slot_place, self.starts, self.n_resident, selected)
         self.slot_row.copy_(rows)
         self.slot_place.copy_(places)
         self.slot_missing.copy_(missing)
         self.n_resident.copy_(selected)
-        plan.n_loaded += missing.sum()
+        plan.total_loaded += missing.sum()
 
     def score(self, q):
         """How well each sentence matches one token's queries (H_kv, G, D) -> (H_kv, S)."""
@@ -269,7 +275,7 @@ class LayerCache:
         bounds = torch.tensor([[0, length]], device=kv.device).expand(len(kv), -1)
         self.add_sentences(kv[:, :, 0], bounds, first_row)
         self.offload(first_row, kv)
-        self.scores.zero_()  # also of the rows that stay open: they were written before the end
+        self.scores.zero_()  # tokens that stay open lose their part of the scores, too
 
     def truncate(self, n_places: int):
         """Forget all places of the table from this one on, and what is in slots."""
@@ -305,8 +311,7 @@ class SentenceKVCache:
         self.layers = [self.Layer(self.plan, HostRows(heads, dim, device, dtype, self.copies),
                                   device, dtype) for _ in range(n_layers)]
         self.first_text = None  # its number of tokens, and the places in use after it
-        self.n_sinks = 0  # all sinks of all heads and layers
-        self.n_selected = torch.zeros_like(self.plan.n_loaded)  # since the last text, without sinks
+        self.totals = Totals(self.plan, self.layers)  # rows selected and loaded, for `report`
 
     @property
     def num_tokens(self) -> int:
@@ -335,9 +340,8 @@ class SentenceKVCache:
         plan = self.plan
         plan.num_tokens += n_tokens
         if plan.num_tokens > plan.text_end:
-            n_heads = len(self.layers) * self.layers[0].host.heads
-            self.n_selected += n_heads * plan.n_select - self.n_sinks
-            plan.next_token()
+            self.totals.add_token()
+            plan.plan_next()
         elif plan.num_tokens == plan.text_end:
             self.end_text()
 
@@ -353,21 +357,16 @@ class SentenceKVCache:
         else:
             plan.n_places += len(plan.sentence_ends)
         plan.open_row = plan.n_rows
-        self.start_window()
+        self.fill_window()
 
-    def start_window(self):
-        """After a text, its last tokens are the window. One more makes it full."""
+    def fill_window(self):
+        """After a text, the last tokens so far are the window. One more makes it full."""
         plan = self.plan
         n_recent = min(plan.n_rows - plan.n_first_sinks, self.config.recent_window - 1)
         for layer in self.layers:
-            layer.start_window(plan.n_rows - n_recent)
-        # Sinks are selected for every token, and loaded once. Neither is counted: `n_loaded` begins
-        # at minus the sinks that are still to load.
-        self.n_sinks = sum(int(layer.ends[:, 0].sum()) for layer in self.layers)
-        n_loaded_before = sum(int(layer.n_resident[:, 0].sum()) for layer in self.layers)
-        plan.n_loaded.fill_(n_loaded_before - self.n_sinks)
-        self.n_selected.zero_()
-        plan.next_token()
+            layer.fill_window(plan.n_rows - n_recent)
+        self.totals.restart()
+        plan.plan_next()
 
     def seal(self, length: int):
         """The first `length` tokens of the open sentence form a sentence. Its rows can be selected
@@ -379,7 +378,7 @@ class SentenceKVCache:
         self.copies.wait()  # the next token may load these rows
         plan.n_places += 1
         plan.open_row += length
-        plan.next_token()
+        plan.plan_next()
 
     def truncate(self, n_tokens: int):
         """Forget all that was read and written after the first text, of `n_tokens`."""
@@ -391,7 +390,7 @@ class SentenceKVCache:
         self.n_resizes += make_room(self.layers, plan.n_places, shrink=True)
         for layer in self.layers:
             layer.truncate(plan.n_places)
-        self.start_window()
+        self.fill_window()
 
     def report(self) -> dict:
         """Bytes held on both tiers, and bytes selected and loaded since the last text."""

@@ -23,7 +23,7 @@ from sentencekv import SCORES, SentenceKVConfig
 from support import compiled, finite, options, process, questions, report
 from support.document import Document, identity_of, load_document, read_text
 from support.prompts import Prompts, check_prompt, split_at_sentences
-from support.ranks import RANK, RANKS, added_up, agreed, join_ranks, leave_ranks
+from support.ranks import RANK, RANKS, join_ranks, leave_ranks
 from support.timer import StageTimer, watch_stages
 from support.trace import Trace
 from weights.checkpoint import fingerprint, load_config, load_model, pick_device, pick_dtype
@@ -110,7 +110,7 @@ class Session:
         self.trace = Trace(self.cache) if args.trace or args.show_sentences else None
         self.timer = StageTimer(self.device)
         watch_stages(self.timer, model, self.cache, not (args.cuda_graph or args.compile))
-        self.start_after(Document())  # an empty one
+        self.start_after(Document())
 
     def start_after(self, document: Document):
         """This document is all that has been read, and nothing is written yet."""
@@ -125,27 +125,28 @@ class Session:
 
     def read(self, ids: list[int]) -> int:
         """Read a text, the first or a later one. Returns the first token after it."""
-        # The last token of the answer before is not in the cache: nothing had to follow it. It is
-        # read now, unless it is a stop token: the next text of a chat begins with one.
+        # The cache holds the tokens `ids + written[:-1]`: the model was not asked what follows the
+        # last one. It is read now, unless it is a stop token: the next text of a chat has that.
         ids = [token for token in self.written[-1:] if token not in self.stop] + ids
         n_before = self.cache.num_tokens
         check_prompt(ids, n_before, 1, self.model.config)
         with self.timer("segment"):
             spans = token_spans(self.tokenizer.pieces(ids), self.config.sentence_limit)
             self.cache.expect(spans)
-        # New lists, not `+=`: a document holds those of before.
+        # New lists, not `+=`: a `Document` still uses the old ones.
         self.spans = self.spans + [(start + n_before, end + n_before) for start, end in spans]
         self.ids, self.written = self.ids + self.written[:-1] + ids, []
         part_ends = split_at_sentences(spans, self.args.prefill_chunk)
-        return prefill(self.model, self.cache, ids, self.next_token, self.timer, report.progress,
+        return prefill(self.model, self.cache, ids, self.choose_token, self.timer, report.progress,
                        part_ends)
 
     def write(self, first: int, stopped) -> str:
-        """Print an answer from its first token on, until `stopped()`. Returns its text."""
+        """Print an answer from its first token on, and return its text. `stopped()` is 0, or the
+        signal that ends it."""
         n_most = min(self.args.max_new_tokens, self.max_tokens - len(self.ids))
         pairs = generate(
-            self.model, self.cache, first, self.tokenizer.detokenizer(), self.next_token, self.stop,
-            n_most, self.config.sentence_limit, self.timer, self.decode)
+            self.model, self.cache, first, self.tokenizer.detokenizer(), self.choose_token,
+            self.stop, n_most, self.config.sentence_limit, self.timer, self.decode)
         if self.trace:
             pairs = self.trace.watch(pairs)
         text = ""
@@ -155,22 +156,18 @@ class Session:
                 if token not in self.tokenizer.special:
                     text += piece
                     print(piece, end="", flush=True)
-                if agreed(stopped()):
+                if stopped():
                     break
         finally:
             print(flush=True)
         return text
 
-    def next_token(self, logits) -> int:
-        """ValueError if the logits are not finite, with the layer where that begins."""
+    def choose_token(self, logits) -> int:
+        """Sample. ValueError if the logits are not finite, with the layer where that begins."""
         try:
             return self.sample(logits)
         except FloatingPointError:
             raise finite.error(self.model, self.ids + self.written, FullCache) from None
-
-    def report(self, text: str, signal: int, question: str | None = None) -> dict:
-        """What `--json` prints of the answer, which a signal may have ended."""
-        return report.describe(self, text, agreed(signal), added_up(self.cache.report()), question)
 
 
 def parse(arguments: list[str]):
@@ -209,8 +206,8 @@ def main(arguments: list[str]) -> int:
         ids = prompts.ids()
     first = session.read(ids)  # segment, prefill
     with questions.interrupts() as stopped:
-        text = session.write(first, stopped)  # decode token by token, and print the pieces
-    return report.finish(session.report(text, stopped()), session.trace, args)
+        text = session.write(first, stopped)
+    return report.finish(report.describe(session, text, stopped()), session.trace, args)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ class SentenceStream:
 
     def push(self, piece: str) -> list[int]:
         """Add a token; return the lengths of the sentences found to have ended before it."""
-        # Look again at the last token and at the AFTER characters before it: there the new text
-        # can be what a rule waited for. Begin before a gap and not inside it.
+        # A rule may have waited for this text, as for ` The` above. So test again the gaps in the
+        # last token and in the AFTER characters before it, and go back to where the first begins.
         last = self.token_starts[-1] if self.token_starts else 0
         search_start = len(self.text[: max(0, last - AFTER)].rstrip())
         n_spaces = 0 if piece.isspace() else len(piece) - len(piece.lstrip())

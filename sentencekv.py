@@ -27,8 +27,8 @@ class SentenceKVConfig:
     """The settings of the method.
 
     The paper writes τ for the token budget and r for the keep factor: prefill keeps the ⌊r · τ⌋
-    most important tokens of the prompt and drops the others for good. With infinity, every token is
-    kept in host memory. Raises ValueError for a setting that cannot work.
+    most important tokens of the prompt and drops the others for good. With infinity, all are kept.
+    τ has room for all sinks, the protected tokens and one more. ValueError for a wrong setting.
     """
 
     token_budget: int = 1024  # tokens attended to per KV head while decoding
@@ -48,9 +48,8 @@ class SentenceKVConfig:
     @property
     def protected_tokens(self) -> int:
         """Number of last tokens that prefill never drops, and never makes secondary sinks."""
-        # Without a limit no importance is computed, so no queries are observed.
         observed = 0 if self.keep_factor == math.inf else self.observation_window
-        return max(self.recent_window, observed)
+        return max(self.recent_window, observed)  # no importance is computed with infinity
 
     def n_kept(self, n_tokens: int) -> int:
         """N, the rows kept of a prompt of `n_tokens`."""
@@ -61,8 +60,8 @@ def find_secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Ten
     """Which tokens are secondary sinks, the shortest keys of their head. Not in the paper.
 
     In some layers much attention goes to a few tokens in the middle of the text, whatever is asked
-    (arXiv 2512.22213). The mean of a sentence's keys hides such a key. No query is needed to find
-    it: it is much shorter than the head's median, and RoPE does not change a length.
+    (arXiv 2512.22213): their keys are short, but other keys point away from most queries. The mean
+    of a sentence's keys hides such a key. No query is needed to find it: RoPE keeps the length.
 
     k (H_kv, T, D) -> (H_kv, T) bool, True at most `config.secondary_sinks` times in a head
     """
@@ -87,7 +86,7 @@ def token_importance(q: torch.Tensor, k: torch.Tensor, pool: int = 7) -> torch.T
     grouped = q.reshape(kv_heads, -1, dim)  # (H_kv, G * W, D)
     logits = (grouped @ k.mT).float().view(kv_heads, -1, window, tokens) / math.sqrt(dim)
     future = torch.ones(window, tokens, dtype=torch.bool, device=q.device).triu(tokens - window + 1)
-    logits.masked_fill_(future, -math.inf)
+    logits.masked_fill_(future, -math.inf)  # (H_kv, G, W, T)
     received = logits.softmax(dim=-1).sum(dim=2).mean(dim=1)  # (H_kv, T)
     return F.max_pool1d(received[:, : tokens - window], pool, stride=1, padding=pool // 2)
 
@@ -105,7 +104,7 @@ def keep_tokens(importance, secondary, config: SentenceKVConfig) -> torch.Tensor
     importance.masked_fill_(secondary, math.inf)
     importance[:, : config.sink_tokens] = math.inf
     importance[:, n_tokens - config.protected_tokens :] = math.inf
-    # Pooling makes ties. A stable sort breaks them alike on every device; `topk` does not.
+    # Pooling makes equal numbers. A stable sort has the same order of them on every device.
     ranked = importance.argsort(dim=-1, descending=True, stable=True)
     return ranked[:, : config.n_kept(n_tokens)].sort(dim=-1).values
 
@@ -127,8 +126,8 @@ def order_rows(kept: torch.Tensor, secondary: torch.Tensor) -> tuple:
 def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. It ends where the next one begins.
 
-    A sentence of which a head keeps nothing becomes an empty one at the end: what is empty in all
-    heads can be cut off. So sentence s of one head need not be sentence s of another.
+    A sentence of which a head keeps nothing becomes an empty one at the end, so that the table can
+    be shortened. So index s can mean different sentences in different heads.
 
     marked (H_kv, N) from `order_rows`, ends (S,), the position after each -> (H_kv, S + 1)
 
@@ -140,7 +139,8 @@ def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """
     starts_and_end = F.pad(ends, (1, 0)).expand(len(marked), -1).contiguous()  # 0, 4, 7, 10
     bounds = torch.searchsorted(marked, starts_and_end)  # rows before each: 1, 3, 3, 5
-    empty = F.pad(bounds.diff(dim=-1) == 0, (1, 0))  # it repeats the one before: no, no, yes, no
+    # No row between two bounds: the sentence is dropped with its end. No, no, yes, no
+    empty = F.pad(bounds.diff(dim=-1) == 0, (1, 0))
     return bounds.masked_fill(empty, marked.shape[-1]).sort(dim=-1).values  # 1, 3, 5, 5
 
 
@@ -182,16 +182,16 @@ def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
 
 def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
     """The attention that a token of the sentence receives on average, if its keys are Gaussian. Not
-    in the paper. Its dual is Expected Attention (arXiv 2510.00636), with Gaussian queries.
+    in the paper. Expected Attention (arXiv 2510.00636) takes the queries as Gaussian.
 
     For Gaussian keys k with mean µ and covariance σ² I, and x = q · k / √D, the mean of exp(x) is
-    exp(q · µ / √D + |q|² σ² / 2D). In the softmax over all sentences, one of n keys counts n times.
-    Its share is divided by n, because the budget counts tokens, and summed over the G query heads.
+    exp(q · µ / √D + |q|² σ² / 2D). A sentence of n keys counts n times in the softmax. Its share is
+    divided by n, because the budget counts tokens, and summed over the G query heads.
 
     q (H_kv, G, D), vectors µ (H_kv, S, D), variances σ² and lengths n (H_kv, S) -> (H_kv, S)
     """
     q = q / math.sqrt(q.shape[-1])
-    squared_norms = q.float().square().sum(dim=-1, keepdim=True)  # |q|² (H_kv, G, 1)
+    squared_norms = q.float().square().sum(dim=-1, keepdim=True)  # |q|² / D (H_kv, G, 1)
     log_mean_exp = q @ vectors.mT + squared_norms * variances.unsqueeze(1) / 2  # (H_kv, G, S)
     attention = (log_mean_exp + lengths.log().unsqueeze(1)).softmax(-1)  # empty: ln 0 = -inf
     return attention.sum(dim=1) / lengths.clamp(min=1)

@@ -101,8 +101,8 @@ def token_stages(cache, n_new: int) -> list[dict]:
         if i > 0 and i % SENTENCE == 0:
             cache.seal(SENTENCE)
         if i == N_WARM:
-            cache.n_selected.zero_()
-            cache.plan.n_loaded.zero_()
+            cache.totals.selected.zero_()
+            cache.plan.total_loaded.zero_()
         k, v = torch.randn(2, 8, 1, 128, device=device, dtype=dtype)
         with timer("all"):
             keys, values, mask = layer.decode(q, k, v)

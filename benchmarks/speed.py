@@ -173,8 +173,8 @@ class Ours:
     def warm(self):
         """What came from the host is counted from here on."""
         if self.method != "full":
-            self.cache.n_selected.zero_()
-            self.cache.plan.n_loaded.zero_()
+            self.cache.totals.selected.zero_()
+            self.cache.plan.total_loaded.zero_()
 
     def stages(self, steps: int) -> dict:
         """Milliseconds a token, by stage. A graph and a compiled step have none."""

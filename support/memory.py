@@ -6,11 +6,32 @@ HEADINGS = {"slots": "slots", "vectors": "sentence vectors"}  # of tensors; of a
 REST = "bookkeeping"
 
 
+class Totals:
+    """Rows selected and loaded since the last text, of all heads and layers. Sinks do not count:
+    they are selected for every token, and loaded once."""
+
+    def __init__(self, plan, layers):
+        self.plan, self.layers = plan, layers
+        self.selected = torch.zeros_like(plan.total_loaded)
+        self.n_sinks = 0
+
+    def restart(self):
+        """After a text. `total_loaded` begins at minus the sinks that are still to be loaded."""
+        self.selected.zero_()
+        self.n_sinks = sum(int(layer.ends[:, 0].sum()) for layer in self.layers)
+        n_resident = sum(int(layer.n_resident[:, 0].sum()) for layer in self.layers)
+        self.plan.total_loaded.fill_(n_resident - self.n_sinks)
+
+    def add_token(self):
+        n_heads = len(self.layers) * self.layers[0].host.heads
+        self.selected += n_heads * self.plan.n_select - self.n_sinks
+
+
 def report(cache) -> dict:
     """Bytes that a SentenceKVCache holds, and bytes selected and loaded since its last text, not
     counting sinks. On the host, rows of a mapped file count whether they have been read or not."""
-    parts = held_bytes((cache, cache.plan, *cache.layers))
-    selected, loaded = cache.n_selected.item(), max(cache.plan.n_loaded.item(), 0)
+    parts = held_bytes((cache.plan, cache.totals, *cache.layers))
+    selected, loaded = cache.totals.selected.item(), max(cache.plan.total_loaded.item(), 0)
     token_bytes = sum(layer.slots[:, 0].nbytes for layer in cache.layers)
     row_bytes = cache.layers[0].slots[0, 0].nbytes
     return {"device_kv_parts": parts, "device_kv_bytes": sum(parts.values()),

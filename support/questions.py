@@ -8,17 +8,18 @@ from contextlib import contextmanager
 
 from support.document import Document, restore, save_document, snapshot
 from support.prompts import Prompts, clean
-from support.report import finish, say
+from support.ranks import agreed
+from support.report import describe, finish, say
 
 
 @contextmanager
 def interrupts():
     """In here Ctrl-C and SIGTERM raise nothing: the function that this yields gives the signal that
-    came first, or 0."""
+    came first, or 0. Several ranks agree on one, as it may reach them between different tokens."""
     came, kinds = [], (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(kind, lambda number, _: came.append(number)) for kind in kinds]
     try:
-        yield lambda: came[0] if came else 0
+        yield lambda: agreed(came[0] if came else 0)
     finally:
         for kind, handler in zip(kinds, before):
             signal.signal(kind, handler)
@@ -60,7 +61,7 @@ def ask(session, document: Document, prompts: Prompts) -> int:
         first = session.read(ids)
         with interrupts() as stopped:
             text = session.write(first, stopped)
-        report = session.report(text, stopped(), question)
+        report = describe(session, text, stopped(), question)
         if status := finish(report, session.trace, session.args):
             return status
     return 0
@@ -95,4 +96,4 @@ def answer_turn(session, question: str, tokenize) -> dict:
         with session.timer("tokenize"):
             ids = tokenize(question)
         text = session.write(session.read(ids), stopped)
-        return session.report(text, stopped(), question)
+        return describe(session, text, stopped(), question)

@@ -11,6 +11,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+from support.ranks import added_up
 from support.timer import OTHER, times
 
 
@@ -27,7 +28,7 @@ def progress(layers):
     return tqdm(layers, desc="prefill", unit="layer", leave=False, disable=None)
 
 
-def describe(session, text: str, signal: int, cache_report: dict, question: str | None) -> dict:
+def describe(session, text: str, signal: int, question: str | None = None) -> dict:
     """The report of the answer that a session has just written: counts, times in ms, bytes.
 
     `signal` ended the answer, or is 0. `question` is None if the prompt holds it.
@@ -38,7 +39,8 @@ def describe(session, text: str, signal: int, cache_report: dict, question: str 
         "text": text, "interrupted": bool(signal), "signal": signal,
         "prompt_tokens": len(session.ids), "new_tokens": n_new, "sentences": len(session.spans),
         "sentence_limit": session.config.sentence_limit, **times(session.timer, n_new - 1),
-        **cache_report, "cache": session.args.cache, "clock": session.timer.clock,
+        **added_up(session.cache.report()), "cache": session.args.cache,
+        "clock": session.timer.clock,
         "device": str(session.device), "dtype": str(session.dtype).removeprefix("torch."),
         "torch": torch.__version__}
     if session.trace:

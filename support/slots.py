@@ -1,4 +1,4 @@
-"""Which slot holds which row: a row that is still wanted stays where it is, and only others move."""
+"""Which slot holds which row: a row that is still selected stays, and only others move."""
 
 import torch
 

@@ -7,9 +7,8 @@
     SCORES          how well sentences match a query
 
 A *sentence* is a span (start, end) of token positions. Shapes: T tokens of a text, D channels, H
-query heads, H_kv KV heads, G = H // H_kv query heads that share a KV head, S sentences. A test that
-runs a model with this cache shows what `cache.SentenceKVCache` must compute. At a first reading,
-`SlowHead` is enough.
+query heads, H_kv KV heads, G = H // H_kv query heads that share a KV head, S sentences. Tests
+compare `cache.SentenceKVCache` with this class. At a first reading, `SlowHead` is enough.
 """
 
 import math
@@ -40,7 +39,8 @@ class SlowHead:
         self.kv = {i: torch.stack((k[i], v[i])) for i in self.most_important(q, k)}
 
     def shortest_keys(self, k) -> list:
-        """The positions of the shortest keys, if these are much shorter than the median."""
+        """The positions of the secondary sinks: the shortest keys, if these are much shorter than
+        the median. Much attention goes to them, whatever is asked: see `find_secondary_sinks`."""
         config, norms = self.config, [key.norm().item() for key in k]
         median = sorted(norms)[(len(norms) - 1) // 2]
         others = range(config.sink_tokens, len(k) - config.protected_tokens)
@@ -89,8 +89,8 @@ class SlowHead:
 
     def recent_window(self) -> list:
         """The last positions: as many as the settings say, or the open sentence, which is being
-        written, if it is longer. If it is longer than the budget, only its last tokens: each head
-        leaves room for as many sinks as a head can have."""
+        written, if it is longer. If it is longer than the budget, only its last tokens. The window
+        is the same in all heads, so it leaves room for as many sinks as a head can have."""
         config = self.config
         n_written = self.n_tokens - self.spans[-1][1]
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
@@ -117,8 +117,8 @@ class SlowHead:
 class SlowLayer:
     """The KV heads of one layer. `prefill` and `decode` get q (H, T, D), k and v (H_kv, T, D)."""
 
-    def __init__(self, config, n_heads: int, spans: list):
-        self.heads = [SlowHead(config, spans) for _ in range(n_heads)]
+    def __init__(self, config, n_kv_heads: int, spans: list):
+        self.heads = [SlowHead(config, spans) for _ in range(n_kv_heads)]
 
     def prefill(self, q, k, v) -> tuple:
         """Read a whole text. Returns keys and values (H_kv, n, D): those kept of earlier texts, and
@@ -131,7 +131,7 @@ class SlowLayer:
             for key, value in zip(keys, values):
                 head.append(key, value)
         kv = torch.stack([torch.stack([*head.kv.values()]) for head in self.heads])
-        return kv.unbind(dim=2)
+        return kv.unbind(dim=2)  # of (H_kv, n, 2, D)
 
     def decode(self, q, k, v) -> tuple:
         """Take one token, T = 1. Returns keys and values (H_kv, n, D), and a mask (H_kv, 1, n):
@@ -148,8 +148,8 @@ class SlowSentenceKV:
 
     def __init__(self, config, model_config):
         self.num_tokens, self.spans = 0, []
-        n_layers, n_heads, _ = model_config.kv_shape
-        self.layers = [SlowLayer(config, n_heads, self.spans) for _ in range(n_layers)]
+        n_layers, n_kv_heads, _ = model_config.kv_shape
+        self.layers = [SlowLayer(config, n_kv_heads, self.spans) for _ in range(n_layers)]
 
     @property
     def heads(self) -> dict:
@@ -163,6 +163,7 @@ class SlowSentenceKV:
         n_written = self.num_tokens - (self.spans[-1][1] if self.spans else 0)
         if n_written > 0:
             self.seal(n_written)
+        # `+=` changes the list itself, which all heads share.
         self.spans += [(self.num_tokens + start, self.num_tokens + end) for start, end in spans]
 
     def advance(self, n_tokens: int):
@@ -191,11 +192,6 @@ def gaussian(q, keys: list) -> torch.Tensor:
     return attention(q, keys, variances) / torch.tensor([len(k) for k in keys]).to(q)
 
 
-def votes(q, keys: list) -> torch.Tensor:
-    """`benchmarks.scores.votes`: the attention that a sentence receives, if its keys are equal."""
-    return attention(q, keys, torch.zeros(len(keys)).to(q))
-
-
 def attention(q, keys: list, variances) -> torch.Tensor:
     """The attention that each sentence receives, summed over heads, if its keys are Gaussian: the
     mean of exp(q · k / √D) is then exp(q · mean / √D + |q|² · variance / 2D)."""
@@ -206,4 +202,4 @@ def attention(q, keys: list, variances) -> torch.Tensor:
     return (logits + lengths.log()).softmax(-1).sum(1)
 
 
-SCORES = {"mean_query": mean_query, "gaussian": gaussian, "votes": votes}
+SCORES = {"mean_query": mean_query, "gaussian": gaussian}

@@ -14,7 +14,7 @@ import torch
 from conftest import REFERENCE, TINY, needs_gpu, random_ids, random_llama, random_spans
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import SlowSentenceKV
+from oracle import SCORES, SlowSentenceKV, attention
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cache as cache_module
@@ -28,6 +28,10 @@ from support.document import Document, load_document, restore, save_document, sn
 from weights.tokenizer import Tokenizer
 
 N_NEW = 90
+
+
+# `benchmarks.scores.votes`: the attention that a sentence receives, if all its keys are equal.
+SCORES["votes"] = lambda q, keys: attention(q, keys, torch.zeros(len(keys)).to(q))
 
 
 def expecting(cache, spans):
@@ -72,7 +76,7 @@ def write(model, caches, n_prompt, n_new=N_NEW, ends=True):
 
 def tensors_of(cache) -> list:
     """Every tensor that the cache, its plan, its layers and their rows on the host hold."""
-    parts = (cache, cache.plan, *cache.layers, *(layer.host for layer in cache.layers))
+    parts = (cache.plan, cache.totals, *cache.layers, *(layer.host for layer in cache.layers))
     values = [x for part in parts for x in vars(part).values()]
     return [x for x in values if isinstance(x, torch.Tensor)]
 
@@ -243,7 +247,7 @@ def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, ke
         assert torch.equal(ours, resident)
     report = caches[0].report()
     assert 0 < report["hit_rate"] < 1
-    assert report["loaded_bytes"] == caches[0].plan.n_loaded.item() * 2 * TINY.head_dim * 4
+    assert report["loaded_bytes"] == caches[0].plan.total_loaded.item() * 2 * TINY.head_dim * 4
 
 
 @pytest.mark.slow
@@ -372,7 +376,7 @@ def test_a_step_captured_once_serves_every_later_token(
 
     for ours, expected in write(Model(), [captured, plain], 300):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    assert captured.plan.n_loaded == plain.plan.n_loaded > 0
+    assert captured.plan.total_loaded == plain.plan.total_loaded > 0
 
 
 @pytest.mark.slow
@@ -688,8 +692,8 @@ class WatchedLayer(LayerCache):
         self.seen.append(torch.stack((k, v), dim=2))
         return super().prefill(q, k, v)
 
-    def start_window(self, first_row):
-        super().start_window(first_row)
+    def fill_window(self, first_row):
+        super().fill_window(first_row)
         self.window_read = self.plan.window_start()
 
     def decode(self, q, k, v):
@@ -829,7 +833,7 @@ def a_row_of_the_window_is_in_the_next_slot(monkeypatch):
     def move(plan):
         plan.next_slot.fill_(plan.n_row_slots + (plan.n_rows + 1) % plan.n_window_slots)
 
-    after(monkeypatch, Plan, "next_token", move)
+    after(monkeypatch, Plan, "plan_next", move)
 
 
 def the_last_rows_of_a_sentence_are_selected(monkeypatch):
@@ -844,11 +848,11 @@ def the_last_rows_of_a_sentence_are_selected(monkeypatch):
 
 
 def the_sinks_are_not_counted(monkeypatch):
-    after(monkeypatch, Plan, "next_token", lambda plan: plan.n_select.add_(plan.n_first_sinks))
+    after(monkeypatch, Plan, "plan_next", lambda plan: plan.n_select.add_(plan.n_first_sinks))
 
 
 def a_row_of_the_window_is_selected(monkeypatch):
-    after(monkeypatch, Plan, "next_token", lambda plan: plan.select_end.add_(1))
+    after(monkeypatch, Plan, "plan_next", lambda plan: plan.select_end.add_(1))
 
 
 def empty_slots_are_not_a_number(monkeypatch):
