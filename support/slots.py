@@ -10,7 +10,7 @@ def assign_slots(rows, places, starts, n_resident, selected) -> tuple:
 
     A slot whose row is still selected keeps it. The other slots are free, and the i-th free slot
     takes the i-th row to load. All are tensors: rows and places (H_kv, B) of the slots; starts,
-    n_resident and selected (H_kv, S) of the places, the last two count rows
+    n_resident and selected (H_kv, P) of the places, the last two count rows
     -> rows, places, missing (H_kv, B)
 
     Rows 4 and 5 of place 1 are in slots, and row 8 of place 2. To select are rows 8 and 9 of place

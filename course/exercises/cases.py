@@ -44,9 +44,9 @@ def is_end(function):
 
 def sentence_bounds(function):
     ends = torch.tensor([4, 7, 10])
-    for positions in ([[-1, 0, 1, 8, 9]], [[0, 1, 5, 8, 9], [3, 4, 5, 6, 7]],
+    for marked in ([[-1, 0, 1, 8, 9]], [[0, 1, 5, 8, 9], [3, 4, 5, 6, 7]],
                       [[7, 8, 9], [0, 1, 8]]):
-        yield function(torch.tensor(positions), ends)
+        yield function(torch.tensor(marked), ends)
 
 
 def sentence_vectors(function):
@@ -207,10 +207,10 @@ MISTAKES = {
     "04_sentence_bounds": [
         ("F.pad(ends, (1, 0))", "F.pad(ends, (1, 0), value=-1)",
          "rows marked with -1 belong to no sentence: the first sentence begins after them"),
-        ("bounds.masked_fill(empty, positions.shape[-1]).sort(dim=-1).values", "bounds",
+        ("bounds.masked_fill(empty, marked.shape[-1]).sort(dim=-1).values", "bounds",
          "a sentence without rows must become an empty one at the end"),
-        ("torch.searchsorted(positions, starts_and_end)",
-         "torch.searchsorted(positions, starts_and_end, right=True)",
+        ("torch.searchsorted(marked, starts_and_end)",
+         "torch.searchsorted(marked, starts_and_end, right=True)",
          "an end is the position after a sentence: a token there is in the next one"),
     ],
     "05_mean_query": [
@@ -254,13 +254,13 @@ MISTAKES = {
          "your result is in the order of the scores: put it back in the sentences' order"),
     ],
     "07_assign_slots": [
-        ("loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)",
-         "free, loads = free | True, selected.cumsum(dim=-1)\n"
+        ("n_loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)",
+         "free, n_loads = free | True, selected.cumsum(dim=-1)\n"
          "    number = free.cumsum(dim=-1)",
          ALL_MOVE),
         ("(selected - n_resident).clamp(min=0)", "(selected - n_resident)",
          "a sentence that needs fewer rows than before loads none: no negative counts"),
-        ("missing = free & (number <= loads[:, -1:])", "missing = free",
+        ("missing = free & (number <= n_loads[:, -1:])", "missing = free",
          "a free slot is missing nothing when all rows to load have a slot"),
         ("rows.masked_fill(free, NO_ROW)", "rows",
          "a free slot that takes no row is empty: its row is NO_ROW"),

@@ -14,6 +14,7 @@ import cache
 import model
 import segment
 import sentencekv
+from support import slots
 
 EXERCISES = {  # the number of the lesson, the function, and what its body may use
     "02_attend": (model.Attention.attend, "import torch.nn.functional as F"),
@@ -29,7 +30,7 @@ EXERCISES = {  # the number of the lesson, the function, and what its body may u
                             "import math\n\nimport torch\nimport torch.nn.functional as F"),
     "06_select_rows": (sentencekv.select_rows,
                        "import math\n\nimport torch\n\nfrom support.settings import MAX_COUNT"),
-    "07_assign_slots": (cache.assign_slots, "import torch\n\nfrom cache import NO_ROW"),
+    "07_assign_slots": (slots.assign_slots, "import torch\n\nfrom cache import NO_ROW"),
     # A layer's seal has all of lessons 4 to 7 in five lines. The cache's counts, and calls it.
     "08_seal": (cache.LayerCache.seal, "import torch"),
 }

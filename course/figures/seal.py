@@ -13,7 +13,7 @@ CELL, LEFT = 24, 26
 def kind(cache, row: int) -> str:
     """What a row of the first head is for the next token. Place 0 of the table is the sinks."""
     plan, layer = cache.plan, cache.layers[0]
-    ends = plan.window_row.clamp(layer.starts, layer.ends)[0].tolist()  # of what is available
+    ends = plan.select_end.clamp(layer.starts, layer.ends)[0].tolist()  # of what is available
     for place, (start, end) in enumerate(zip(layer.starts[0].tolist(), ends)):
         if start <= row < end:
             return "sink" if place == 0 else "available"
@@ -30,7 +30,7 @@ def time_line(picture: Picture, y: int, title: str, cache):
         picture.box(x(here[0]), y + 12, len(here) * CELL - 3, 34, colour, opacity=0.55)
     picture.box(x(n - 1), y + 12, CELL - 3, 34, "ink", outline=True)
     ends = [0, *cache.layers[0].ends[0, 1 : plan.n_places].tolist(), n]
-    for row in sorted({*ends[:-1], plan.n_sinks, *range(20, n)}):
+    for row in sorted({*ends[:-1], plan.n_first_sinks, *range(20, n)}):
         picture.text(x(row) + CELL / 2 - 1.5, y + 34, row, "small", align="middle")
     for sentence, (start, end) in enumerate(pairwise(ends)):
         a, b = x(start), x(end) - 3
