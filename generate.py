@@ -32,7 +32,11 @@ from weights.tokenizer import Tokenizer
 
 
 def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=iter, part_ends=()):
-    """Read a text into the cache, in parts if it is long. Returns the first token after it."""
+    """Read a text into the cache. Returns the first token after it, which `sample` chooses.
+
+    `part_ends` are the positions at which a long text is split: a part takes less memory than the
+    whole. `timer` and `progress` only look on.
+    """
     ids = torch.tensor(ids, device=model.embed_tokens.weight.device)
     with timer("prefill"):
         for part in ids.tensor_split(part_ends):
@@ -44,8 +48,9 @@ def generate(model, cache, token: int, detokenize, sample, stop: set, max_new_to
              sentence_limit: int, timer=nullcontext, decode=None):
     """Yield (token id, piece of text) from the first token on, including the one that ends it.
 
-    `detokenize` is a `Tokenizer.detokenizer()`, `sample` a `sampler(...)`. `decode` does what
-    `model.decode` does, if another way is faster.
+    `token` comes from `prefill`. `detokenize` is a `Tokenizer.detokenizer()`: the piece is the text
+    that a token adds. `sample` is a `sampler(...)`, and `stop` has the tokens that end an answer.
+    `decode` does what `model.decode` does, if another way is faster.
     """
     sentences = SentenceStream(sentence_limit)
     for count in range(1, max_new_tokens + 1):
@@ -98,7 +103,12 @@ def sampler(temperature: float, top_p: float, seed: int, device):
 
 
 class Session:
-    """A model and the cache of what it has read: it reads texts, and writes answers after them."""
+    """A model and the cache of what it has read: it reads texts, and writes answers after them.
+
+    The first text is a prompt, or a document about which questions are asked. Each question is a
+    later text. `args` are the options of the command line, `max_tokens` the most that the cache has
+    to hold: all texts and answers.
+    """
 
     def __init__(self, model, tokenizer, config: SentenceKVConfig, args, max_tokens: int):
         self.model, self.tokenizer, self.config, self.args = model, tokenizer, config, args
@@ -181,9 +191,10 @@ def main(arguments: list[str]) -> int:
     written and its report are still printed."""
     args = parse(arguments)
     config = SentenceKVConfig(**args.settings)
-    # Ranks are processes that share a model. Each has a device of its own.
+    # Where to compute. Ranks are processes that share a model, each with a device of its own.
     device = pick_device(join_ranks(args.device) if RANKS > 1 else args.device)
     compiled.check(args, device)
+    # Which model, and what to read: a prompt, or a document that was saved after it was read.
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
     tokenizer, model_config = Tokenizer(folder, args.special_tokens), load_config(folder)
     identity = identity_of(fingerprint(folder), config, dtype) if args.save or args.load else None
@@ -194,14 +205,16 @@ def main(arguments: list[str]) -> int:
     else:
         document, text = None, read_text(args.prompt)
     prompts = Prompts(tokenizer, text, args.ask, args.raw)
-    # Prompts that do not fit are refused here: reading the weights takes longest, so it comes last.
+    # Prompts that do not fit are refused before the weights are read, which takes longest.
     max_tokens = prompts.check(args.max_new_tokens, args.chat, model_config)
     model = load_model(folder, device, dtype)
     if args.compile:
         model = compiled.compile_blocks(model)
     session = Session(model, tokenizer, config, args, max_tokens)
-    if args.ask or args.chat or args.save or args.load:  # read or load the text, then answer
+    # With questions: read the text or take what was loaded, then answer each of them.
+    if args.ask or args.chat or args.save or args.load:
         return questions.answer_all(session, prompts, document, identity)
+    # Without: one prompt, one answer.
     with session.timer("tokenize"):
         ids = prompts.ids()
     first = session.read(ids)  # segment, prefill

@@ -107,7 +107,9 @@ def answer(model, tokenizer, ids: list):
     check_prompt(ids, 0, 3, model.config)
     config = SentenceKVConfig(token_budget=64)
     spans = token_spans(tokenizer.pieces(ids), config.sentence_limit)
-    cache = generate.make_cache("sentencekv", config, model.config, spans, 3, "cpu", torch.float32)
+    cache = generate.make_cache("sentencekv", config, model.config, len(ids) + 3, "cpu",
+                                torch.float32)
+    cache.expect(spans)
     try:
         sample = generate.sampler(0.0, 1.0, 0, "cpu")
         first = generate.prefill(model, cache, ids, sample)
@@ -241,11 +243,14 @@ def long_run(n_tokens: int) -> dict:
     import torch
     from conftest import TINY, random_llama, random_spans
 
-    from cache import NO_ROW, SENTENCE_BLOCK, SentenceKVCache
+    from cache import NO_ROW, SentenceKVCache
     from sentencekv import SentenceKVConfig
+    from support.table import BLOCK
 
     model, config, choose = random_llama(), SentenceKVConfig(token_budget=96), random.Random(0)
-    cache = SentenceKVCache(config, TINY, random_spans(200), n_tokens, "cpu", torch.float32)
+    cache = SentenceKVCache(config, TINY, 200 + n_tokens, "cpu", torch.float32)
+    cache.expect(random_spans(200))
+    plan = cache.plan
     model.prefill(torch.arange(200), cache)
     first, times, open_tokens = cache.report(), [], 0
     fixed = first["device_kv_parts"]["slots"]
@@ -257,20 +262,19 @@ def long_run(n_tokens: int) -> dict:
         model.decode(torch.tensor([choose.randrange(TINY.vocab_size)]), cache)
         times.append((time.perf_counter() - start) * 1e3)
         open_tokens += 1
-        assert cache.num_tokens == 201 + step == cache.table.n_rows + open_tokens
-        assert cache.table.n_rows == cache.open_start
-        layer, head = choose.randrange(2), choose.randrange(2)
-        rows = cache.slot_row[layer, head]
+        assert cache.num_tokens == 201 + step == plan.n_rows == plan.open_row + open_tokens
+        layer, head = cache.layers[choose.randrange(2)], choose.randrange(2)
+        rows = layer.slot_row[head]
         held = rows[rows < NO_ROW]
-        assert len(held) == len(held.unique()) and cache.mask.sum(dim=-1).max() <= 96
+        assert len(held) == len(held.unique()) and len(held) + plan.in_window.sum() <= 96
         slot = choose.randrange(len(rows))
         if (row := rows[slot].item()) < NO_ROW:
-            kept = cache.host.read(layer, row, row + 1)[head, 0]
-            assert torch.equal(cache.slots[layer, head, slot], kept)
-        if cache.table.n_sentences % SENTENCE_BLOCK == 0 and open_tokens == 1:
+            kept = layer.host.read(row, row + 1)[head, 0]
+            assert torch.equal(layer.slots[head, slot], kept)
+        if plan.n_places % BLOCK == 0 and open_tokens == 1:
             assert cache.report()["device_kv_parts"]["slots"] == fixed
     last, tenth = cache.report(), n_tokens // 10
-    return {"sentences": cache.table.n_sentences,
+    return {"sentences": plan.n_places - 1,
             "device bytes": [first["device_kv_bytes"], last["device_kv_bytes"]],
             "host bytes": [first["host_kv_bytes"], last["host_kv_bytes"]],
             "ms a step, first and last tenth": [round(median(times[:tenth]), 2),
