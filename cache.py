@@ -7,18 +7,20 @@
 It asks `sentencekv.py` for every choice, and knows nothing of tokenizers, RoPE or weights.
 
 A *row* is a kept token: its key and its value, side by side (2, D), so that they move together. The
-rows of a head are on the host: first its secondary sinks, then the other kept tokens as they are
-read. Prefill may drop tokens in the middle of the first text, but none of its last ones and nothing
-that comes later. So from there on, row = position - n_dropped. A *slot* is room for a row on the
-device. Attention reads the slots of its layer, and nothing else, in any order: RoPE has put the
-positions into the keys.
+rows of a head are its secondary sinks, then the other kept tokens as they are read. If positions 0
+to 9 are all kept, and 5 is a secondary sink, rows 0 to 9 are the positions 5 0 1 2 3 4 6 7 8 9.
+The last tokens of the first text are never secondary sinks and never dropped, nor is any later one.
+So from there on, row = position - n_dropped. All rows are on the host, but for those of the *open*
+sentence, which is being written: they are offloaded when it is sealed.
+
+A *slot* is room for a row on the device. Attention reads the slots of its layer, and nothing else,
+in any order: RoPE has put the positions into the keys.
 
     [ B slots for selected rows | R slots for the window: row r is in slot B + r % R ]
 
 The table of a layer has P *places*. Place 0 stands for all sinks of a head, the first tokens and
 the secondary ones: it is always selected. Each other place stands for a sentence; some are free.
-The *open* sentence, which is being written, has no place until `seal` gives it one. Other shapes
-are as in `sentencekv.py`, which is given the P places as its S sentences.
+Other shapes are as in `sentencekv.py`, which is given the P places as its S sentences.
 """
 
 import math
@@ -35,8 +37,8 @@ from support.table import make_room, room_for
 
 
 class Plan:
-    """What all layers share. A layer holds the plan and not the cache, which holds the layers: two
-    objects that point at each other are freed late."""
+    """What all layers share: the text that is read, and what the next token attends to. A layer
+    holds the plan and not the cache: in a cycle of references, Python frees the memory late."""
 
     def __init__(self, config: SentenceKVConfig, max_tokens: int, device):
         self.config = config
@@ -44,16 +46,16 @@ class Plan:
         self.n_dropped = 0  # number of tokens of the first text that each head dropped
         self.n_first_sinks = 0  # number of first tokens that are always selected
         self.n_places = 1  # number of places in use
-        self.open_row = 0  # first row of the open sentence: the rows before it are in the table
-        self.text_end = 0  # the position after the last text, which may be being read
-        self.sentence_ends = None  # of that text: after each sentence, counted from its beginning
+        self.open_row = 0  # first row without a place: of the open sentence, or of a new text
+        self.text_end = 0  # the position after the newest text, read or still being read
+        self.sentence_ends = None  # of that text (S,): after each sentence, from its beginning
 
         self.n_row_slots = min(config.token_budget - config.recent_window, max_tokens)  # B
-        # The window also holds the open sentence, and one more token: the next one is planned
-        # before a sentence that ends is sealed. The larger of both, plus 1, would do. But if B + R
-        # is a power of two, all heads compete for the same lines of a processor's cache.
+        # R must hold the recent window, and the open sentence with the next token. It is the sum:
+        # with R = recent_window, B + R would be τ, often a power of two, and the keys of all heads
+        # would compete for the same lines of a processor's cache.
         self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)  # R
-        self.window_slots = torch.arange(self.n_window_slots, device=device)
+        self.window_index = torch.arange(self.n_window_slots, device=device)  # 0 to R - 1
 
         # For the next token, as tensors (1,): a CUDA graph records a number as a constant.
         self.n_select = torch.zeros(1, device=device, dtype=torch.long)  # rows, in each head
@@ -78,7 +80,7 @@ class Plan:
 
     def slots_of(self, first_row: int, end_row: int) -> torch.Tensor:
         """The slots of rows of the window."""
-        rows = torch.arange(first_row, end_row, device=self.window_slots.device)
+        rows = torch.arange(first_row, end_row, device=self.window_index.device)
         return self.n_row_slots + rows % self.n_window_slots
 
     def window_start(self) -> int:
@@ -88,7 +90,8 @@ class Plan:
         config, end = self.config, self.n_rows + 1
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
         start = min(end - config.recent_window, self.open_row)
-        # The last bound is for a short prompt. It has no secondary sinks before its first tokens.
+        # In a short prompt it begins after the first sinks, which are its first rows: such a prompt
+        # has no secondary sinks.
         return max(start, end - most, self.n_first_sinks)
 
     def plan_next(self):
@@ -106,7 +109,7 @@ class Plan:
         self.n_select.fill_(min(self.config.token_budget - n_window, select_end))
         self.select_end.fill_(select_end)
         self.next_slot.fill_(self.n_row_slots + row % self.n_window_slots)
-        age = (row - self.window_slots) % self.n_window_slots  # 0: the slot of the token itself
+        age = (row - self.window_index) % self.n_window_slots  # 0: the slot of the token itself
         self.in_window.copy_(age < n_window)
 
 
@@ -130,9 +133,9 @@ class LayerCache:
         ends        6    12    18
         lengths     0    10     6
 
-    Its slots (H_kv, B + R, 2, D). Of the B slots for selected rows, slot_row is the row or NO_ROW,
-    slot_place the row's place, and slot_missing whether the host has to load it (H_kv, B).
-    The steps are methods of their own, so that each can be timed.
+    Its slots (H_kv, B + R, 2, D). Of the B slots for selected rows (H_kv, B): slot_row is the row,
+    or NO_ROW, which is greater than any row; slot_place is the row's place, and slot_missing says
+    whether the row must be loaded from the host. Each stage is a method, so that it can be timed.
     """
 
     TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
@@ -153,8 +156,8 @@ class LayerCache:
         self.slot_missing = torch.zeros_like(self.slot_row, dtype=torch.bool)
 
     def prefill(self, q, k, v) -> tuple:
-        """Take the next part of a text. All earlier rows come back to the device, for as long as
-        the layer computes."""
+        """Take the next part of a text. It attends to all rows so far: they come back to the device
+        for as long as the layer computes."""
         kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
         if self.plan.n_rows > 0:
             kv = torch.cat((self.host.read(0, self.plan.n_rows), kv), dim=1)
@@ -165,8 +168,8 @@ class LayerCache:
         return kv.unbind(dim=2)
 
     def read_first_text(self, q, kv):
-        """Offload the rows of a part. After the last part, offload the kept rows instead, and make
-        the sentences. kv (H_kv, n, 2, D) of all parts so far"""
+        """Offload the rows of a part. After the last part, make the sentences, and offload the kept
+        rows in their order instead. kv (H_kv, n, 2, D) of all parts so far"""
         plan, config, n_tokens = self.plan, self.plan.config, kv.shape[1]
         # `clone`: a slice would keep all of q in memory.
         self.last_queries.append(q[:, -config.observation_window :].clone())
@@ -178,7 +181,7 @@ class LayerCache:
         if config.n_kept(n_tokens) < n_tokens:
             kept = self.most_important(kv[:, :, 0], secondary)
         self.last_queries = []
-        self.offload(0, self.make_sentences(kv, kept, secondary))  # row 0 replaces all rows
+        self.offload(0, self.make_sentences(kv, kept, secondary), replace=True)
 
     def read_later_text(self, kv):
         """Offload the rows of a part: all are kept. After the last part, make the sentences."""
@@ -200,34 +203,34 @@ class LayerCache:
 
     def make_sentences(self, kv, kept, secondary) -> torch.Tensor:
         """Put the kept rows in order, and give the sentences of the first text their places.
-        kv (H_kv, T, 2, D), kept (H_kv, N), secondary (H_kv, T) -> the rows (H_kv, N, 2, D)"""
+        kv (H_kv, T, 2, D), kept (H_kv, N), secondary (H_kv, T) -> rows (H_kv, N, 2, D)"""
         plan, head = self.plan, torch.arange(len(kv), device=kv.device)[:, None]
         row_positions, marked = order_rows(kept, secondary)
         rows = kv[head, row_positions]
         self.host.note_positions(row_positions)
-        bounds = sentence_bounds(marked, plan.sentence_ends)  # (H_kv, number of sentences + 1)
-        self.add_sentences(rows[:, :, 0], bounds)
-        n_sinks = bounds[:, :1] + plan.n_first_sinks  # (H_kv, 1): all sinks, the first rows
-        self.ends.clamp_(min=n_sinks)  # at place 0 it was 0
-        self.starts[:, 1:].clamp_(min=n_sinks)  # no sink is selected a second time
+        bounds = sentence_bounds(marked, plan.sentence_ends)  # (H_kv, S + 1)
+        # The first sentence begins after the secondary sinks, and with the first sinks.
+        n_all_sinks = bounds[:, :1] + plan.n_first_sinks  # (H_kv, 1)
+        self.add_sentences(rows[:, :, 0], bounds, n_all_sinks=n_all_sinks)
+        self.ends[:, :1] = n_all_sinks  # of place 0
         return rows
 
-    def add_sentences(self, keys, bounds, first_row: int = 0):
-        """Give m sentences the next places of the table. keys (H_kv, n, D) of the rows from
-        `first_row` on, bounds (H_kv, m + 1) counted from it"""
+    def add_sentences(self, keys, bounds, first_row: int = 0, n_all_sinks=0):
+        """Give S sentences the next places of the table. keys (H_kv, n, D) of the rows from
+        `first_row` on, bounds (H_kv, S + 1) counted from it"""
         first = self.plan.n_places
         places = slice(first, first + bounds.shape[-1] - 1)
         self.vectors[:, places], self.variances[:, places] = sentence_vectors(keys, bounds)
         self.lengths[:, places] = bounds.diff(dim=-1).float()
-        self.starts[:, places] = first_row + bounds[:, :-1]
-        self.ends[:, places] = first_row + bounds[:, 1:]
+        bounds = (first_row + bounds).clamp(min=n_all_sinks)  # a sink is selected with place 0
+        self.starts[:, places], self.ends[:, places] = bounds[:, :-1], bounds[:, 1:]
 
-    def offload(self, first_row: int, rows):
+    def offload(self, first_row: int, rows, replace: bool = False):
         """Copy rows (H_kv, n, 2, D) to the host, beside the computation that follows."""
-        self.host.write(first_row, rows, self.plan.text_rows)
+        self.host.write(first_row, rows, self.plan.text_rows, replace)
 
     def fill_window(self, first_row: int):
-        """After a text, the rows from this one on come from the host."""
+        """After a text, the rows from this one on come back from the host. Scores begin at 0."""
         n_rows = self.plan.n_rows
         self.slots[:, self.plan.slots_of(first_row, n_rows)] = self.host.read(first_row, n_rows)
         self.scores.zero_()
@@ -244,23 +247,25 @@ class LayerCache:
     def select(self, q):
         """Select the rows of the best sentences, and find slots for them. q (H_kv, G, D)"""
         plan = self.plan
-        # Scores add up over the sentence being written, with less weight for older tokens.
+        # Scores add up over the open sentence, with less weight for older tokens.
         torch.add(self.score(q), self.scores, alpha=plan.config.query_decay, out=self.scores)
-        self.scores[:, 0] = math.inf  # after the sum: a decay of 0 times infinity is not a number
-        available = plan.select_end.clamp(self.starts, self.ends) - self.starts  # (H_kv, P)
+        self.scores[:, 0] = math.inf  # place 0; written after the sum, since 0 * inf is NaN
+        # Of each place, the rows before the window: none, some or all. (H_kv, P)
+        available = plan.select_end.clamp(self.starts, self.ends) - self.starts
+        # The rows in B slots are of at most B places.
         selected = select_rows(self.scores, available, plan.n_select, plan.n_row_slots)
         # A row that is still selected keeps its slot. If slots hold the rows 5, 8, 4, and 8, 9, 12
         # are selected, the slots hold 9, 8, 12 next, and 9 and 12 are missing.
         rows, places, missing = assign_slots(
             self.slot_row, self.slot_place, self.starts, self.n_resident, selected)
-        self.slot_row.copy_(rows)
+        self.slot_row.copy_(rows)  # not `=`: a CUDA graph has the tensors of the first token
         self.slot_place.copy_(places)
         self.slot_missing.copy_(missing)
         self.n_resident.copy_(selected)
         plan.total_loaded += missing.sum()
 
     def score(self, q):
-        """How well each sentence matches one token's queries (H_kv, G, D) -> (H_kv, S)."""
+        """How well each sentence matches one token's queries (H_kv, G, D) -> (H_kv, P)."""
         return SCORES[self.plan.config.score](q, self.vectors, self.variances, self.lengths)
 
     def load(self):
@@ -275,7 +280,7 @@ class LayerCache:
         bounds = torch.tensor([[0, length]], device=kv.device).expand(len(kv), -1)
         self.add_sentences(kv[:, :, 0], bounds, first_row)
         self.offload(first_row, kv)
-        self.scores.zero_()  # tokens that stay open lose their part of the scores, too
+        self.scores.zero_()  # tokens that stay open lose their part of the scores, as in the oracle
 
     def truncate(self, n_places: int):
         """Forget all places of the table from this one on, and what is in slots."""
@@ -287,16 +292,14 @@ class LayerCache:
 
 
 class SentenceKVCache:
-    """Every kept row on the host; all sinks, selected rows and the window in slots on the device.
-
-    The protocol is that of `model.FullCache`. Invariants, checked by tests/test_cache.py after each
-    step:
+    """All layers, with the protocol of `model.FullCache`. Invariants, which tests/test_cache.py
+    checks after each step:
      1. The rows of a head are all its sinks, and then its sentences without gaps.
      2. Row r of the window is in slot B + r % R.
      3. Of the rows of a place, the first `n_resident` are in slots, from `starts` on.
      4. Each head selects `n_select` rows before the window, all sinks among them. With the window
         these are at most `token_budget` tokens.
-     5. The window never moves back: the slot of a row that has left it may hold another.
+     5. The window never moves back, but in `truncate`: a newer row may be in an older one's slot.
      6. Slots that the mask hides are finite: attention gives them weight 0, and 0 times NaN is NaN.
      7. Tensors are reallocated only with another `version`: `decode` can be a CUDA graph.
     """
@@ -357,9 +360,9 @@ class SentenceKVCache:
         else:
             plan.n_places += len(plan.sentence_ends)
         plan.open_row = plan.n_rows
-        self.fill_window()
+        self.start_writing()
 
-    def fill_window(self):
+    def start_writing(self):
         """After a text, the last tokens so far are the window. One more makes it full."""
         plan = self.plan
         n_recent = min(plan.n_rows - plan.n_first_sinks, self.config.recent_window - 1)
@@ -384,13 +387,13 @@ class SentenceKVCache:
         """Forget all that was read and written after the first text, of `n_tokens`."""
         plan = self.plan
         first_tokens, plan.n_places = self.first_text
-        assert n_tokens == first_tokens, "only the first text can be gone back to"
+        assert n_tokens == first_tokens, "a cache can go back to the end of its first text only"
         plan.num_tokens = plan.text_end = n_tokens
         plan.open_row = plan.n_rows
         self.n_resizes += make_room(self.layers, plan.n_places, shrink=True)
         for layer in self.layers:
             layer.truncate(plan.n_places)
-        self.fill_window()
+        self.start_writing()
 
     def report(self) -> dict:
         """Bytes held on both tiers, and bytes selected and loaded since the last text."""

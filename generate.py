@@ -34,8 +34,8 @@ from weights.tokenizer import Tokenizer
 def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=iter, part_ends=()):
     """Read a text into the cache. Returns the first token after it, which `sample` chooses.
 
-    `part_ends` are the positions at which a long text is split: a part takes less memory than the
-    whole. `timer` and `progress` only look on.
+    `part_ends` are positions: a long text is read in parts, which takes less memory. `timer` and
+    `progress` do not change the result.
     """
     ids = torch.tensor(ids, device=model.embed_tokens.weight.device)
     with timer("prefill"):
@@ -119,11 +119,11 @@ class Session:
         self.decode = compiled.GraphedDecode(model) if args.cuda_graph else model.decode
         self.trace = Trace(self.cache) if args.trace or args.show_sentences else None
         self.timer = StageTimer(self.device)
-        watch_stages(self.timer, model, self.cache, not (args.cuda_graph or args.compile))
+        watch_stages(self.timer, model, self.cache, decode=not (args.cuda_graph or args.compile))
         self.start_after(Document())
 
     def start_after(self, document: Document):
-        """This document is all that has been read, and nothing is written yet."""
+        """Set the state to: this document was read, and nothing was written yet."""
         self.ids, self.spans = document.ids, document.spans
         self.written = []  # the tokens of the answer
         self.sample = sampler(self.args.temperature, self.args.top_p, self.args.seed, self.device)
@@ -135,20 +135,20 @@ class Session:
 
     def read(self, ids: list[int]) -> int:
         """Read a text, the first or a later one. Returns the first token after it."""
-        # The cache holds the tokens `ids + written[:-1]`: the model was not asked what follows the
-        # last one. It is read now, unless it is a stop token: the next text of a chat has that.
-        ids = [token for token in self.written[-1:] if token not in self.stop] + ids
+        # The cache holds `self.ids + self.written[:-1]`: no token was asked for after the last one.
+        # It is read with this text, unless it is a stop token, which a chat template adds itself.
+        unread = [token for token in self.written[-1:] if token not in self.stop] + ids
         n_before = self.cache.num_tokens
-        check_prompt(ids, n_before, 1, self.model.config)
+        check_prompt(unread, n_before, 1, self.model.config)
         with self.timer("segment"):
-            spans = token_spans(self.tokenizer.pieces(ids), self.config.sentence_limit)
+            spans = token_spans(self.tokenizer.pieces(unread), self.config.sentence_limit)
             self.cache.expect(spans)
         # New lists, not `+=`: a `Document` still uses the old ones.
         self.spans = self.spans + [(start + n_before, end + n_before) for start, end in spans]
-        self.ids, self.written = self.ids + self.written[:-1] + ids, []
+        self.ids, self.written = self.ids + self.written[:-1] + unread, []
         part_ends = split_at_sentences(spans, self.args.prefill_chunk)
-        return prefill(self.model, self.cache, ids, self.choose_token, self.timer, report.progress,
-                       part_ends)
+        return prefill(self.model, self.cache, unread, self.choose_token, self.timer,
+                       report.progress, part_ends)
 
     def write(self, first: int, stopped) -> str:
         """Print an answer from its first token on, and return its text. `stopped()` is 0, or the
@@ -211,10 +211,8 @@ def main(arguments: list[str]) -> int:
     if args.compile:
         model = compiled.compile_blocks(model)
     session = Session(model, tokenizer, config, args, max_tokens)
-    # With questions: read the text or take what was loaded, then answer each of them.
-    if args.ask or args.chat or args.save or args.load:
+    if args.ask or args.chat or args.save or args.load:  # read or load a text, then answer
         return questions.answer_all(session, prompts, document, identity)
-    # Without: one prompt, one answer.
     with session.timer("tokenize"):
         ids = prompts.ids()
     first = session.read(ids)  # segment, prefill
@@ -225,5 +223,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     process.start(RANK)
-    status = main()  # with the arguments of the command line
-    leave_ranks(status) if RANKS > 1 else sys.exit(status)
+    status = main(sys.argv[1:])
+    if RANKS > 1:
+        leave_ranks(status)
+    sys.exit(status)

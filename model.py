@@ -2,7 +2,7 @@
 
 Attention asks the cache of its layer for the keys and values to attend to: all of them
 (`FullLayer`, below) or those of a few sentences (`cache.LayerCache`). It does not know which of the
-two. This file knows nothing of text, files or the command line.
+two: `FullCache` says what all caches have in common. This file knows nothing of text or files.
 
 Shapes, here and in all files (one prompt at a time, so there is no batch dimension):
     T tokens, H query heads, H_kv key/value heads, G = H // H_kv query heads that share one,
@@ -198,7 +198,7 @@ class FullCache:
     num_tokens           tokens that all layers have seen: the position of the next one
     layers               an object for each layer, with two methods:
       .prefill(q, k, v)  takes q (H, T, D), k and v (H_kv, T, D) of the next T tokens, returns keys
-                         and values (H_kv, n, D) of all tokens, these last
+                         and values (H_kv, n, D) of all tokens that are kept, these last
       .decode(q, k, v)   takes q (H, 1, D), k and v (H_kv, 1, D) of one token, returns keys and
                          values (H_kv, n, D) to attend to, the token's own among them, and a mask
                          (H_kv, 1, n), True where to attend, or None
@@ -208,7 +208,8 @@ class FullCache:
                          is being written, form a sentence
     truncate(n_tokens)   forget all but the first text, which had `n_tokens`
     report()             a dict: bytes on device and host, bytes that a full cache would have,
-                         bytes selected and loaded, and the part of the selected that was there
+                         bytes selected and loaded, and the fraction of the selected ones that
+                         was on the device already
     """
 
     def __init__(self, model_config, max_tokens: int, device, dtype):

@@ -20,10 +20,10 @@ BEFORE, AFTER = 200, 12  # the rules see this many characters before a gap and a
 
 
 # Part 1: sentences of tokens.
-def token_spans(pieces: Iterable[str], limit: int = 128) -> list[tuple[int, int]]:
+def token_spans(pieces: Iterable[str], limit: int) -> list[tuple[int, int]]:
     """The sentences as (start, end) spans of tokens. They tile the tokens; none exceeds `limit`.
 
-    >>> token_spans(["Hi", "!", " It", " is", " me", "."])
+    >>> token_spans(["Hi", "!", " It", " is", " me", "."], limit=16)
     [(0, 2), (2, 6)]
     """
     stream = SentenceStream(limit)
@@ -42,7 +42,7 @@ class SentenceStream:
     `push` reports an end with the next token, or later if a rule needs the whole next word. Below,
     ` The` could become ` Theo`. A line shows what `push` returns, then the stream's state:
 
-    >>> stream = SentenceStream()
+    >>> stream = SentenceStream(limit=16)
     >>> for piece in ["Hi", "!", " 6 p.m.", " The", " sun"]:
     ...     print(stream.push(piece), stream.token_starts, stream.text)
     [] [0] Hi
@@ -52,7 +52,7 @@ class SentenceStream:
     [1] [11, 15] Hi! 6 p.m. The sun
     """
 
-    def __init__(self, limit: int = 128):
+    def __init__(self, limit: int):
         if limit < 1:
             raise ValueError(f"limit is {limit}, must be at least 1")
         self.limit = limit
@@ -61,8 +61,9 @@ class SentenceStream:
 
     def push(self, piece: str) -> list[int]:
         """Add a token; return the lengths of the sentences found to have ended before it."""
-        # A rule may have waited for this text, as for ` The` above. So test again the gaps in the
-        # last token and in the AFTER characters before it, and go back to where the first begins.
+        # The rules of an earlier gap may have needed this text, as the one before ` The` above. So
+        # test the gaps again in the last token and in the AFTER characters before it, the first of
+        # them whole: a gap at 10 to 12 is found from 10 on, not from 11.
         last = self.token_starts[-1] if self.token_starts else 0
         search_start = len(self.text[: max(0, last - AFTER)].rstrip())
         n_spaces = 0 if piece.isspace() else len(piece) - len(piece.lstrip())

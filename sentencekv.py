@@ -60,8 +60,8 @@ def find_secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Ten
     """Which tokens are secondary sinks, the shortest keys of their head. Not in the paper.
 
     In some layers much attention goes to a few tokens in the middle of the text, whatever is asked
-    (arXiv 2512.22213): their keys are short, but other keys point away from most queries. The mean
-    of a sentence's keys hides such a key. No query is needed to find it: RoPE keeps the length.
+    (arXiv 2512.22213). Most keys point away from most queries: their q · k is far below 0. That of
+    a short key is not. A mean of keys hides such a key, but no query is needed to find it.
 
     k (H_kv, T, D) -> (H_kv, T) bool, True at most `config.secondary_sinks` times in a head
     """
@@ -82,7 +82,7 @@ def token_importance(q: torch.Tensor, k: torch.Tensor, pool: int = 7) -> torch.T
 
     q (H, W, D) of the last W tokens, k (H_kv, T, D) -> (H_kv, T - W)
     """
-    (_, window, dim), (kv_heads, tokens, _) = q.shape, k.shape
+    (_, window, dim), (kv_heads, tokens, _) = q.shape, k.shape  # W, D, H_kv, T
     grouped = q.reshape(kv_heads, -1, dim)  # (H_kv, G * W, D)
     logits = (grouped @ k.mT).float().view(kv_heads, -1, window, tokens) / math.sqrt(dim)
     future = torch.ones(window, tokens, dtype=torch.bool, device=q.device).triu(tokens - window + 1)
@@ -126,8 +126,8 @@ def order_rows(kept: torch.Tensor, secondary: torch.Tensor) -> tuple:
 def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. It ends where the next one begins.
 
-    A sentence of which a head keeps nothing becomes an empty one at the end, so that the table can
-    be shortened. So index s can mean different sentences in different heads.
+    A sentence of which a head keeps nothing becomes an empty one at the end: if the last are empty
+    in all heads, no vector is stored. So index s can mean different sentences in different heads.
 
     marked (H_kv, N) from `order_rows`, ends (S,), the position after each -> (H_kv, S + 1)
 
@@ -139,7 +139,7 @@ def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """
     starts_and_end = F.pad(ends, (1, 0)).expand(len(marked), -1).contiguous()  # 0, 4, 7, 10
     bounds = torch.searchsorted(marked, starts_and_end)  # rows before each: 1, 3, 3, 5
-    # No row between two bounds: the sentence is dropped with its end. No, no, yes, no
+    # A bound that equals the one before it ends an empty sentence: no, no, yes, no. It becomes N.
     empty = F.pad(bounds.diff(dim=-1) == 0, (1, 0))
     return bounds.masked_fill(empty, marked.shape[-1]).sort(dim=-1).values  # 1, 3, 5, 5
 
@@ -181,18 +181,18 @@ def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
 
 
 def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
-    """The attention that a token of the sentence receives on average, if its keys are Gaussian. Not
-    in the paper. Expected Attention (arXiv 2510.00636) takes the queries as Gaussian.
+    """The attention that a token of the sentence receives on average, among the sentences, if keys
+    are Gaussian. Not in the paper. Expected Attention (arXiv 2510.00636) has Gaussian queries.
 
-    For Gaussian keys k with mean µ and covariance σ² I, and x = q · k / √D, the mean of exp(x) is
-    exp(q · µ / √D + |q|² σ² / 2D). A sentence of n keys counts n times in the softmax. Its share is
-    divided by n, because the budget counts tokens, and summed over the G query heads.
+    A normal x of mean m and variance s² has E[exp x] = exp(m + s² / 2). For x = q · k / √D and keys
+    of mean µ and variance σ², m = q · µ / √D and s² = |q|² σ² / D. A sentence of n keys counts n
+    times in the softmax. Its share is divided by n, because the budget counts tokens.
 
     q (H_kv, G, D), vectors µ (H_kv, S, D), variances σ² and lengths n (H_kv, S) -> (H_kv, S)
     """
-    q = q / math.sqrt(q.shape[-1])
-    squared_norms = q.float().square().sum(dim=-1, keepdim=True)  # |q|² / D (H_kv, G, 1)
-    log_mean_exp = q @ vectors.mT + squared_norms * variances.unsqueeze(1) / 2  # (H_kv, G, S)
+    scaled = q / math.sqrt(q.shape[-1])
+    squares = scaled.float().square().sum(dim=-1, keepdim=True)  # |q|² / D (H_kv, G, 1)
+    log_mean_exp = scaled @ vectors.mT + squares * variances.unsqueeze(1) / 2  # (H_kv, G, S)
     attention = (log_mean_exp + lengths.log().unsqueeze(1)).softmax(-1)  # empty: ln 0 = -inf
     return attention.sum(dim=1) / lengths.clamp(min=1)
 
@@ -201,8 +201,8 @@ SCORES = {"mean_query": mean_query, "gaussian": gaussian}
 
 
 def select_rows(scores, available, budget, most_sentences: int = MAX_COUNT) -> torch.Tensor:
-    """How many rows to select of each sentence: all of the best ones, until the budget is full, and
-    the first rows of the last one (Section 3.3). Only S scores are compared, and no tokens.
+    """How many rows to select of each sentence (Section 3.3): all of the best ones, and of the one
+    that no longer fits the budget, its first rows. Only S scores are compared, and no tokens.
 
     scores (H_kv, S); available (H_kv, S), rows that can be selected; budget in rows of a head, a
     number or a tensor with one; at most `most_sentences` are selected -> (H_kv, S)

@@ -87,11 +87,12 @@ class HostRows:
             grown[: len(self.later)] = self.later
             self.later, self.n_moves = grown, self.n_moves + 1
 
-    def write(self, first_row: int, kv: torch.Tensor, n_rows: int = 0):
-        """Start to copy kv (H_kv, n, 2, D) to the rows from `first_row` on. From row 0 on, it
-        replaces all rows; otherwise it makes room for `n_rows` in all, if more will follow."""
+    def write(self, first_row: int, kv: torch.Tensor, n_rows: int = 0, replace: bool = False):
+        """Start to copy kv (H_kv, n, 2, D) to the rows from `first_row` on, with room for `n_rows`
+        in all if more will follow; or to `replace` all rows by these, as those of the first text.
+        """
         kv = kv.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
-        if first_row == 0:
+        if replace:
             self.hold(self.empty(len(kv)))
             self.copies.start(self.first, kv)
             return

@@ -53,12 +53,13 @@ class SlowHead:
         n_tokens, n_kept = len(k), self.config.keep_factor * self.config.token_budget
         if n_kept >= n_tokens:
             return list(range(n_tokens))
-        window, received = self.config.observation_window, torch.zeros(n_tokens)
-        for i in range(n_tokens - window, n_tokens):
+        observed, received = self.config.observation_window, torch.zeros(n_tokens)  # (T,)
+        for i in range(n_tokens - observed, n_tokens):
             for query in q[:, i]:
                 logits = k[: i + 1] @ query / math.sqrt(len(query))
                 received[: i + 1] += logits.softmax(0).cpu() / len(q)
-        earlier = received[: n_tokens - window]
+        earlier = received[: n_tokens - observed]
+        # A neighbour of an important token is important, too: the greatest of 7 tokens counts.
         pooled = [max(earlier[max(0, i - 3) : i + 4]) for i in range(len(earlier))]
         last = range(n_tokens - self.config.protected_tokens, n_tokens)
         kept = {*self.first_sinks, *self.secondary, *last}
@@ -70,15 +71,15 @@ class SlowHead:
     # Section 3.3: which tokens does the next one attend to?
     def decode(self, q, k, v) -> torch.Tensor:
         """Take one token: q (G, D), k and v (D). Returns the keys and values (n, 2, D) of all
-        sinks, of the best sentences within the budget, and of the recent window."""
+        sinks, of the best sentences within the budget, and of the window."""
         self.append(k, v)
         self.queries.append(q)
-        all_sinks, recent = self.first_sinks + self.secondary, self.recent_window()
-        room = self.config.token_budget - len(all_sinks) - len(recent)
+        all_sinks, window = self.first_sinks + self.secondary, self.window()
+        room = self.config.token_budget - len(all_sinks) - len(window)
         ranked = [i for span in self.best_sentences() for i in self.tokens_of(span)]
-        selected = [i for i in ranked if i not in all_sinks and i not in recent][:room]
+        selected = [i for i in ranked if i not in all_sinks and i not in window][:room]
         self.selected.append(selected)
-        attended = all_sinks + selected + recent
+        attended = all_sinks + selected + window
         assert len(attended) == len(set(attended)) <= self.config.token_budget
         return torch.stack([self.kv[i] for i in attended])
 
@@ -87,7 +88,7 @@ class SlowHead:
         self.kv[self.n_tokens] = torch.stack((k, v))
         self.n_tokens += 1
 
-    def recent_window(self) -> list:
+    def window(self) -> list:
         """The last positions: as many as the settings say, or the open sentence, which is being
         written, if it is longer. If it is longer than the budget, only its last tokens. The window
         is the same in all heads, so it leaves room for as many sinks as a head can have."""
@@ -167,7 +168,6 @@ class SlowSentenceKV:
         self.spans += [(self.num_tokens + start, self.num_tokens + end) for start, end in spans]
 
     def advance(self, n_tokens: int):
-        """All layers have taken so many tokens."""
         self.num_tokens += n_tokens
 
     def seal(self, length: int):
@@ -193,13 +193,15 @@ def gaussian(q, keys: list) -> torch.Tensor:
 
 
 def attention(q, keys: list, variances) -> torch.Tensor:
-    """The attention that each sentence receives, summed over heads, if its keys are Gaussian: the
-    mean of exp(q · k / √D) is then exp(q · mean / √D + |q|² · variance / 2D)."""
+    """The attention that each sentence receives among all, summed over heads, if keys are Gaussian.
+
+    A normal x of mean m and variance s² has E[exp x] = exp(m + s² / 2). Here x = q · k / √D, so
+    m = q · mean / √D and s² = |q|² · variance / D."""
     dim, means = q.shape[-1], torch.stack([k.mean(0) for k in keys])  # (S, D)
     lengths = torch.tensor([len(k) for k in keys]).to(q)
     logits = q @ means.T / math.sqrt(dim)  # (n, G, S)
     logits += q.square().sum(-1, keepdim=True) * variances / (2 * dim)
-    return (logits + lengths.log()).softmax(-1).sum(1)
+    return (logits + lengths.log()).softmax(-1).sum(1)  # m keys count m times
 
 
 SCORES = {"mean_query": mean_query, "gaussian": gaussian}

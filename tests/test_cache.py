@@ -825,8 +825,8 @@ def after(monkeypatch, owner, name, change):
 
 def rows_of_sentences_overlap(monkeypatch):
     add = LayerCache.add_sentences
-    monkeypatch.setattr(LayerCache, "add_sentences", lambda self, keys, bounds, first_row=0: add(
-        self, keys, bounds - bounds.clamp(max=1), first_row))
+    monkeypatch.setattr(LayerCache, "add_sentences", lambda self, keys, bounds, *rest, **named: add(
+        self, keys, bounds - bounds.clamp(max=1), *rest, **named))
 
 
 def a_row_of_the_window_is_in_the_next_slot(monkeypatch):

@@ -47,8 +47,8 @@ class TwoVectors(SentenceKVCache):
         def index_tokens(self):
             return vectors_in_tokens(self, self.plan.n_places - 1) + (self.plan.n_places - 1) / 2
 
-        def add_sentences(self, keys, bounds, first_row: int = 0):
-            super().add_sentences(keys, bounds, first_row)
+        def add_sentences(self, keys, bounds, *rest, **named):
+            super().add_sentences(keys, bounds, *rest, **named)
             first = self.plan.n_places
             places = slice(first, first + bounds.shape[-1] - 1)
             self.farthest[:, places] = self.choose(keys, bounds, self.vectors[:, places])

@@ -220,7 +220,7 @@ MISTAKES = {
          "you divided by the root of D: the score is the plain product"),
     ],
     "05_gaussian": [
-        ("q = q / math.sqrt(q.shape[-1])", "q = q",
+        ("scaled = q / math.sqrt(q.shape[-1])", "scaled = q",
          "you did not divide the query by the root of D"),
         (" / 2  # (H_kv, G, S)", "  # (H_kv, G, S)", "the exponent has half of |q|² σ²"),
         ("attention.sum(dim=1) / lengths.clamp(min=1)", "attention.sum(dim=1)",

@@ -20,7 +20,7 @@ def draw() -> Picture:
     picture.text(24, 32, "a token is a box, a sentence has one colour", "title")
     widths = [12 + 8 * len(piece) for piece in PIECES]
     places = [24 + x for x in accumulate((width + 4 for width in widths), initial=0)]
-    for (start, end), colour in zip(token_spans(PIECES), COLOURS, strict=True):
+    for (start, end), colour in zip(token_spans(PIECES, 128), COLOURS, strict=True):
         for i in range(start, end):
             picture.box(places[i], 54, widths[i], 36, colour, opacity=0.45)
             picture.text(places[i] + widths[i] / 2, 77, PIECES[i].replace(" ", "␣"),
