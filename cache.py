@@ -6,21 +6,33 @@
 
 It asks `sentencekv.py` for every choice, and knows nothing of tokenizers, RoPE or weights.
 
-A *row* is a kept token: its key and its value, side by side (2, D), so that they move together. The
-rows of a head are its secondary sinks, then the other kept tokens as they are read. If positions 0
-to 9 are all kept, and 5 is a secondary sink, rows 0 to 9 are the positions 5 0 1 2 3 4 6 7 8 9.
-The last tokens of the first text are never secondary sinks and never dropped, nor is any later one.
-So from there on, row = position - n_dropped. All rows are on the host, but for those of the *open*
-sentence, which is being written: they are offloaded when it is sealed.
+A *row* is a kept token: its key and its value, side by side (2, D), so that they move together.
+Rows have numbers: a head's secondary sinks come first, then its other kept tokens as they are read.
+The last tokens of the first text and all later ones are never secondary sinks and never dropped. So
+from there on, row number = position - n_dropped. The rows of all sentences are on the host. The
+*open* sentence, which is being written, gets there when it is sealed.
 
 A *slot* is room for a row on the device. Attention reads the slots of its layer, and nothing else,
 in any order: RoPE has put the positions into the keys.
 
     [ B slots for selected rows | R slots for the window: row r is in slot B + r % R ]
 
-The table of a layer has P *places*. Place 0 stands for all sinks of a head, the first tokens and
-the secondary ones: it is always selected. Each other place stands for a sentence; some are free.
-Other shapes are as in `sentencekv.py`, which is given the P places as its S sentences.
+The *window* is the recent window, or the open sentence if that is longer. The *table* of a layer
+has P places. Place 0 stands for all sinks of a head, the first and the secondary ones: it is always
+selected. Each other place stands for a sentence; some are free.
+
+An example, to which comments refer. A prompt of 18 tokens has sentences of 10 and 8. τ is 14, and
+the settings are small: 4 first sinks, a recent window of 4, at most 6 tokens in a sentence that is
+written. In one head, the tokens 12 and 13 are secondary sinks. No token is dropped.
+
+    rows       0  1 |  2 to 11 | 12 13 14 15 16 17       places       0    1    2
+    tokens    12 13 |  0 to  9 | 10 11 14 15 16 17       starts       0    6   12
+              secondary  first    second sentence        ends         6   12   18
+                                                         available    6    6    3
+                                                         selected     6    1    3
+
+The next token is row 18, and its window is the rows 15 to 18. Of those before it, 14 - 4 = 10 are
+selected: all sinks, then those of the second sentence, which is the best one, then of the first.
 """
 
 import math
@@ -37,8 +49,13 @@ from support.table import make_room, room_for
 
 
 class Plan:
-    """What all layers share: the text that is read, and what the next token attends to. A layer
-    holds the plan and not the cache: in a cycle of references, Python frees the memory late."""
+    """What all layers share. Layers read it, and the cache changes it between them:
+
+    before a text             `expect`        n_first_sinks, sentence_ends, text_end_row
+    after all layers          `advance`       num_tokens, and what the next token attends to
+    at the end of a text      `end_text`      n_dropped, n_places, open_row
+    after a written sentence  `seal`          n_places, open_row
+    """
 
     def __init__(self, config: SentenceKVConfig, max_tokens: int, device):
         self.config = config
@@ -47,32 +64,26 @@ class Plan:
         self.n_first_sinks = 0  # number of first tokens that are always selected
         self.n_places = 1  # number of places in use
         self.open_row = 0  # first row without a place: of the open sentence, or of a new text
-        self.text_end = 0  # the position after the newest text, read or still being read
+        self.text_end_row = 0  # the row after the newest text
         self.sentence_ends = None  # of that text (S,): after each sentence, from its beginning
 
+        # `max_tokens`, the most that will be read and written, only saves memory for short texts.
         self.n_row_slots = min(config.token_budget - config.recent_window, max_tokens)  # B
-        # R must hold the recent window, and the open sentence with the next token. It is the sum:
-        # with R = recent_window, B + R would be τ, often a power of two, and the keys of all heads
-        # would compete for the same lines of a processor's cache.
-        self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)  # R
+        # R, more than the longer of both needs: otherwise B + R is often a power of two, and slow.
+        self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)
         self.window_index = torch.arange(self.n_window_slots, device=device)  # 0 to R - 1
 
         # For the next token, as tensors (1,): a CUDA graph records a number as a constant.
-        self.n_select = torch.zeros(1, device=device, dtype=torch.long)  # rows, in each head
-        self.select_end = torch.zeros_like(self.n_select)  # only rows before it can be selected
-        self.next_slot = torch.zeros_like(self.n_select)  # of the token itself
+        self.n_select = torch.zeros(1, device=device, dtype=torch.long)  # rows in each head: 10
+        self.select_end = torch.zeros_like(self.n_select)  # only rows before it can be selected: 15
+        self.next_slot = torch.zeros_like(self.n_select)  # of the token itself: 10 + 18 % 10
         self.in_window = torch.zeros(1, self.n_window_slots, device=device, dtype=torch.bool)
-        self.total_loaded = torch.zeros_like(self.n_select)  # rows since the last text, all layers
+        self.total_loaded = torch.zeros_like(self.n_select)  # see `support.memory.Totals`
 
     @property
     def n_rows(self) -> int:
         """Rows so far: the row of the next token."""
         return self.num_tokens - self.n_dropped
-
-    @property
-    def text_rows(self) -> int:
-        """Rows at the end of the last text. While the first is read, nothing of it is dropped."""
-        return self.text_end - self.n_dropped
 
     @property
     def is_first_text(self) -> bool:
@@ -84,37 +95,34 @@ class Plan:
         return self.n_row_slots + rows % self.n_window_slots
 
     def window_start(self) -> int:
-        """The first row of the next token's window: that of the recent window, or of the open
-        sentence if it is longer. It is the same in all heads, so if it has to be cut to fit the
-        budget, it leaves room for as many sinks as a head can have."""
+        """The first row of the next token's window. The window is the same in all heads: if it has
+        to be cut to fit the budget, it leaves room for as many sinks as a head can have."""
         config, end = self.config, self.n_rows + 1
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
         start = min(end - config.recent_window, self.open_row)
-        # In a short prompt it begins after the first sinks, which are its first rows: such a prompt
-        # has no secondary sinks.
+        # While all tokens are recent, none is a secondary sink, and the first rows are first sinks.
         return max(start, end - most, self.n_first_sinks)
 
     def plan_next(self):
         """Decide what the next token attends to: its window, which ends with the token itself, and
-        as many selected rows before the window as the budget of τ tokens allows.
-
-        With τ = 96 and a recent window of 32, the token in row 300 has the window 269 to 300. In
-        each head 96 - 32 = 64 of the rows 0 to 268 are selected, all sinks among them.
-        """
-        row, start = self.n_rows, self.window_start()
+        as many rows before the window as the budget of τ tokens allows."""
+        row, start = self.n_rows, self.window_start()  # 18, 15
         n_window = row + 1 - start
         # If the window is cut, the beginning of the open sentence is not attended to.
         select_end = min(start, self.open_row)
+        n_select = min(self.config.token_budget - n_window, select_end)
         assert row - select_end < self.n_window_slots, "a sentence is too long: call `seal`"
-        self.n_select.fill_(min(self.config.token_budget - n_window, select_end))
+        assert n_select <= self.n_row_slots, "more tokens than `max_tokens`"
+        self.n_select.fill_(n_select)
         self.select_end.fill_(select_end)
         self.next_slot.fill_(self.n_row_slots + row % self.n_window_slots)
-        age = (row - self.window_index) % self.n_window_slots  # 0: the slot of the token itself
+        age = (row - self.window_index) % self.n_window_slots  # (R,); 0: the slot of the token
         self.in_window.copy_(age < n_window)
 
 
 class LayerCache:
-    """One layer, on the device. Its table, per KV head:
+    """One layer. It holds the plan, and not the cache: it would be freed late if each held the
+    other. On the device, its table per KV head:
 
     vectors     (H_kv, P, D)       the sentence vector
     variances   (H_kv, P)          of the sentence's keys
@@ -124,18 +132,11 @@ class LayerCache:
     scores      (H_kv, P)          how well it matches the open sentence
     n_resident  (H_kv, P)          how many of its rows are in slots
 
-    A prompt has two sentences, of 10 and of 8 tokens. In one head, 2 tokens of the second are
-    secondary sinks: rows 0 and 1. Rows 2 to 11 are the first sentence. Its first 4 tokens are
-    sinks, too. They count for its vector and its length, but are selected with place 0:
-
-        place       0     1     2
-        starts      0     6    12
-        ends        6    12    18
-        lengths     0    10     6
-
+    First sinks count for the vector and the length of their sentence, and are selected with place
+    0: in the example the first sentence has length 10, and starts at row 6.
     Its slots (H_kv, B + R, 2, D). Of the B slots for selected rows (H_kv, B): slot_row is the row,
     or NO_ROW, which is greater than any row; slot_place is the row's place, and slot_missing says
-    whether the row must be loaded from the host. Each stage is a method, so that it can be timed.
+    whether the row must be loaded. Each stage is a method, so that `support/timer.py` can time it.
     """
 
     TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
@@ -158,22 +159,22 @@ class LayerCache:
     def prefill(self, q, k, v) -> tuple:
         """Take the next part of a text. It attends to all rows so far: they come back to the device
         for as long as the layer computes."""
-        kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
-        if self.plan.n_rows > 0:
-            kv = torch.cat((self.host.read(0, self.plan.n_rows), kv), dim=1)
-        if self.plan.is_first_text:
-            self.read_first_text(q, kv)
+        plan, kv = self.plan, torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
+        if plan.n_rows > 0:
+            kv = torch.cat((self.host.read(0, plan.n_rows), kv), dim=1)  # (H_kv, n, 2, D)
+        is_last_part = kv.shape[1] == plan.text_end_row
+        if plan.is_first_text:
+            self.read_first_text(q, kv, is_last_part)
         else:
-            self.read_later_text(kv)
+            self.read_later_text(kv, is_last_part)
         return kv.unbind(dim=2)
 
-    def read_first_text(self, q, kv):
-        """Offload the rows of a part. After the last part, make the sentences, and offload the kept
-        rows in their order instead. kv (H_kv, n, 2, D) of all parts so far"""
+    def read_first_text(self, q, kv, is_last_part: bool):
+        """Offload the rows of a part. After the last part, make the sentences, and replace the rows
+        on the host by the kept ones in their order. kv (H_kv, n, 2, D) of all parts so far"""
         plan, config, n_tokens = self.plan, self.plan.config, kv.shape[1]
-        # `clone`: a slice would keep all of q in memory.
-        self.last_queries.append(q[:, -config.observation_window :].clone())
-        if n_tokens < plan.text_rows:
+        self.last_queries.append(q[:, -config.observation_window :].clone())  # not all of q
+        if not is_last_part:
             self.offload(plan.n_rows, kv[:, plan.n_rows :])
             return
         secondary = self.secondary_sinks(kv[:, :, 0])
@@ -183,11 +184,11 @@ class LayerCache:
         self.last_queries = []
         self.offload(0, self.make_sentences(kv, kept, secondary), replace=True)
 
-    def read_later_text(self, kv):
+    def read_later_text(self, kv, is_last_part: bool):
         """Offload the rows of a part: all are kept. After the last part, make the sentences."""
         plan = self.plan
         self.offload(plan.n_rows, kv[:, plan.n_rows :])
-        if kv.shape[1] == plan.text_rows:
+        if is_last_part:
             bounds = F.pad(plan.sentence_ends, (1, 0)).expand(len(kv), -1)  # 0, and all ends
             self.add_sentences(kv[:, plan.open_row :, 0], bounds, plan.open_row)
 
@@ -207,7 +208,7 @@ class LayerCache:
         plan, head = self.plan, torch.arange(len(kv), device=kv.device)[:, None]
         row_positions, marked = order_rows(kept, secondary)
         rows = kv[head, row_positions]
-        self.host.note_positions(row_positions)
+        self.host.note_positions(row_positions)  # for a trace, and for a saved document
         bounds = sentence_bounds(marked, plan.sentence_ends)  # (H_kv, S + 1)
         # The first sentence begins after the secondary sinks, and with the first sinks.
         n_all_sinks = bounds[:, :1] + plan.n_first_sinks  # (H_kv, 1)
@@ -222,12 +223,12 @@ class LayerCache:
         places = slice(first, first + bounds.shape[-1] - 1)
         self.vectors[:, places], self.variances[:, places] = sentence_vectors(keys, bounds)
         self.lengths[:, places] = bounds.diff(dim=-1).float()
-        bounds = (first_row + bounds).clamp(min=n_all_sinks)  # a sink is selected with place 0
-        self.starts[:, places], self.ends[:, places] = bounds[:, :-1], bounds[:, 1:]
+        rows = (first_row + bounds).clamp(min=n_all_sinks)  # 2, 12, 18 become 6, 12, 18
+        self.starts[:, places], self.ends[:, places] = rows[:, :-1], rows[:, 1:]
 
     def offload(self, first_row: int, rows, replace: bool = False):
         """Copy rows (H_kv, n, 2, D) to the host, beside the computation that follows."""
-        self.host.write(first_row, rows, self.plan.text_rows, replace)
+        self.host.write(first_row, rows, room=self.plan.text_end_row, replace=replace)
 
     def fill_window(self, first_row: int):
         """After a text, the rows from this one on come back from the host. Scores begin at 0."""
@@ -250,15 +251,15 @@ class LayerCache:
         # Scores add up over the open sentence, with less weight for older tokens.
         torch.add(self.score(q), self.scores, alpha=plan.config.query_decay, out=self.scores)
         self.scores[:, 0] = math.inf  # place 0; written after the sum, since 0 * inf is NaN
-        # Of each place, the rows before the window: none, some or all. (H_kv, P)
+        # The number of rows of each place before the window (H_kv, P): 6, 6, 3 in the example.
         available = plan.select_end.clamp(self.starts, self.ends) - self.starts
-        # The rows in B slots are of at most B places.
+        # How many are selected, always the first ones: 6, 1, 3. Only the best B places can matter.
         selected = select_rows(self.scores, available, plan.n_select, plan.n_row_slots)
-        # A row that is still selected keeps its slot. If slots hold the rows 5, 8, 4, and 8, 9, 12
-        # are selected, the slots hold 9, 8, 12 next, and 9 and 12 are missing.
+        # Of each place the first `n_resident` rows are in slots. Selected rows beyond them are
+        # missing, and take the slots of rows that are not selected any more.
         rows, places, missing = assign_slots(
             self.slot_row, self.slot_place, self.starts, self.n_resident, selected)
-        self.slot_row.copy_(rows)  # not `=`: a CUDA graph has the tensors of the first token
+        self.slot_row.copy_(rows)  # not `=`: a CUDA graph reads and writes the same tensors
         self.slot_place.copy_(places)
         self.slot_missing.copy_(missing)
         self.n_resident.copy_(selected)
@@ -299,7 +300,7 @@ class SentenceKVCache:
      3. Of the rows of a place, the first `n_resident` are in slots, from `starts` on.
      4. Each head selects `n_select` rows before the window, all sinks among them. With the window
         these are at most `token_budget` tokens.
-     5. The window never moves back, but in `truncate`: a newer row may be in an older one's slot.
+     5. Only `truncate` moves the window back: the slot of an older row may hold a newer one.
      6. Slots that the mask hides are finite: attention gives them weight 0, and 0 times NaN is NaN.
      7. Tensors are reallocated only with another `version`: `decode` can be a CUDA graph.
     """
@@ -310,7 +311,7 @@ class SentenceKVCache:
         device = torch.device(device)
         n_layers, heads, dim = model_config.kv_shape
         self.config, self.plan = config, Plan(config, max_tokens, device)
-        self.copies, self.n_resizes = Copies(device), 0
+        self.copies, self.n_resizes = Copies(device), 0  # one stream of copies for all layers
         self.layers = [self.Layer(self.plan, HostRows(heads, dim, device, dtype, self.copies),
                                   device, dtype) for _ in range(n_layers)]
         self.first_text = None  # its number of tokens, and the places in use after it
@@ -333,38 +334,38 @@ class SentenceKVCache:
             self.seal(plan.n_rows - plan.open_row)
         if plan.is_first_text:
             plan.n_first_sinks = min(self.config.sink_tokens, spans[-1][1])
-        plan.text_end = plan.num_tokens + spans[-1][1]
+        plan.text_end_row = plan.n_rows + spans[-1][1]
         plan.sentence_ends = torch.tensor([end for _, end in spans], device=plan.n_select.device)
-        # More places than the table has: `make_room` replaces its tensors by larger ones.
+        # If the table has too few places, its tensors are replaced by larger ones.
         self.n_resizes += make_room(self.layers, plan.n_places + len(spans))
 
     def advance(self, n_tokens: int):
         """All layers have seen `n_tokens` more: a part of a text, or one written token."""
         plan = self.plan
         plan.num_tokens += n_tokens
-        if plan.num_tokens > plan.text_end:
+        if plan.n_rows == plan.text_end_row:
+            self.end_text()
+        elif plan.n_rows > plan.text_end_row:  # otherwise, more parts follow
             self.totals.add_token()
             plan.plan_next()
-        elif plan.num_tokens == plan.text_end:
-            self.end_text()
 
     def end_text(self):
         """All layers have read a text: its sentences can be selected."""
         plan = self.plan
         if plan.is_first_text:
             plan.n_dropped = plan.num_tokens - self.config.n_kept(plan.num_tokens)
-            # The sentences of which a head keeps something: a head has its empty ones at the end.
+            # The sentences of which a head keeps something: its empty ones are the last.
             plan.n_places = 1 + max(int((layer.lengths > 0).sum(-1).max()) for layer in self.layers)
             self.n_resizes += make_room(self.layers, plan.n_places, shrink=True)
             self.first_text = plan.num_tokens, plan.n_places
         else:
             plan.n_places += len(plan.sentence_ends)
-        plan.open_row = plan.n_rows
         self.start_writing()
 
     def start_writing(self):
         """After a text, the last tokens so far are the window. One more makes it full."""
         plan = self.plan
+        plan.open_row = plan.text_end_row = plan.n_rows
         n_recent = min(plan.n_rows - plan.n_first_sinks, self.config.recent_window - 1)
         for layer in self.layers:
             layer.fill_window(plan.n_rows - n_recent)
@@ -388,8 +389,7 @@ class SentenceKVCache:
         plan = self.plan
         first_tokens, plan.n_places = self.first_text
         assert n_tokens == first_tokens, "a cache can go back to the end of its first text only"
-        plan.num_tokens = plan.text_end = n_tokens
-        plan.open_row = plan.n_rows
+        plan.num_tokens = n_tokens
         self.n_resizes += make_room(self.layers, plan.n_places, shrink=True)
         for layer in self.layers:
             layer.truncate(plan.n_places)

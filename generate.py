@@ -46,7 +46,7 @@ def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=it
 
 def generate(model, cache, token: int, detokenize, sample, stop: set, max_new_tokens: int,
              sentence_limit: int, timer=nullcontext, decode=None):
-    """Yield (token id, piece of text) from the first token on, including the one that ends it.
+    """Yield (token id, piece of text), from the first token to the one that ends the answer.
 
     `token` comes from `prefill`. `detokenize` is a `Tokenizer.detokenizer()`: the piece is the text
     that a token adds. `sample` is a `sampler(...)`, and `stop` has the tokens that end an answer.
@@ -85,7 +85,7 @@ def make_cache(name: str, config: SentenceKVConfig, model_config: LlamaConfig, m
 
 def sampler(temperature: float, top_p: float, seed: int, device):
     """A function from logits (V,) to a token id: the most likely one, or a sample. It raises
-    FloatingPointError if the greatest logit is not finite; NaN counts as greater than all."""
+    FloatingPointError if the greatest logit is not finite: `max` returns NaN if there is one."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def sample(logits) -> int:
@@ -116,7 +116,7 @@ class Session:
         self.cache = make_cache(args.cache, config, model.config, max_tokens, self.device,
                                 self.dtype)
         self.max_tokens, self.stop = max_tokens, tokenizer.stop_tokens()
-        self.decode = compiled.GraphedDecode(model) if args.cuda_graph else model.decode
+        self.decode = compiled.GraphedDecode(model) if args.cuda_graph else None
         self.trace = Trace(self.cache) if args.trace or args.show_sentences else None
         self.timer = StageTimer(self.device)
         watch_stages(self.timer, model, self.cache, decode=not (args.cuda_graph or args.compile))
@@ -135,8 +135,8 @@ class Session:
 
     def read(self, ids: list[int]) -> int:
         """Read a text, the first or a later one. Returns the first token after it."""
-        # The cache holds `self.ids + self.written[:-1]`: no token was asked for after the last one.
-        # It is read with this text, unless it is a stop token, which a chat template adds itself.
+        # After the answer A B C the cache holds A B: the model has not read C. It is read before
+        # this text, unless it is a stop token, which the chat template adds itself.
         unread = [token for token in self.written[-1:] if token not in self.stop] + ids
         n_before = self.cache.num_tokens
         check_prompt(unread, n_before, 1, self.model.config)
@@ -197,6 +197,7 @@ def main(arguments: list[str]) -> int:
     # Which model, and what to read: a prompt, or a document that was saved after it was read.
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
     tokenizer, model_config = Tokenizer(folder, args.special_tokens), load_config(folder)
+    # A saved document must be of the same weights, dtype and settings.
     identity = identity_of(fingerprint(folder), config, dtype) if args.save or args.load else None
     if args.load:
         document = load_document(args.load, identity, config.protected_tokens,
@@ -215,7 +216,7 @@ def main(arguments: list[str]) -> int:
         return questions.answer_all(session, prompts, document, identity)
     with session.timer("tokenize"):
         ids = prompts.ids()
-    first = session.read(ids)  # segment, prefill
+    first = session.read(ids)
     with questions.interrupts() as stopped:
         text = session.write(first, stopped)
     return report.finish(report.describe(session, text, stopped()), session.trace, args)

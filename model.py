@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import sdpa_kernel
 
-from support.attention import BACKENDS, causal_attention  # for one token, and for several
+from support.attention import BACKENDS  # which of PyTorch's kernels attend for one token
+from support.attention import causal_attention  # of several tokens
 from support.linear import Linear  # an nn.Linear that is faster for one token on a CPU
 
 
@@ -203,10 +204,11 @@ class FullCache:
                          values (H_kv, n, D) to attend to, the token's own among them, and a mask
                          (H_kv, 1, n), True where to attend, or None
     advance(n_tokens)    all layers have seen `n_tokens` more
-    expect(spans)        before each text: it has these sentences, (start, end) in its tokens
+    expect(spans)        call it before each text: `spans` are the text's sentences, (start, end) in
+                         its tokens. A text is what is read at once: the prompt, or a question
     seal(length)         between two tokens: the first `length` tokens of the open sentence, which
                          is being written, form a sentence
-    truncate(n_tokens)   forget all but the first text, which had `n_tokens`
+    truncate(n_tokens)   forget everything after the first text, which has `n_tokens`
     report()             a dict: bytes on device and host, bytes that a full cache would have,
                          bytes selected and loaded, and the fraction of the selected ones that
                          was on the device already

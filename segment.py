@@ -21,7 +21,7 @@ BEFORE, AFTER = 200, 12  # the rules see this many characters before a gap and a
 
 # Part 1: sentences of tokens.
 def token_spans(pieces: Iterable[str], limit: int) -> list[tuple[int, int]]:
-    """The sentences as (start, end) spans of tokens. They tile the tokens; none exceeds `limit`.
+    """The sentences as (start, end) spans of tokens, without gaps, of at most `limit` tokens each.
 
     >>> token_spans(["Hi", "!", " It", " is", " me", "."], limit=16)
     [(0, 2), (2, 6)]
@@ -36,8 +36,8 @@ class SentenceStream:
 
     A piece is the text that one token adds. A token starts at its first character that is not white
     space, and belongs to the sentence of this character. A token of white space belongs to the
-    sentence before it. If a character is several tokens, all but the last have the piece "", and
-    all belong to the sentence of this character.
+    sentence before it. If several tokens form one character, the last one has it as its piece. The
+    others have "", and belong to the sentence of what follows.
 
     `push` reports an end with the next token, or later if a rule needs the whole next word. Below,
     ` The` could become ` Theo`. A line shows what `push` returns, then the stream's state:
@@ -61,9 +61,9 @@ class SentenceStream:
 
     def push(self, piece: str) -> list[int]:
         """Add a token; return the lengths of the sentences found to have ended before it."""
-        # The rules of an earlier gap may have needed this text, as the one before ` The` above. So
-        # test the gaps again in the last token and in the AFTER characters before it, the first of
-        # them whole: a gap at 10 to 12 is found from 10 on, not from 11.
+        # Two things may be decided only now: an end inside the last token, and a gap before it for
+        # which a rule needed this text. So search again from AFTER characters before that token. If
+        # this is inside white space, begin where the white space begins.
         last = self.token_starts[-1] if self.token_starts else 0
         search_start = len(self.text[: max(0, last - AFTER)].rstrip())
         n_spaces = 0 if piece.isspace() else len(piece) - len(piece.lstrip())

@@ -60,8 +60,8 @@ def find_secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Ten
     """Which tokens are secondary sinks, the shortest keys of their head. Not in the paper.
 
     In some layers much attention goes to a few tokens in the middle of the text, whatever is asked
-    (arXiv 2512.22213). Most keys point away from most queries: their q · k is far below 0. That of
-    a short key is not. A mean of keys hides such a key, but no query is needed to find it.
+    (arXiv 2512.22213). For most keys, q · k is far below 0. For a short key it is not, so the key
+    wins. The sentence vector does not show such a key. Its length does, without a query.
 
     k (H_kv, T, D) -> (H_kv, T) bool, True at most `config.secondary_sinks` times in a head
     """
@@ -126,8 +126,8 @@ def order_rows(kept: torch.Tensor, secondary: torch.Tensor) -> tuple:
 def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. It ends where the next one begins.
 
-    A sentence of which a head keeps nothing becomes an empty one at the end: if the last are empty
-    in all heads, no vector is stored. So index s can mean different sentences in different heads.
+    A sentence of which a head keeps nothing becomes an empty one at the end: those that are empty
+    in all heads need no storage. So index s can mean different sentences in different heads.
 
     marked (H_kv, N) from `order_rows`, ends (S,), the position after each -> (H_kv, S + 1)
 
@@ -160,7 +160,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     lengths = torch.cat((bounds[:, :1], bounds.diff(dim=-1)), dim=-1)  # (H_kv, 1 + S)
 
     def mean(x):  # of the rows of each sentence, (H_kv, N, n) -> (H_kv, S, n)
-        # `unsafe` skips a check of the lengths, for which the host would wait for the GPU.
+        # It sums groups of `lengths` rows. `unsafe` skips a check for which a GPU would be awaited.
         sums = torch.segment_reduce(x, "sum", lengths=lengths, axis=1, unsafe=True)
         return (sums / lengths.clamp(min=1).unsqueeze(-1))[:, 1:]
 
@@ -200,21 +200,21 @@ def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
 SCORES = {"mean_query": mean_query, "gaussian": gaussian}
 
 
-def select_rows(scores, available, budget, most_sentences: int = MAX_COUNT) -> torch.Tensor:
+def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> torch.Tensor:
     """How many rows to select of each sentence (Section 3.3): all of the best ones, and of the one
     that no longer fits the budget, its first rows. Only S scores are compared, and no tokens.
 
     scores (H_kv, S); available (H_kv, S), rows that can be selected; budget in rows of a head, a
-    number or a tensor with one; at most `most_sentences` are selected -> (H_kv, S)
+    number or a tensor with one; at most `max_sentences` are selected -> (H_kv, S)
 
     Of a budget of 4 rows, the best sentence takes its 3. Of the next best, one row fits:
 
     >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[3, 3, 2]]), budget=4)
     tensor([[0, 3, 1]])
     """
-    n = min(most_sentences, scores.shape[-1])  # to find the best few is faster than to sort all
+    n = min(max_sentences, scores.shape[-1])  # to find the best few is faster than to sort all
     best = scores.masked_fill(available == 0, -math.inf).topk(n, dim=-1).indices  # 1, 2, 0
-    rows = available.gather(-1, best)  # 3, 2, 3
-    excess = (rows.cumsum(dim=-1) - budget).clamp(min=0)  # rows beyond the budget: 0, 1, 4
-    selected = (rows - excess).clamp(min=0)  # 3, 1, 0
+    counts = available.gather(-1, best)  # 3, 2, 3
+    excess = (counts.cumsum(dim=-1) - budget).clamp(min=0)  # rows beyond the budget: 0, 1, 4
+    selected = (counts - excess).clamp(min=0)  # 3, 1, 0
     return torch.zeros_like(available).scatter_(-1, best, selected)

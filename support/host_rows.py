@@ -87,16 +87,16 @@ class HostRows:
             grown[: len(self.later)] = self.later
             self.later, self.n_moves = grown, self.n_moves + 1
 
-    def write(self, first_row: int, kv: torch.Tensor, n_rows: int = 0, replace: bool = False):
-        """Start to copy kv (H_kv, n, 2, D) to the rows from `first_row` on, with room for `n_rows`
-        in all if more will follow; or to `replace` all rows by these, as those of the first text.
+    def write(self, first_row: int, kv: torch.Tensor, room: int = 0, replace: bool = False):
+        """Start to copy kv (H_kv, n, 2, D) to the rows from `first_row` on, with room for so many
+        rows in all if more will follow; or to replace all rows by these, those of the first text.
         """
         kv = kv.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
         if replace:
             self.hold(self.empty(len(kv)))
             self.copies.start(self.first, kv)
             return
-        self.reserve(max(n_rows, first_row + len(kv)))
+        self.reserve(max(room, first_row + len(kv)))
         start = first_row - len(self.first)
         self.copies.start(self.later[start : start + len(kv)], kv)
 

@@ -8,7 +8,8 @@
 
 A *sentence* is a span (start, end) of token positions. Shapes: T tokens of a text, D channels, H
 query heads, H_kv KV heads, G = H // H_kv query heads that share a KV head, S sentences. Tests
-compare `cache.SentenceKVCache` with this class. At a first reading, `SlowHead` is enough.
+compare `cache.SentenceKVCache` with this class. At a first reading, `SlowHead` and
+SCORES are enough.
 """
 
 import math
@@ -50,8 +51,8 @@ class SlowHead:
     def most_important(self, q, k) -> list:
         """The ⌊r · τ⌋ positions to keep: all sinks, the last tokens, and then those that receive
         the most attention from the last queries of the prompt."""
-        n_tokens, n_kept = len(k), self.config.keep_factor * self.config.token_budget
-        if n_kept >= n_tokens:
+        n_tokens, n_kept = len(k), self.config.n_kept(len(k))
+        if n_kept == n_tokens:
             return list(range(n_tokens))
         observed, received = self.config.observation_window, torch.zeros(n_tokens)  # (T,)
         for i in range(n_tokens - observed, n_tokens):
@@ -64,7 +65,7 @@ class SlowHead:
         last = range(n_tokens - self.config.protected_tokens, n_tokens)
         kept = {*self.first_sinks, *self.secondary, *last}
         for i in sorted(range(len(pooled)), key=lambda i: -pooled[i]):
-            if len(kept) < int(n_kept):
+            if len(kept) < n_kept:
                 kept.add(i)
         return sorted(kept)
 
@@ -89,9 +90,9 @@ class SlowHead:
         self.n_tokens += 1
 
     def window(self) -> list:
-        """The last positions: as many as the settings say, or the open sentence, which is being
-        written, if it is longer. If it is longer than the budget, only its last tokens. The window
-        is the same in all heads, so it leaves room for as many sinks as a head can have."""
+        """The last positions: the recent window, or the open sentence, which is being written, if
+        that is longer. If it does not fit the budget, its last tokens. The window is the same in
+        all heads, so it leaves room for as many sinks as a head can have."""
         config = self.config
         n_written = self.n_tokens - self.spans[-1][1]
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
@@ -113,7 +114,7 @@ class SlowHead:
         return [i for i in range(*span) if i in self.kv and i not in self.secondary]
 
 
-# What a model calls: `expect` before each text; `prefill` or `decode` of each layer, and `advance`
+# How a cache is used: `expect` before each text; `prefill` or `decode` of each layer, and `advance`
 # after all layers; `seal` when a written sentence has ended.
 class SlowLayer:
     """The KV heads of one layer. `prefill` and `decode` get q (H, T, D), k and v (H_kv, T, D)."""
@@ -187,21 +188,18 @@ def mean_query(q, keys: list) -> torch.Tensor:
 
 
 def gaussian(q, keys: list) -> torch.Tensor:
-    """The attention that one token of the sentence receives, if the keys are Gaussian."""
-    variances = torch.stack([k.var(0, correction=0).mean() for k in keys])
-    return attention(q, keys, variances) / torch.tensor([len(k) for k in keys]).to(q)
+    """The attention that one token of each sentence receives, among all of these sentences, if the
+    keys of a sentence are Gaussian with the same variance in all channels.
 
-
-def attention(q, keys: list, variances) -> torch.Tensor:
-    """The attention that each sentence receives among all, summed over heads, if keys are Gaussian.
-
-    A normal x of mean m and variance s² has E[exp x] = exp(m + s² / 2). Here x = q · k / √D, so
-    m = q · mean / √D and s² = |q|² · variance / D."""
-    dim, means = q.shape[-1], torch.stack([k.mean(0) for k in keys])  # (S, D)
-    lengths = torch.tensor([len(k) for k in keys]).to(q)
+    A normal x with mean m and variance s² has E[exp x] = exp(m + s² / 2). For x = q · k / √D that
+    is m = q · mean / √D, and s² = |q|² · variance / D. A sentence of n keys counts n times."""
+    dim, lengths = q.shape[-1], torch.tensor([len(k) for k in keys]).to(q)  # (S,)
+    means = torch.stack([k.mean(0) for k in keys])  # (S, D)
+    variances = torch.stack([k.var(0, correction=0).mean() for k in keys])  # (S,)
     logits = q @ means.T / math.sqrt(dim)  # (n, G, S)
     logits += q.square().sum(-1, keepdim=True) * variances / (2 * dim)
-    return (logits + lengths.log()).softmax(-1).sum(1)  # m keys count m times
+    attention = (logits + lengths.log()).softmax(-1).sum(1)  # of the G heads
+    return attention / lengths
 
 
 SCORES = {"mean_query": mean_query, "gaussian": gaussian}

@@ -244,7 +244,7 @@ MISTAKES = {
     "06_select_rows": [
         ("topk(n, dim=-1)", "topk(n, dim=-1, largest=False)",
          "the best sentence has the highest score"),
-        ("(rows - excess).clamp(min=0)", "rows.masked_fill(excess > 0, 0)",
+        ("(counts - excess).clamp(min=0)", "counts.masked_fill(excess > 0, 0)",
          "the first rows of the last sentence are selected too, until the budget is full"),
         ("clamp(min=0)  # rows beyond the budget: 0, 1, 4", "clamp(min=0) * 0",
          "the budget is exceeded: of the last sentence only the first rows are selected"),
