@@ -2,13 +2,13 @@ import torch
 import torch.nn.functional as F
 
 
-def sentence_bounds(positions: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. It ends where the next one begins.
 
-    A sentence of which a head keeps nothing becomes an empty one at the end. There it takes no
-    memory, unless another head has more. So sentence s of two heads need not be the same.
+    A sentence of which a head keeps nothing becomes an empty one at the end: those that are empty
+    in all heads need no storage. So index s can mean different sentences in different heads.
 
-    positions (H_kv, N) as from `order_rows`, ends (S,) after each sentence -> (H_kv, S + 1)
+    marked (H_kv, N) from `order_rows`, ends (S,), the position after each -> (H_kv, S + 1)
 
     Sentences end at 4, 7 and 10. Row 0 is a secondary sink, rows 1 and 2 are of the first sentence,
     none is of the second, rows 3 and 4 are of the third:

@@ -3,10 +3,8 @@ import torch
 
 def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
     """The paper's score (Section 3.3): the sentence vector times the mean query of the sentence
-    being written. This is the part of one token, averaged over the query heads of the group.
-
-    The product is linear in the query, so the cache adds up the parts of all tokens: their sum
-    ranks sentences as their mean does. With a `query_decay` below 1 it is a weighted mean.
+    being written. This is the part of one token, averaged over the query heads of the group. The
+    cache adds up the parts of all tokens: their sum ranks sentences as their mean does.
 
     q (H_kv, G, D) of one token, vectors (H_kv, S, D), variances and lengths unused -> (H_kv, S)
     """

@@ -5,14 +5,14 @@ import torch
 from support.settings import MAX_COUNT
 
 
-def select_rows(scores, available, budget, most_sentences: int = MAX_COUNT) -> torch.Tensor:
-    """How many rows to select of each sentence: all of the best ones, until the budget is full, and
-    the first rows of the last one (Section 3.3). Only S scores are compared, and no tokens.
+def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> torch.Tensor:
+    """How many rows to select of each sentence (Section 3.3): all of the best ones, and of the one
+    that no longer fits the budget, its first rows. Only S scores are compared, and no tokens.
 
-    scores (H_kv, S); available (H_kv, S), the rows that may be selected; budget, rows of a head, a
-    number or a tensor with one; at most `most_sentences` are selected -> (H_kv, S)
+    scores (H_kv, S); available (H_kv, S), rows that can be selected; budget in rows of a head, a
+    number or a tensor with one; at most `max_sentences` are selected -> (H_kv, S)
 
-    The budget is 4 rows. The best sentence has 3. The next best has 2, and one of them fits:
+    Of a budget of 4 rows, the best sentence takes its 3. Of the next best, one row fits:
 
     >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[3, 3, 2]]), budget=4)
     tensor([[0, 3, 1]])

@@ -2,6 +2,5 @@ import torch
 
 
 def seal(self, length: int):
-    """Make the first `length` rows of the open sentence a sentence of the table, and offload
-    them."""
+    """Give the first `length` rows of the open sentence a place, and offload them."""
     raise NotImplementedError
