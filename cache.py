@@ -4,16 +4,14 @@
     LayerCache       one layer: its sentences and slots on the device, its rows on the host
     SentenceKVCache  all layers, with the protocol of `model.FullCache`
 
-It asks `sentencekv.py` for every choice, and knows nothing of tokenizers, RoPE or weights.
-
 A *row* is a kept token: its key and its value, side by side (2, D), so that they move together.
 Rows have numbers: a head's secondary sinks come first, then its other kept tokens as they are read.
 The last tokens of the first text and all later ones are never secondary sinks and never dropped. So
 from there on, row number = position - n_dropped. The rows of all sentences are on the host. The
 *open* sentence, which is being written, gets there when it is sealed.
 
-A *slot* is room for a row on the device. Attention reads the slots of its layer, and nothing else,
-in any order: RoPE has put the positions into the keys.
+A *slot* is room for a row on the device. While decoding, attention reads the slots of its layer and
+nothing else, in any order: RoPE has put the positions into the keys.
 
     [ B slots for selected rows | R slots for the window: row r is in slot B + r % R ]
 
@@ -21,18 +19,19 @@ The *window* is the recent window, or the open sentence if that is longer. The *
 has P places. Place 0 stands for all sinks of a head, the first and the secondary ones: it is always
 selected. Each other place stands for a sentence; some are free.
 
-An example, to which comments refer. A prompt of 18 tokens has sentences of 10 and 8. τ is 14, and
-the settings are small: 4 first sinks, a recent window of 4, at most 6 tokens in a sentence that is
-written. In one head, the tokens 12 and 13 are secondary sinks. No token is dropped.
+An example, to which comments refer. τ is 14, with 4 first sinks, at most 2 secondary ones, a recent
+window of 4, and at most 12 tokens in a sentence. A prompt has sentences of 9 and 8 tokens. In one
+head, the tokens 11 and 12 are secondary sinks.
 
-    rows       0  1 |  2 to 11 | 12 13 14 15 16 17       places       0    1    2
-    tokens    12 13 |  0 to  9 | 10 11 14 15 16 17       starts       0    6   12
-              secondary  first    second sentence        ends         6   12   18
-                                                         available    6    6    3
-                                                         selected     6    1    3
+    rows     0 and 1            2 to 5       6 to 10           11 to 16
+    tokens   11 and 12          0 to 3       4 to 8            9 10 13 14 15 16
+             secondary sinks    first sinks  first sentence    second sentence
 
-The next token is row 18, and its window is the rows 15 to 18. Of those before it, 14 - 4 = 10 are
-selected: all sinks, then those of the second sentence, which is the best one, then of the first.
+    places       0    1    2    The next token is row 17, and its window is the rows 14 to 17.
+    starts       0    6   11    Place 2 has the best sentence.
+    ends         6   11   17
+    available    6    5    3    rows before the window
+    selected     6    1    3    rows, 14 - 4 = 10 in all
 """
 
 import math
@@ -49,12 +48,13 @@ from support.table import make_room, room_for
 
 
 class Plan:
-    """What all layers share. Layers read it, and the cache changes it between them:
+    """What all layers share. Layers read it, and the cache changes it when all layers are done:
 
-    before a text             `expect`        n_first_sinks, sentence_ends, text_end_row
-    after all layers          `advance`       num_tokens, and what the next token attends to
-    at the end of a text      `end_text`      n_dropped, n_places, open_row
-    after a written sentence  `seal`          n_places, open_row
+    before a text               `expect`     n_first_sinks, sentence_ends, text_end_row
+    after a part or a token     `advance`    num_tokens
+    at the end of a text        `end_text`   n_dropped, n_places, open_row, text_end_row
+    after a written sentence    `seal`       n_places, open_row
+    before each written token   `plan_next`  n_select, select_end, next_slot, in_window
     """
 
     def __init__(self, config: SentenceKVConfig, max_tokens: int, device):
@@ -64,21 +64,20 @@ class Plan:
         self.n_first_sinks = 0  # number of first tokens that are always selected
         self.n_places = 1  # number of places in use
         self.open_row = 0  # first row without a place: of the open sentence, or of a new text
-        self.text_end_row = 0  # the row after the newest text
+        self.text_end_row = 0  # the row after the newest text; beyond it, tokens are written
         self.sentence_ends = None  # of that text (S,): after each sentence, from its beginning
 
-        # `max_tokens`, the most that will be read and written, only saves memory for short texts.
+        # At most `max_tokens` will be read and written: a short text needs fewer slots.
         self.n_row_slots = min(config.token_budget - config.recent_window, max_tokens)  # B
-        # R, more than the longer of both needs: otherwise B + R is often a power of two, and slow.
+        # R, more than the larger of both: if B + R is a power of two, attention is slower.
         self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)
         self.window_index = torch.arange(self.n_window_slots, device=device)  # 0 to R - 1
-
         # For the next token, as tensors (1,): a CUDA graph records a number as a constant.
         self.n_select = torch.zeros(1, device=device, dtype=torch.long)  # rows in each head: 10
-        self.select_end = torch.zeros_like(self.n_select)  # only rows before it can be selected: 15
-        self.next_slot = torch.zeros_like(self.n_select)  # of the token itself: 10 + 18 % 10
+        self.select_end = torch.zeros_like(self.n_select)  # only rows before it can be selected: 14
+        self.next_slot = torch.zeros_like(self.n_select)  # of the token itself: 10 + 17 % 16
         self.in_window = torch.zeros(1, self.n_window_slots, device=device, dtype=torch.bool)
-        self.total_loaded = torch.zeros_like(self.n_select)  # see `support.memory.Totals`
+        self.total_loaded = torch.zeros_like(self.n_select)  # rows loaded by all layers
 
     @property
     def n_rows(self) -> int:
@@ -100,18 +99,18 @@ class Plan:
         config, end = self.config, self.n_rows + 1
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
         start = min(end - config.recent_window, self.open_row)
-        # While all tokens are recent, none is a secondary sink, and the first rows are first sinks.
+        # First sinks are not repeated. It reaches them in a short text only, without secondary ones.
         return max(start, end - most, self.n_first_sinks)
 
     def plan_next(self):
         """Decide what the next token attends to: its window, which ends with the token itself, and
         as many rows before the window as the budget of τ tokens allows."""
-        row, start = self.n_rows, self.window_start()  # 18, 15
+        row, start = self.n_rows, self.window_start()  # 17, 14
         n_window = row + 1 - start
         # If the window is cut, the beginning of the open sentence is not attended to.
         select_end = min(start, self.open_row)
         n_select = min(self.config.token_budget - n_window, select_end)
-        assert row - select_end < self.n_window_slots, "a sentence is too long: call `seal`"
+        assert row - select_end < self.n_window_slots, "an open sentence needs slots: call `seal`"
         assert n_select <= self.n_row_slots, "more tokens than `max_tokens`"
         self.n_select.fill_(n_select)
         self.select_end.fill_(select_end)
@@ -121,8 +120,8 @@ class Plan:
 
 
 class LayerCache:
-    """One layer. It holds the plan, and not the cache: it would be freed late if each held the
-    other. On the device, its table per KV head:
+    """One layer. It has no reference to the cache: a cycle would delay the freeing of memory. On
+    the device, its table per KV head:
 
     vectors     (H_kv, P, D)       the sentence vector
     variances   (H_kv, P)          of the sentence's keys
@@ -133,10 +132,11 @@ class LayerCache:
     n_resident  (H_kv, P)          how many of its rows are in slots
 
     First sinks count for the vector and the length of their sentence, and are selected with place
-    0: in the example the first sentence has length 10, and starts at row 6.
+    0: in the example the first sentence has length 9, and starts at row 6.
     Its slots (H_kv, B + R, 2, D). Of the B slots for selected rows (H_kv, B): slot_row is the row,
     or NO_ROW, which is greater than any row; slot_place is the row's place, and slot_missing says
-    whether the row must be loaded. Each stage is a method, so that `support/timer.py` can time it.
+    whether the row must be loaded. `host.read(a, b)` brings the rows a to b of the host to the
+    device, (H_kv, n, 2, D). Each stage is a method: `support/timer.py` measures it.
     """
 
     TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
@@ -173,7 +173,7 @@ class LayerCache:
         """Offload the rows of a part. After the last part, make the sentences, and replace the rows
         on the host by the kept ones in their order. kv (H_kv, n, 2, D) of all parts so far"""
         plan, config, n_tokens = self.plan, self.plan.config, kv.shape[1]
-        self.last_queries.append(q[:, -config.observation_window :].clone())  # not all of q
+        self.last_queries.append(q[:, -config.observation_window :].clone())  # a view keeps all
         if not is_last_part:
             self.offload(plan.n_rows, kv[:, plan.n_rows :])
             return
@@ -207,28 +207,28 @@ class LayerCache:
         kv (H_kv, T, 2, D), kept (H_kv, N), secondary (H_kv, T) -> rows (H_kv, N, 2, D)"""
         plan, head = self.plan, torch.arange(len(kv), device=kv.device)[:, None]
         row_positions, marked = order_rows(kept, secondary)
-        rows = kv[head, row_positions]
+        kv = kv[head, row_positions]
         self.host.note_positions(row_positions)  # for a trace, and for a saved document
         bounds = sentence_bounds(marked, plan.sentence_ends)  # (H_kv, S + 1)
-        # The first sentence begins after the secondary sinks, and with the first sinks.
-        n_all_sinks = bounds[:, :1] + plan.n_first_sinks  # (H_kv, 1)
-        self.add_sentences(rows[:, :, 0], bounds, n_all_sinks=n_all_sinks)
-        self.ends[:, :1] = n_all_sinks  # of place 0
-        return rows
+        n_secondary = bounds[:, :1]  # the rows before the first sentence: 2
+        n_all_sinks = n_secondary + plan.n_first_sinks  # (H_kv, 1): 6
+        self.add_sentences(kv[:, :, 0], bounds, n_all_sinks=n_all_sinks)
+        self.ends[:, :1] = n_all_sinks  # place 0
+        return kv
 
     def add_sentences(self, keys, bounds, first_row: int = 0, n_all_sinks=0):
         """Give S sentences the next places of the table. keys (H_kv, n, D) of the rows from
         `first_row` on, bounds (H_kv, S + 1) counted from it"""
-        first = self.plan.n_places
-        places = slice(first, first + bounds.shape[-1] - 1)
+        first_place = self.plan.n_places
+        places = slice(first_place, first_place + bounds.shape[-1] - 1)
         self.vectors[:, places], self.variances[:, places] = sentence_vectors(keys, bounds)
         self.lengths[:, places] = bounds.diff(dim=-1).float()
-        rows = (first_row + bounds).clamp(min=n_all_sinks)  # 2, 12, 18 become 6, 12, 18
-        self.starts[:, places], self.ends[:, places] = rows[:, :-1], rows[:, 1:]
+        bounds = (first_row + bounds).clamp(min=n_all_sinks)  # 2, 11, 17 become 6, 11, 17
+        self.starts[:, places], self.ends[:, places] = bounds[:, :-1], bounds[:, 1:]
 
-    def offload(self, first_row: int, rows, replace: bool = False):
-        """Copy rows (H_kv, n, 2, D) to the host, beside the computation that follows."""
-        self.host.write(first_row, rows, room=self.plan.text_end_row, replace=replace)
+    def offload(self, first_row: int, kv, replace: bool = False):
+        """Copy rows, kv (H_kv, n, 2, D), to the host while the next computation runs."""
+        self.host.write(first_row, kv, room=self.plan.text_end_row, replace=replace)
 
     def fill_window(self, first_row: int):
         """After a text, the rows from this one on come back from the host. Scores begin at 0."""
@@ -250,13 +250,14 @@ class LayerCache:
         plan = self.plan
         # Scores add up over the open sentence, with less weight for older tokens.
         torch.add(self.score(q), self.scores, alpha=plan.config.query_decay, out=self.scores)
-        self.scores[:, 0] = math.inf  # place 0; written after the sum, since 0 * inf is NaN
-        # The number of rows of each place before the window (H_kv, P): 6, 6, 3 in the example.
+        self.scores[:, 0] = math.inf  # after the sum: with a decay of 0, 0 * inf would be NaN
+        # The number of rows of each place before the window (H_kv, P): 6, 5, 3 in the example.
         available = plan.select_end.clamp(self.starts, self.ends) - self.starts
         # How many are selected, always the first ones: 6, 1, 3. Only the best B places can matter.
         selected = select_rows(self.scores, available, plan.n_select, plan.n_row_slots)
         # Of each place the first `n_resident` rows are in slots. Selected rows beyond them are
-        # missing, and take the slots of rows that are not selected any more.
+        # missing, and take the slots of rows that are no longer selected: if slots hold the rows 5,
+        # 8, 4, and the rows 8, 9, 12 are selected, they hold 9, 8, 12 next.
         rows, places, missing = assign_slots(
             self.slot_row, self.slot_place, self.starts, self.n_resident, selected)
         self.slot_row.copy_(rows)  # not `=`: a CUDA graph reads and writes the same tensors
@@ -281,7 +282,7 @@ class LayerCache:
         bounds = torch.tensor([[0, length]], device=kv.device).expand(len(kv), -1)
         self.add_sentences(kv[:, :, 0], bounds, first_row)
         self.offload(first_row, kv)
-        self.scores.zero_()  # tokens that stay open lose their part of the scores, as in the oracle
+        self.scores.zero_()  # also of tokens that were decoded before the end was found
 
     def truncate(self, n_places: int):
         """Forget all places of the table from this one on, and what is in slots."""
@@ -300,7 +301,7 @@ class SentenceKVCache:
      3. Of the rows of a place, the first `n_resident` are in slots, from `starts` on.
      4. Each head selects `n_select` rows before the window, all sinks among them. With the window
         these are at most `token_budget` tokens.
-     5. Only `truncate` moves the window back: the slot of an older row may hold a newer one.
+     5. The window's start never decreases but in `truncate`: an older row's slot is used again.
      6. Slots that the mask hides are finite: attention gives them weight 0, and 0 times NaN is NaN.
      7. Tensors are reallocated only with another `version`: `decode` can be a CUDA graph.
     """
@@ -314,7 +315,7 @@ class SentenceKVCache:
         self.copies, self.n_resizes = Copies(device), 0  # one stream of copies for all layers
         self.layers = [self.Layer(self.plan, HostRows(heads, dim, device, dtype, self.copies),
                                   device, dtype) for _ in range(n_layers)]
-        self.first_text = None  # its number of tokens, and the places in use after it
+        self.first_text = None  # its number of tokens, and the places in use at its end
         self.totals = Totals(self.plan, self.layers)  # rows selected and loaded, for `report`
 
     @property
@@ -336,7 +337,6 @@ class SentenceKVCache:
             plan.n_first_sinks = min(self.config.sink_tokens, spans[-1][1])
         plan.text_end_row = plan.n_rows + spans[-1][1]
         plan.sentence_ends = torch.tensor([end for _, end in spans], device=plan.n_select.device)
-        # If the table has too few places, its tensors are replaced by larger ones.
         self.n_resizes += make_room(self.layers, plan.n_places + len(spans))
 
     def advance(self, n_tokens: int):
@@ -379,7 +379,7 @@ class SentenceKVCache:
         self.n_resizes += make_room(self.layers, plan.n_places + 1)
         for layer in self.layers:
             layer.seal(length)
-        self.copies.wait()  # the next token may load these rows
+        self.copies.wait()  # the next token may load these rows; after a text, `read` waits
         plan.n_places += 1
         plan.open_row += length
         plan.plan_next()

@@ -50,7 +50,7 @@ def generate(model, cache, token: int, detokenize, sample, stop: set, max_new_to
 
     `token` comes from `prefill`. `detokenize` is a `Tokenizer.detokenizer()`: the piece is the text
     that a token adds. `sample` is a `sampler(...)`, and `stop` has the tokens that end an answer.
-    `decode` does what `model.decode` does, if another way is faster.
+    `decode` can take the place of `model.decode`, as a CUDA graph does.
     """
     sentences = SentenceStream(sentence_limit)
     for count in range(1, max_new_tokens + 1):
@@ -124,7 +124,7 @@ class Session:
 
     def start_after(self, document: Document):
         """Set the state to: this document was read, and nothing was written yet."""
-        self.ids, self.spans = document.ids, document.spans
+        self.ids, self.spans = document.ids, document.spans  # of all texts and answers; of texts
         self.written = []  # the tokens of the answer
         self.sample = sampler(self.args.temperature, self.args.top_p, self.args.seed, self.device)
 
@@ -137,17 +137,17 @@ class Session:
         """Read a text, the first or a later one. Returns the first token after it."""
         # After the answer A B C the cache holds A B: the model has not read C. It is read before
         # this text, unless it is a stop token, which the chat template adds itself.
-        unread = [token for token in self.written[-1:] if token not in self.stop] + ids
+        to_read = [token for token in self.written[-1:] if token not in self.stop] + ids
         n_before = self.cache.num_tokens
-        check_prompt(unread, n_before, 1, self.model.config)
+        check_prompt(to_read, n_before, n_new=1, model_config=self.model.config)
         with self.timer("segment"):
-            spans = token_spans(self.tokenizer.pieces(unread), self.config.sentence_limit)
+            spans = token_spans(self.tokenizer.pieces(to_read), self.config.sentence_limit)
             self.cache.expect(spans)
         # New lists, not `+=`: a `Document` still uses the old ones.
         self.spans = self.spans + [(start + n_before, end + n_before) for start, end in spans]
-        self.ids, self.written = self.ids + self.written[:-1] + unread, []
+        self.ids, self.written = self.ids + self.written[:-1] + to_read, []
         part_ends = split_at_sentences(spans, self.args.prefill_chunk)
-        return prefill(self.model, self.cache, unread, self.choose_token, self.timer,
+        return prefill(self.model, self.cache, to_read, self.choose_token, self.timer,
                        report.progress, part_ends)
 
     def write(self, first: int, stopped) -> str:

@@ -34,7 +34,7 @@ class SentenceKVConfig:
     token_budget: int = 1024  # tokens attended to per KV head while decoding
     keep_factor: float = math.inf  # 1 to 5 in the paper
     sink_tokens: int = 4  # first tokens of the prompt, always attended to
-    secondary_sinks: int = 8  # most tokens of a head with very short keys, always attended to
+    secondary_sinks: int = 8  # up to so many tokens of a head, with very short keys: the same
     secondary_ratio: float = 0.6  # very short: below this fraction of the head's median length
     recent_window: int = 32  # last tokens, always attended to
     observation_window: int = 32  # last queries of the prompt: their attention is importance
@@ -160,7 +160,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     lengths = torch.cat((bounds[:, :1], bounds.diff(dim=-1)), dim=-1)  # (H_kv, 1 + S)
 
     def mean(x):  # of the rows of each sentence, (H_kv, N, n) -> (H_kv, S, n)
-        # It sums groups of `lengths` rows. `unsafe` skips a check for which a GPU would be awaited.
+        # It sums groups of `lengths` rows. `unsafe` skips a check that would wait for the GPU.
         sums = torch.segment_reduce(x, "sum", lengths=lengths, axis=1, unsafe=True)
         return (sums / lengths.clamp(min=1).unsqueeze(-1))[:, 1:]
 
@@ -171,9 +171,9 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
 
 
 def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
-    """The paper's score (Section 3.3): the sentence vector times the mean query of the sentence
-    being written. This is the part of one token, averaged over the query heads of the group. The
-    cache adds up the parts of all tokens: their sum ranks sentences as their mean does.
+    """The paper's score (Section 3.3): the sentence vector times the mean query of the open
+    sentence. This is the score for one token, with the mean query of the group's heads. The cache
+    adds up those of all tokens: the sum and the mean give the same order of sentences.
 
     q (H_kv, G, D) of one token, vectors (H_kv, S, D), variances and lengths unused -> (H_kv, S)
     """
@@ -182,11 +182,11 @@ def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
 
 def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
     """The attention that a token of the sentence receives on average, among the sentences, if keys
-    are Gaussian. Not in the paper. Expected Attention (arXiv 2510.00636) has Gaussian queries.
+    are Gaussian. Not in the paper: Expected Attention (arXiv 2510.00636) has Gaussian queries.
 
-    A normal x of mean m and variance s² has E[exp x] = exp(m + s² / 2). For x = q · k / √D and keys
-    of mean µ and variance σ², m = q · µ / √D and s² = |q|² σ² / D. A sentence of n keys counts n
-    times in the softmax. Its share is divided by n, because the budget counts tokens.
+    A key's share is as exp x, x = q · k / √D. A normal x of mean m and variance s² has E[exp x] =
+    exp(m + s² / 2). Here m = q · µ / √D, and s² = |q|² σ² / D if all channels have variance σ². The
+    share of n keys is divided by n, because the budget counts tokens.
 
     q (H_kv, G, D), vectors µ (H_kv, S, D), variances σ² and lengths n (H_kv, S) -> (H_kv, S)
     """

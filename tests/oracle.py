@@ -43,7 +43,7 @@ class SlowHead:
         """The positions of the secondary sinks: the shortest keys, if these are much shorter than
         the median. Much attention goes to them, whatever is asked: see `find_secondary_sinks`."""
         config, norms = self.config, [key.norm().item() for key in k]
-        median = sorted(norms)[(len(norms) - 1) // 2]
+        median = sorted(norms)[(len(norms) - 1) // 2]  # as `torch.median`
         others = range(config.sink_tokens, len(k) - config.protected_tokens)
         short = sorted((norms[i], i) for i in others if norms[i] < config.secondary_ratio * median)
         return sorted(i for _, i in short[: config.secondary_sinks])
