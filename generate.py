@@ -159,18 +159,7 @@ class Session:
             self.stop, n_most, self.config.sentence_limit, self.timer, self.decode)
         if self.trace:
             pairs = self.trace.watch(pairs)
-        text = ""
-        try:
-            for token, piece in pairs:
-                self.written.append(token)
-                if token not in self.tokenizer.special:
-                    text += piece
-                    print(piece, end="", flush=True)
-                if stopped():
-                    break
-        finally:
-            print(flush=True)
-        return text
+        return report.printed(pairs, self.written, self.tokenizer.special, stopped)
 
     def choose_token(self, logits) -> int:
         """Sample. ValueError if the logits are not finite, with the layer where that begins."""
@@ -197,7 +186,7 @@ def main(arguments: list[str]) -> int:
     # Which model, and what to read: a prompt, or a document that was saved after it was read.
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
     tokenizer, model_config = Tokenizer(folder, args.special_tokens), load_config(folder)
-    # A saved document must be of the same weights, dtype and settings.
+    # At a first reading, skip what is about a document: a text that was read before, and saved.
     identity = identity_of(fingerprint(folder), config, dtype) if args.save or args.load else None
     if args.load:
         document = load_document(args.load, identity, config.protected_tokens,

@@ -9,7 +9,6 @@ Shapes, here and in all files (one prompt at a time, so there is no batch dimens
     D channels of a head.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.attention import sdpa_kernel
 from support.attention import BACKENDS  # which of PyTorch's kernels attend for one token
 from support.attention import causal_attention  # of several tokens
 from support.linear import Linear  # an nn.Linear that is faster for one token on a CPU
+from support.rope import scaled  # for models that were trained on a longer context later
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,7 @@ def rope_frequencies(config: LlamaConfig, device) -> torch.Tensor:
     """The angle in radians per position of each pair of channels, float32 (D/2,)."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
     frequency = config.rope_theta ** (-exponent / config.head_dim)
-    if config.rope_scaling is None:
-        return frequency
-    # Llama 3.1 was trained on a short context, then on a longer one. A pair that makes fewer than
-    # `low` turns in the short one becomes `factor` times slower, as if positions were that much
-    # closer. A pair of more than `high` turns stays. Between the two, `blend` goes from 0 to 1.
-    scaling = config.rope_scaling
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (blend + (1 - blend) / scaling["factor"])
+    return frequency if config.rope_scaling is None else scaled(frequency, config.rope_scaling)
 
 
 def rope_table(config: LlamaConfig, positions: torch.Tensor, dtype) -> tuple:

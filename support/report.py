@@ -28,6 +28,23 @@ def progress(layers):
     return tqdm(layers, desc="prefill", unit="layer", leave=False, disable=None)
 
 
+def printed(pairs, written: list, special: set, stopped) -> str:
+    """Print the pieces of (token, piece) as they come, until `stopped()`, and add the tokens to
+    `written`. Special tokens are not printed. Returns the text."""
+    text = ""
+    try:
+        for token, piece in pairs:
+            written.append(token)
+            if token not in special:
+                text += piece
+                print(piece, end="", flush=True)
+            if stopped():
+                break
+    finally:
+        print(flush=True)
+    return text
+
+
 def describe(session, text: str, signal: int, question: str | None = None) -> dict:
     """The report of the answer that a session has just written: counts, times in ms, bytes.
 

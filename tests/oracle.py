@@ -1,21 +1,17 @@
 """SentenceKV as a slow reference, in lists and loops. Read it first, with
 `sentencekv.SentenceKVConfig` beside it.
 
-    SlowHead        the method, for one KV head: prefill, then decode
-    SlowLayer       the KV heads of a layer
-    SlowSentenceKV  the layers: a cache for a model, which can also read several texts
-    SCORES          how well sentences match a query
+    SlowHead  the method, for one KV head: prefill, then decode
+    SCORES    how well sentences match a query
 
-A *sentence* is a span (start, end) of token positions. Shapes: T tokens of a text, D channels, H
-query heads, H_kv KV heads, G = H // H_kv query heads that share a KV head, S sentences. Tests
-compare `cache.SentenceKVCache` with this class. At a first reading, `SlowHead` and
-SCORES are enough.
+A *sentence* is a span (start, end) of token positions. Shapes: T tokens of a text, D channels, G
+query heads that share a KV head, S sentences. `tests/slow_cache.py` makes a cache of these heads
+for a whole model: tests compare `cache.SentenceKVCache` with it.
 """
 
 import math
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 
 class SlowHead:
@@ -112,71 +108,6 @@ class SlowHead:
     def tokens_of(self, span) -> list:
         """The kept positions of a sentence. A secondary sink is in no sentence."""
         return [i for i in range(*span) if i in self.kv and i not in self.secondary]
-
-
-# How a cache is used: `expect` before each text; `prefill` or `decode` of each layer, and `advance`
-# after all layers; `seal` when a written sentence has ended.
-class SlowLayer:
-    """The KV heads of one layer. `prefill` and `decode` get q (H, T, D), k and v (H_kv, T, D)."""
-
-    def __init__(self, config, n_kv_heads: int, spans: list):
-        self.heads = [SlowHead(config, spans) for _ in range(n_kv_heads)]
-
-    def prefill(self, q, k, v) -> tuple:
-        """Read a whole text. Returns keys and values (H_kv, n, D): those kept of earlier texts, and
-        those of this one. A text after the first is kept whole."""
-        if self.heads[0].n_tokens == 0:
-            for head, *qkv in zip(self.heads, q.unflatten(0, (len(k), -1)), k, v):
-                head.prefill(*qkv)
-            return k, v
-        for head, keys, values in zip(self.heads, k, v):
-            for key, value in zip(keys, values):
-                head.append(key, value)
-        kv = torch.stack([torch.stack([*head.kv.values()]) for head in self.heads])
-        return kv.unbind(dim=2)  # of (H_kv, n, 2, D)
-
-    def decode(self, q, k, v) -> tuple:
-        """Take one token, T = 1. Returns keys and values (H_kv, n, D), and a mask (H_kv, 1, n):
-        False at the end of a head that attends to fewer than n tokens."""
-        grouped = q[:, 0].unflatten(0, (len(k), -1))  # (H_kv, G, D)
-        kv = [head.decode(*qkv) for head, *qkv in zip(self.heads, grouped, k[:, 0], v[:, 0])]
-        mask = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in kv]
-        keys, values = pad_sequence(kv, batch_first=True).unbind(dim=2)
-        return keys, values, pad_sequence(mask, batch_first=True).unsqueeze(1)
-
-
-class SlowSentenceKV:
-    """The cache of all layers."""
-
-    def __init__(self, config, model_config):
-        self.num_tokens, self.spans = 0, []
-        n_layers, n_kv_heads, _ = model_config.kv_shape
-        self.layers = [SlowLayer(config, n_kv_heads, self.spans) for _ in range(n_layers)]
-
-    @property
-    def heads(self) -> dict:
-        """(layer, KV head) -> SlowHead."""
-        return {(i, j): head for i, layer in enumerate(self.layers)
-                for j, head in enumerate(layer.heads)}
-
-    def expect(self, spans):
-        """The next text has these sentences, (start, end) in its tokens. A sentence that is being
-        written ends here."""
-        n_written = self.num_tokens - (self.spans[-1][1] if self.spans else 0)
-        if n_written > 0:
-            self.seal(n_written)
-        # `+=` changes the list itself, which all heads share.
-        self.spans += [(self.num_tokens + start, self.num_tokens + end) for start, end in spans]
-
-    def advance(self, n_tokens: int):
-        self.num_tokens += n_tokens
-
-    def seal(self, length: int):
-        """The next `length` written tokens are a sentence."""
-        start = self.spans[-1][1]
-        self.spans.append((start, start + length))
-        for head in self.heads.values():
-            head.queries.clear()
 
 
 # A score: from the queries (n, G, D) of n tokens, and a list of the keys (m, D) of each of S

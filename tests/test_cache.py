@@ -14,7 +14,8 @@ import torch
 from conftest import REFERENCE, TINY, needs_gpu, random_ids, random_llama, random_spans
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import SCORES, SlowSentenceKV
+from oracle import SCORES
+from slow_cache import SlowSentenceKV
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cache as cache_module

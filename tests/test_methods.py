@@ -21,6 +21,7 @@ from benchmarks.methods.base import Evicting, Recording
 from benchmarks.methods.budgets import PyramidKV
 from cache import LayerCache
 from model import apply_rope, rope_table
+from support.table import make_room
 
 BUDGET, N_PROMPT, WINDOW = 72, 150, 32
 MHA = replace(TINY, num_attention_heads=4, num_key_value_heads=4)
@@ -242,7 +243,7 @@ def test_the_second_vector_is_the_key_farthest_from_the_mean(recording):
 def test_the_second_vectors_have_as_many_places_as_the_table(recording):
     cache = recording.replay(new_cache("two_vectors"))
     before, n_places = cache.layers[0].farthest.clone(), cache.plan.n_places
-    cache.make_room(before.shape[1] + 1)
+    assert make_room(cache.layers, before.shape[1] + 1)
     layer = cache.layers[0]
     assert layer.farthest.shape == layer.vectors.shape != before.shape
     assert torch.equal(layer.farthest[:, :n_places], before[:, :n_places])

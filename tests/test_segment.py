@@ -255,6 +255,7 @@ ADVERSARIES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADVERSARIES)
 def test_the_work_is_linear(name, monkeypatch):
     for key, value in vars(segment).items():
