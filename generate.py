@@ -21,7 +21,7 @@ from model import FullCache, LlamaConfig
 from segment import SentenceStream, token_spans
 from sentencekv import SCORES, SentenceKVConfig
 from support import compiled, finite, options, process, questions, report
-from support.document import Document, identity_of, load_document, read_text
+from support.document import Document, SavedDocument, read_text
 from support.prompts import Prompts, check_prompt, split_at_sentences
 from support.ranks import RANK, RANKS, join_ranks, leave_ranks
 from support.timer import StageTimer, watch_stages
@@ -183,26 +183,19 @@ def main(arguments: list[str]) -> int:
     # Where to compute. Ranks are processes that share a model, each with a device of its own.
     device = pick_device(join_ranks(args.device) if RANKS > 1 else args.device)
     compiled.check(args, device)
-    # Which model, and what to read: a prompt, or a document that was saved after it was read.
+    # Which model, and what to read: a prompt, or a document that was read before and saved.
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
     tokenizer, model_config = Tokenizer(folder, args.special_tokens), load_config(folder)
-    # At a first reading, skip what is about a document: a text that was read before, and saved.
-    identity = identity_of(fingerprint(folder), config, dtype) if args.save or args.load else None
-    if args.load:
-        document = load_document(args.load, identity, config.protected_tokens,
-                                 model_config.kv_shape, device)
-        text, tokenizer.now = document.text, document.now  # some chat templates print the date
-    else:
-        document, text = None, read_text(args.prompt)
-    prompts = Prompts(tokenizer, text, args.ask, args.raw)
+    saved = SavedDocument(args, lambda: fingerprint(folder), config, model_config, device, dtype)
+    prompts = Prompts(tokenizer, saved.document or read_text(args.prompt), args)
     # Prompts that do not fit are refused before the weights are read, which takes longest.
     max_tokens = prompts.check(args.max_new_tokens, args.chat, model_config)
     model = load_model(folder, device, dtype)
     if args.compile:
         model = compiled.compile_blocks(model)
     session = Session(model, tokenizer, config, args, max_tokens)
-    if args.ask or args.chat or args.save or args.load:  # read or load a text, then answer
-        return questions.answer_all(session, prompts, document, identity)
+    if args.ask or args.chat or args.save or args.load:  # read or load a document, then answer
+        return questions.answer_all(session, prompts, saved)
     with session.timer("tokenize"):
         ids = prompts.ids()
     first = session.read(ids)

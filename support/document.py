@@ -69,6 +69,26 @@ def identity_of(fingerprint: str, config, dtype: torch.dtype) -> dict:
             **{name: str(getattr(config, name)) for name in SAME}}
 
 
+class SavedDocument:
+    """The document of --load, and what --save needs to keep one: `identity` and `document` are None
+    where they are not asked for. `fingerprint()` is computed only if it is needed."""
+
+    def __init__(self, args, fingerprint, config, model_config, device, dtype):
+        self.path, self.protected_tokens = args.save, config.protected_tokens
+        self.identity = self.document = None
+        if args.save or args.load:
+            self.identity = identity_of(fingerprint(), config, dtype)
+        if args.load:
+            self.document = load_document(args.load, self.identity, self.protected_tokens,
+                                          model_config.kv_shape, device)
+
+    def save(self, document: Document, cache):
+        """If --save asks for it. Nothing may have been read or written after the document."""
+        if self.path:
+            save_document(self.path, document, snapshot(cache), self.identity,
+                          self.protected_tokens)
+
+
 def snapshot(cache) -> dict:
     """What a cache keeps of its first text, in tensors that are not copied. Nothing may have been
     read or written since."""

@@ -5,9 +5,12 @@ and the parts in which a long one is read."""
 class Prompts:
     """One text, and the questions about it: a single "" if there are none."""
 
-    def __init__(self, tokenizer, text: str, questions: list[str], raw: bool):
-        self.tokenizer, self.text, self.raw = tokenizer, text, raw
-        self.questions = [clean(question) for question in questions] or [""]
+    def __init__(self, tokenizer, read, args):
+        """`read` is the text of a file, or a Document that was read before."""
+        self.tokenizer, self.text, self.raw = tokenizer, read, args.raw
+        if not isinstance(read, str):
+            self.text, tokenizer.now = read.text, read.now  # some chat templates print the date
+        self.questions = [clean(question) for question in args.ask] or [""]
 
     def ids(self, question: str = "") -> list[int]:
         """Token ids of the text with a question after it, in the model's chat template."""

@@ -6,7 +6,7 @@ A `session` is that of generate.py: it reads tokens, writes an answer, and goes 
 import signal
 from contextlib import contextmanager
 
-from support.document import Document, restore, save_document, snapshot
+from support.document import Document, SavedDocument, restore
 from support.prompts import Prompts, clean
 from support.ranks import agreed
 from support.report import describe, finish, say
@@ -25,18 +25,16 @@ def interrupts():
             signal.signal(kind, handler)
 
 
-def answer_all(session, prompts: Prompts, document: Document | None, identity: dict | None) -> int:
-    """Answer what --ask or --chat asks, after a document that was loaded, or else is read and may
-    be saved, with its `identity`. Returns the exit status."""
-    args = session.args
+def answer_all(session, prompts: Prompts, saved: SavedDocument) -> int:
+    """Answer what --ask or --chat asks about a document: the one that was loaded, or else one that
+    is read, and saved if --save asks for it. Returns the exit status."""
+    document = saved.document
     if document:
         restore(session.cache, document.kept, document.release)
     else:
         document = read_shared_prefix(session, prompts)
-    if args.save:
-        save_document(args.save, document, snapshot(session.cache), identity,
-                      session.config.protected_tokens)
-    return (chat if args.chat else ask)(session, document, prompts)
+    saved.save(document, session.cache)
+    return (chat if session.args.chat else ask)(session, document, prompts)
 
 
 def read_shared_prefix(session, prompts: Prompts) -> Document:
