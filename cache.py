@@ -17,21 +17,21 @@ nothing else, in any order: RoPE has put the positions into the keys.
 
 The *window* is the recent window, or the open sentence if that is longer. The *table* of a layer
 has P places. Place 0 stands for all sinks of a head, the first and the secondary ones: it is always
-selected. Each other place stands for a sentence; some are free.
+selected. Each other place stands for a sentence, not always the same one in two heads.
 
-An example, to which comments refer. τ is 14, with 4 first sinks, at most 2 secondary ones, a recent
-window of 4, and at most 12 tokens in a sentence. A prompt has sentences of 9 and 8 tokens. In one
+An example, to which comments refer. τ is 16, with 3 first sinks, at most 2 secondary ones, a recent
+window of 4, and at most 9 tokens in a sentence. A prompt has sentences of 9 and 8 tokens. In one
 head, the tokens 11 and 12 are secondary sinks.
 
-    rows     0 and 1            2 to 5       6 to 10           11 to 16
-    tokens   11 and 12          0 to 3       4 to 8            9 10 13 14 15 16
+    rows     0 and 1            2, 3, 4      5 to 10           11 to 16
+    tokens   11 and 12          0, 1, 2      3 to 8            9 10 13 14 15 16
              secondary sinks    first sinks  first sentence    second sentence
 
     places       0    1    2    The next token is row 17, and its window is the rows 14 to 17.
-    starts       0    6   11    Place 2 has the best sentence.
-    ends         6   11   17
-    available    6    5    3    rows before the window
-    selected     6    1    3    rows, 14 - 4 = 10 in all
+    starts       0    5   11    Place 2 has the best sentence.
+    ends         5   11   17
+    available    5    6    3    rows before the window
+    selected     5    4    3    rows, 12 in all: τ without the window
 """
 
 import math
@@ -53,6 +53,7 @@ class Plan:
     before a text               `expect`     n_first_sinks, sentence_ends, text_end_row
     after a part or a token     `advance`    num_tokens
     at the end of a text        `end_text`   n_dropped, n_places, open_row, text_end_row
+    back to that end            `truncate`   num_tokens, n_places, open_row, text_end_row
     after a written sentence    `seal`       n_places, open_row
     before each written token   `plan_next`  n_select, select_end, next_slot, in_window
     """
@@ -69,19 +70,19 @@ class Plan:
 
         # At most `max_tokens` will be read and written: a short text needs fewer slots.
         self.n_row_slots = min(config.token_budget - config.recent_window, max_tokens)  # B
-        # R, more than the larger of both: if B + R is a power of two, attention is slower.
+        # R. The larger of both would do, but τ = B + recent_window is often a power of two: slower.
         self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)
         self.window_index = torch.arange(self.n_window_slots, device=device)  # 0 to R - 1
-        # For the next token, as tensors (1,): a CUDA graph records a number as a constant.
-        self.n_select = torch.zeros(1, device=device, dtype=torch.long)  # rows in each head: 10
+        # For the next token, as tensors: a CUDA graph would record a number as a constant.
+        self.n_select = torch.zeros(1, device=device, dtype=torch.long)  # rows in each head: 12
         self.select_end = torch.zeros_like(self.n_select)  # only rows before it can be selected: 14
-        self.next_slot = torch.zeros_like(self.n_select)  # of the token itself: 10 + 17 % 16
+        self.next_slot = torch.zeros_like(self.n_select)  # of the token itself: 12 + 17 % 13
         self.in_window = torch.zeros(1, self.n_window_slots, device=device, dtype=torch.bool)
         self.total_loaded = torch.zeros_like(self.n_select)  # rows loaded by all layers
 
     @property
     def n_rows(self) -> int:
-        """Rows so far: the row of the next token."""
+        """Rows so far: the row of the next token. When the first text ends, it can become less."""
         return self.num_tokens - self.n_dropped
 
     @property
@@ -99,7 +100,7 @@ class Plan:
         config, end = self.config, self.n_rows + 1
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
         start = min(end - config.recent_window, self.open_row)
-        # First sinks are not repeated. It reaches them in a short text only, without secondary ones.
+        # First sinks are not repeated. In a text so short, there are no secondary sinks.
         return max(start, end - most, self.n_first_sinks)
 
     def plan_next(self):
@@ -126,17 +127,16 @@ class LayerCache:
     vectors     (H_kv, P, D)       the sentence vector
     variances   (H_kv, P)          of the sentence's keys
     lengths     (H_kv, P) float    rows of the sentence, for its score; 0 at place 0
-    starts      (H_kv, P)          the first row that can be selected
-    ends        (H_kv, P)          the row after the last one that can be selected
+    starts      (H_kv, P)          its first row that is not a sink
+    ends        (H_kv, P)          the row after its last; those before the window can be selected
     scores      (H_kv, P)          how well it matches the open sentence
     n_resident  (H_kv, P)          how many of its rows are in slots
-
     First sinks count for the vector and the length of their sentence, and are selected with place
-    0: in the example the first sentence has length 9, and starts at row 6.
+    0: in the example the first sentence has length 9, and starts at row 5.
     Its slots (H_kv, B + R, 2, D). Of the B slots for selected rows (H_kv, B): slot_row is the row,
     or NO_ROW, which is greater than any row; slot_place is the row's place, and slot_missing says
-    whether the row must be loaded. `host.read(a, b)` brings the rows a to b of the host to the
-    device, (H_kv, n, 2, D). Each stage is a method: `support/timer.py` measures it.
+    whether the row must be loaded. `host.read(a, b)` brings the rows from a up to b from the host
+    to the device, (H_kv, n, 2, D). Each stage is a method: `support/timer.py` measures it.
     """
 
     TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
@@ -173,7 +173,7 @@ class LayerCache:
         """Offload the rows of a part. After the last part, make the sentences, and replace the rows
         on the host by the kept ones in their order. kv (H_kv, n, 2, D) of all parts so far"""
         plan, config, n_tokens = self.plan, self.plan.config, kv.shape[1]
-        self.last_queries.append(q[:, -config.observation_window :].clone())  # a view keeps all
+        self.last_queries.append(q[:, -config.observation_window :].clone())  # a view would keep q
         if not is_last_part:
             self.offload(plan.n_rows, kv[:, plan.n_rows :])
             return
@@ -211,7 +211,7 @@ class LayerCache:
         self.host.note_positions(row_positions)  # for a trace, and for a saved document
         bounds = sentence_bounds(marked, plan.sentence_ends)  # (H_kv, S + 1)
         n_secondary = bounds[:, :1]  # the rows before the first sentence: 2
-        n_all_sinks = n_secondary + plan.n_first_sinks  # (H_kv, 1): 6
+        n_all_sinks = n_secondary + plan.n_first_sinks  # (H_kv, 1): 5
         self.add_sentences(kv[:, :, 0], bounds, n_all_sinks=n_all_sinks)
         self.ends[:, :1] = n_all_sinks  # place 0
         return kv
@@ -223,11 +223,11 @@ class LayerCache:
         places = slice(first_place, first_place + bounds.shape[-1] - 1)
         self.vectors[:, places], self.variances[:, places] = sentence_vectors(keys, bounds)
         self.lengths[:, places] = bounds.diff(dim=-1).float()
-        bounds = (first_row + bounds).clamp(min=n_all_sinks)  # 2, 11, 17 become 6, 11, 17
+        bounds = (first_row + bounds).clamp(min=n_all_sinks)  # 2, 11, 17 become 5, 11, 17
         self.starts[:, places], self.ends[:, places] = bounds[:, :-1], bounds[:, 1:]
 
     def offload(self, first_row: int, kv, replace: bool = False):
-        """Copy rows, kv (H_kv, n, 2, D), to the host while the next computation runs."""
+        """Copy rows, kv (H_kv, n, 2, D), to the host, with room for the rest of a text in parts."""
         self.host.write(first_row, kv, room=self.plan.text_end_row, replace=replace)
 
     def fill_window(self, first_row: int):
@@ -251,13 +251,13 @@ class LayerCache:
         # Scores add up over the open sentence, with less weight for older tokens.
         torch.add(self.score(q), self.scores, alpha=plan.config.query_decay, out=self.scores)
         self.scores[:, 0] = math.inf  # after the sum: with a decay of 0, 0 * inf would be NaN
-        # The number of rows of each place before the window (H_kv, P): 6, 5, 3 in the example.
+        # The number of rows of each place before the window (H_kv, P): 5, 6, 3 in the example.
         available = plan.select_end.clamp(self.starts, self.ends) - self.starts
-        # How many are selected, always the first ones: 6, 1, 3. Only the best B places can matter.
+        # How many are selected, always the first ones: 5, 4, 3. B rows are of at most B places.
         selected = select_rows(self.scores, available, plan.n_select, plan.n_row_slots)
         # Of each place the first `n_resident` rows are in slots. Selected rows beyond them are
         # missing, and take the slots of rows that are no longer selected: if slots hold the rows 5,
-        # 8, 4, and the rows 8, 9, 12 are selected, they hold 9, 8, 12 next.
+        # 8, 4, and the rows 8, 9, 12 are selected, they hold 9, 8, 12 next. Others get NO_ROW.
         rows, places, missing = assign_slots(
             self.slot_row, self.slot_place, self.starts, self.n_resident, selected)
         self.slot_row.copy_(rows)  # not `=`: a CUDA graph reads and writes the same tensors
@@ -282,7 +282,7 @@ class LayerCache:
         bounds = torch.tensor([[0, length]], device=kv.device).expand(len(kv), -1)
         self.add_sentences(kv[:, :, 0], bounds, first_row)
         self.offload(first_row, kv)
-        self.scores.zero_()  # also of tokens that were decoded before the end was found
+        self.scores.zero_()  # tokens of the next sentence that were decoded already do not count
 
     def truncate(self, n_places: int):
         """Forget all places of the table from this one on, and what is in slots."""
@@ -301,7 +301,7 @@ class SentenceKVCache:
      3. Of the rows of a place, the first `n_resident` are in slots, from `starts` on.
      4. Each head selects `n_select` rows before the window, all sinks among them. With the window
         these are at most `token_budget` tokens.
-     5. The window's start never decreases but in `truncate`: an older row's slot is used again.
+     5. Only `truncate` moves the window back: the slots of older rows are overwritten.
      6. Slots that the mask hides are finite: attention gives them weight 0, and 0 times NaN is NaN.
      7. Tensors are reallocated only with another `version`: `decode` can be a CUDA graph.
     """

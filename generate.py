@@ -124,7 +124,7 @@ class Session:
 
     def start_after(self, document: Document):
         """Set the state to: this document was read, and nothing was written yet."""
-        self.ids, self.spans = document.ids, document.spans  # of all texts and answers; of texts
+        self.ids, self.spans = document.ids, document.spans  # all tokens so far; texts' sentences
         self.written = []  # the tokens of the answer
         self.sample = sampler(self.args.temperature, self.args.top_p, self.args.seed, self.device)
 
@@ -151,8 +151,8 @@ class Session:
                        report.progress, part_ends)
 
     def write(self, first: int, stopped) -> str:
-        """Print an answer from its first token on, and return its text. `stopped()` is 0, or the
-        signal that ends it."""
+        """Print an answer from its first token on, add its tokens to `self.written`, and return its
+        text. `stopped()` is 0, or the signal that ends it."""
         n_most = min(self.args.max_new_tokens, self.max_tokens - len(self.ids))
         pairs = generate(
             self.model, self.cache, first, self.tokenizer.detokenizer(), self.choose_token,
@@ -162,7 +162,8 @@ class Session:
         return report.printed(pairs, self.written, self.tokenizer.special, stopped)
 
     def choose_token(self, logits) -> int:
-        """Sample. ValueError if the logits are not finite, with the layer where that begins."""
+        """Sample. If the logits are not finite, all tokens are read again to find the first layer
+        where that is so, and ValueError names it."""
         try:
             return self.sample(logits)
         except FloatingPointError:

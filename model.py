@@ -196,10 +196,10 @@ class FullCache:
                          (H_kv, 1, n), True where to attend, or None
     advance(n_tokens)    all layers have seen `n_tokens` more
     expect(spans)        call it before each text: `spans` are the text's sentences, (start, end) in
-                         its tokens. A text is what is read at once: the prompt, or a question
+                         its tokens. A text is a prompt or a question, read in one or more parts
     seal(length)         between two tokens: the first `length` tokens of the open sentence, which
                          is being written, form a sentence
-    truncate(n_tokens)   forget everything after the first text, which has `n_tokens`
+    truncate(n_tokens)   forget everything after the first text, which has so many tokens
     report()             a dict: bytes on device and host, bytes that a full cache would have,
                          bytes selected and loaded, and the fraction of the selected ones that
                          was on the device already

@@ -34,8 +34,8 @@ class SentenceKVConfig:
     token_budget: int = 1024  # tokens attended to per KV head while decoding
     keep_factor: float = math.inf  # 1 to 5 in the paper
     sink_tokens: int = 4  # first tokens of the prompt, always attended to
-    secondary_sinks: int = 8  # up to so many tokens of a head, with very short keys: the same
-    secondary_ratio: float = 0.6  # very short: below this fraction of the head's median length
+    secondary_sinks: int = 8  # at most so many in a head: tokens whose keys have a small norm
+    secondary_ratio: float = 0.6  # small: below this fraction of the head's median norm
     recent_window: int = 32  # last tokens, always attended to
     observation_window: int = 32  # last queries of the prompt: their attention is importance
     score: str = "gaussian"  # a name in SCORES; benchmarks/scores.py adds one
@@ -60,8 +60,8 @@ def find_secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Ten
     """Which tokens are secondary sinks, the shortest keys of their head. Not in the paper.
 
     In some layers much attention goes to a few tokens in the middle of the text, whatever is asked
-    (arXiv 2512.22213). For most keys, q · k is far below 0. For a short key it is not, so the key
-    wins. The sentence vector does not show such a key. Its length does, without a query.
+    (arXiv 2512.22213). For most keys, q · k is far below 0. For a key with a small norm it is not,
+    so it wins. A sentence vector does not show such a key. Its norm does, without a query.
 
     k (H_kv, T, D) -> (H_kv, T) bool, True at most `config.secondary_sinks` times in a head
     """
@@ -184,9 +184,9 @@ def gaussian(q, vectors, variances, lengths) -> torch.Tensor:
     """The attention that a token of the sentence receives on average, among the sentences, if keys
     are Gaussian. Not in the paper: Expected Attention (arXiv 2510.00636) has Gaussian queries.
 
-    A key's share is as exp x, x = q · k / √D. A normal x of mean m and variance s² has E[exp x] =
-    exp(m + s² / 2). Here m = q · µ / √D, and s² = |q|² σ² / D if all channels have variance σ². The
-    share of n keys is divided by n, because the budget counts tokens.
+    The share of a key is proportional to exp x, x = q · k / √D. A normal x of mean m and variance
+    s² has E[exp x] = exp(m + s² / 2). Here m = q · µ / √D, and s² = |q|² σ² / D if all channels
+    have variance σ². The share of n keys is divided by n, because the budget counts tokens.
 
     q (H_kv, G, D), vectors µ (H_kv, S, D), variances σ² and lengths n (H_kv, S) -> (H_kv, S)
     """
@@ -202,7 +202,7 @@ SCORES = {"mean_query": mean_query, "gaussian": gaussian}
 
 def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> torch.Tensor:
     """How many rows to select of each sentence (Section 3.3): all of the best ones, and of the one
-    that no longer fits the budget, its first rows. Only S scores are compared, and no tokens.
+    that no longer fits the budget, its first rows. Equal scores come in any order.
 
     scores (H_kv, S); available (H_kv, S), rows that can be selected; budget in rows of a head, a
     number or a tensor with one; at most `max_sentences` are selected -> (H_kv, S)

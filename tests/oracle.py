@@ -16,8 +16,8 @@ import torch
 
 class SlowHead:
     """SentenceKV for one KV head and the query heads that share it. `prefill` reads the prompt.
-    Then `decode` takes one token at a time. `spans` are the sentences that have ended: all heads
-    share this list, and the cache adds to it."""
+    Then `decode` takes one token at a time. `spans` are the sentences that have ended, the same
+    list for all heads. When one more ends, it is added there, and `queries` becomes empty."""
 
     def __init__(self, config, spans: list):
         self.config, self.spans, self.n_tokens = config, spans, 0
@@ -122,8 +122,9 @@ def gaussian(q, keys: list) -> torch.Tensor:
     """The attention that one token of each sentence receives, among all of these sentences, if the
     keys of a sentence are Gaussian with the same variance in all channels.
 
-    A normal x with mean m and variance s² has E[exp x] = exp(m + s² / 2). For x = q · k / √D that
-    is m = q · mean / √D, and s² = |q|² · variance / D. A sentence of n keys counts n times."""
+    The attention to a key is proportional to exp x, x = q · k / √D. A normal x has E[exp x] =
+    exp(mean + variance / 2), here of q · µ / √D and |q|² σ² / D. Each key of a sentence counts.
+    """
     dim, lengths = q.shape[-1], torch.tensor([len(k) for k in keys]).to(q)  # (S,)
     means = torch.stack([k.mean(0) for k in keys])  # (S, D)
     variances = torch.stack([k.var(0, correction=0).mean() for k in keys])  # (S,)
