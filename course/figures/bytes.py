@@ -9,6 +9,7 @@ from cache import SentenceKVCache
 from course.figures.draw import Picture
 from model import FullCache, Llama, LlamaConfig
 from sentencekv import SentenceKVConfig
+from support.table import make_room
 
 GIB, BUDGET, TOKENS_A_SENTENCE = 2**30, 1024, 12
 LLAMA = LlamaConfig(  # Llama 3.1 8B
@@ -25,7 +26,7 @@ def sentencekv(n_tokens: int) -> int:
     n_sentences = -(-n_tokens // TOKENS_A_SENTENCE)
     cache = SentenceKVCache(SentenceKVConfig(token_budget=BUDGET), LLAMA, n_tokens, "meta",
                             torch.bfloat16)
-    cache.make_room(n_sentences)
+    make_room(cache.layers, n_sentences)
     return sum(layer.slots[:, :BUDGET].nbytes + layer.vectors[:, :n_sentences].nbytes
                for layer in cache.layers)
 
