@@ -153,6 +153,7 @@ def test_control_tokens_spelled_for_sentencepiece_are_text(llama2_folder):
     assert not any(i in tokenizer.special for i in tokenizer.prompt_ids("</s>", raw=True)[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template, message", [
     ("{{ 'x' * 10**9 }}", "too much memory"), ("{{ '\\ud800' }}", "surrogates not allowed"),
     ("{{ 'x' * 10**8 }}", "more than 67108864 characters"), ("{{ no.thing.here }}", "undefined"),
