@@ -48,7 +48,7 @@ from support.table import make_room, room_for
 
 
 class Plan:
-    """What all layers share. Layers read it, and the cache changes it when all layers are done:
+    """What all layers share. Layers only add to `total_loaded`; the cache changes the rest between:
 
     before a text               `expect`     n_first_sinks, sentence_ends, text_end_row
     after a part or a token     `advance`    num_tokens
@@ -78,7 +78,7 @@ class Plan:
         self.select_end = torch.zeros_like(self.n_select)  # only rows before it can be selected: 14
         self.next_slot = torch.zeros_like(self.n_select)  # of the token itself: 12 + 17 % 13
         self.in_window = torch.zeros(1, self.n_window_slots, device=device, dtype=torch.bool)
-        self.total_loaded = torch.zeros_like(self.n_select)  # rows loaded by all layers
+        self.total_loaded = torch.zeros_like(self.n_select)  # rows loaded, without sinks
 
     @property
     def n_rows(self) -> int:

@@ -60,8 +60,8 @@ def find_secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Ten
     """Which tokens are secondary sinks, the shortest keys of their head. Not in the paper.
 
     In some layers much attention goes to a few tokens in the middle of the text, whatever is asked
-    (arXiv 2512.22213). For most keys, q · k is far below 0. For a key with a small norm it is not,
-    so it wins. A sentence vector does not show such a key. Its norm does, without a query.
+    (arXiv 2512.22213). In the default model, q · k of most keys is below 0. For these keys, which
+    have a small norm, it is not. A sentence vector hides them, and their norm shows them.
 
     k (H_kv, T, D) -> (H_kv, T) bool, True at most `config.secondary_sinks` times in a head
     """
@@ -173,7 +173,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
 def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
     """The paper's score (Section 3.3): the sentence vector times the mean query of the open
     sentence. This is the score for one token, with the mean query of the group's heads. The cache
-    adds up those of all tokens: the sum and the mean give the same order of sentences.
+    adds up those of all tokens. If none has less weight, sum and mean give the same order.
 
     q (H_kv, G, D) of one token, vectors (H_kv, S, D), variances and lengths unused -> (H_kv, S)
     """
