@@ -50,10 +50,10 @@ from support.table import make_room, room_for
 class Plan:
     """What all layers share. Layers only add to `total_loaded`; the cache changes the rest between:
 
-    before a text               `expect`     n_first_sinks, sentence_ends, text_end_row
-    after a part or a token     `advance`    num_tokens
-    at the end of a text        `end_text`   n_dropped, n_places, open_row, text_end_row
-    back to that end            `truncate`   num_tokens, n_places, open_row, text_end_row
+    before a text               `expect`     n_first_sinks, sentence_ends
+    after a text or a token     `advance`    num_tokens
+    at the end of a text        `end_text`   n_dropped, n_places, open_row, sentence_ends
+    back to that end            `truncate`   num_tokens, n_places, open_row
     after a written sentence    `seal`       n_places, open_row
     before each written token   `plan_next`  n_select, select_end, next_slot, in_window
     """
@@ -65,8 +65,7 @@ class Plan:
         self.n_first_sinks = 0  # number of first tokens that are always selected
         self.n_places = 1  # number of places in use
         self.open_row = 0  # first row without a place: of the open sentence, or of a new text
-        self.text_end_row = 0  # the row after the newest text; beyond it, tokens are written
-        self.sentence_ends = None  # of that text (S,): after each sentence, from its beginning
+        self.sentence_ends = None  # of the text being read (S,), counted from its beginning
 
         # At most `max_tokens` will be read and written: a short text needs fewer slots.
         self.n_row_slots = min(config.token_budget - config.recent_window, max_tokens)  # B
@@ -144,7 +143,8 @@ class LayerCache:
     def __init__(self, plan: Plan, host: HostRows, device, dtype):
         heads, dim, capacity = host.heads, host.dim, room_for(plan.n_places)
         self.plan, self.host = plan, host
-        self.last_queries = []  # of each part of the first text (H, at most W, D)
+        # While a text is read: all rows so far (H_kv, n, 2, D), each part's last queries (H, W, D).
+        self.text_kv, self.last_queries = None, []
         self.vectors = torch.zeros(heads, capacity, dim, device=device, dtype=dtype)
         self.variances = torch.zeros(heads, capacity, device=device)
         self.lengths, self.scores = self.variances.clone(), self.variances.clone()
@@ -157,40 +157,36 @@ class LayerCache:
         self.slot_missing = torch.zeros_like(self.slot_row, dtype=torch.bool)
 
     def prefill(self, q, k, v) -> tuple:
-        """Take the next part of a text. It attends to all rows so far: they come back to the device
-        for as long as the layer computes."""
+        """Take a text, or the next part of one. It attends to all rows so far: those of earlier
+        texts come back to the device until `keep`."""
         plan, kv = self.plan, torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
-        if plan.n_rows > 0:
-            kv = torch.cat((self.host.read(0, plan.n_rows), kv), dim=1)  # (H_kv, n, 2, D)
-        is_last_part = kv.shape[1] == plan.text_end_row
+        if self.text_kv is None and plan.n_rows > 0:
+            self.text_kv = self.host.read(0, plan.n_rows)
+        self.text_kv = kv if self.text_kv is None else torch.cat((self.text_kv, kv), dim=1)
+        self.last_queries.append(q[:, -plan.config.observation_window :].clone())  # no view of q
+        return self.text_kv.unbind(dim=2)
+
+    def keep(self):
+        """The layer has read a text: give its sentences their places, and offload its rows. All
+        rows of a later text are kept, and those of the first text as the keep factor says."""
+        plan, kv, first_row = self.plan, self.text_kv, self.plan.n_rows
         if plan.is_first_text:
-            self.read_first_text(q, kv, is_last_part)
+            kv = self.keep_first_text(kv)
         else:
-            self.read_later_text(kv, is_last_part)
-        return kv.unbind(dim=2)
-
-    def read_first_text(self, q, kv, is_last_part: bool):
-        """Offload the rows of a part. After the last part, make the sentences, and replace the rows
-        on the host by the kept ones in their order. kv (H_kv, n, 2, D) of all parts so far"""
-        plan, config, n_tokens = self.plan, self.plan.config, kv.shape[1]
-        self.last_queries.append(q[:, -config.observation_window :].clone())  # a view would keep q
-        if not is_last_part:
-            self.offload(plan.n_rows, kv[:, plan.n_rows :])
-            return
-        secondary = self.secondary_sinks(kv[:, :, 0])
-        kept = torch.arange(n_tokens, device=kv.device).expand(len(kv), -1)  # (H_kv, N)
-        if config.n_kept(n_tokens) < n_tokens:
-            kept = self.most_important(kv[:, :, 0], secondary)
-        self.last_queries = []
-        self.offload(0, self.make_sentences(kv, kept, secondary), replace=True)
-
-    def read_later_text(self, kv, is_last_part: bool):
-        """Offload the rows of a part: all are kept. After the last part, make the sentences."""
-        plan = self.plan
-        self.offload(plan.n_rows, kv[:, plan.n_rows :])
-        if is_last_part:
+            kv = kv[:, first_row:]  # without those of earlier texts
             bounds = F.pad(plan.sentence_ends, (1, 0)).expand(len(kv), -1)  # 0, and all ends
-            self.add_sentences(kv[:, plan.open_row :, 0], bounds, plan.open_row)
+            self.add_sentences(kv[:, :, 0], bounds, first_row)
+        self.offload(first_row, kv)
+        self.text_kv, self.last_queries = None, []
+
+    def keep_first_text(self, kv) -> torch.Tensor:
+        """Decide what is kept, and make the sentences: kv (H_kv, T, 2, D) -> (H_kv, N, 2, D)"""
+        k, n_tokens = kv[:, :, 0], kv.shape[1]
+        secondary = self.secondary_sinks(k)
+        kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1)  # (H_kv, N)
+        if self.plan.config.n_kept(n_tokens) < n_tokens:
+            kept = self.most_important(k, secondary)
+        return self.make_sentences(kv, kept, secondary)
 
     def secondary_sinks(self, k) -> torch.Tensor:
         """Which tokens of the first text are secondary sinks: k (H_kv, T, D) -> (H_kv, T) bool"""
@@ -226,9 +222,9 @@ class LayerCache:
         bounds = (first_row + bounds).clamp(min=n_all_sinks)  # 2, 11, 17 become 5, 11, 17
         self.starts[:, places], self.ends[:, places] = bounds[:, :-1], bounds[:, 1:]
 
-    def offload(self, first_row: int, kv, replace: bool = False):
-        """Copy rows, kv (H_kv, n, 2, D), to the host, with room for the rest of a text in parts."""
-        self.host.write(first_row, kv, room=self.plan.text_end_row, replace=replace)
+    def offload(self, first_row: int, kv):
+        """Copy rows, kv (H_kv, n, 2, D), to the host: they get the numbers from this one on."""
+        self.host.write(first_row, kv)
 
     def fill_window(self, first_row: int):
         """After a text, the rows from this one on come back from the host. Scores begin at 0."""
@@ -303,7 +299,8 @@ class SentenceKVCache:
         these are at most `token_budget` tokens.
      5. Only `truncate` moves the window back: the slots of older rows are overwritten.
      6. Slots that the mask hides are finite: attention gives them weight 0, and 0 times NaN is NaN.
-     7. Tensors are reallocated only with another `version`: `decode` can be a CUDA graph.
+     7. Writing a token reallocates nothing, so `decode` can be a CUDA graph. Tables and rows on
+        the host are reallocated between tokens, those of all layers at once.
     """
 
     Layer = LayerCache  # a subclass can have layers of its own
@@ -312,7 +309,7 @@ class SentenceKVCache:
         device = torch.device(device)
         n_layers, heads, dim = model_config.kv_shape
         self.config, self.plan = config, Plan(config, max_tokens, device)
-        self.copies, self.n_resizes = Copies(device), 0  # one stream of copies for all layers
+        self.copies = Copies(device)  # one stream of copies for all layers
         self.layers = [self.Layer(self.plan, HostRows(heads, dim, device, dtype, self.copies),
                                   device, dtype) for _ in range(n_layers)]
         self.first_text = None  # its number of tokens, and the places in use at its end
@@ -322,11 +319,6 @@ class SentenceKVCache:
     def num_tokens(self) -> int:
         return self.plan.num_tokens
 
-    @property
-    def version(self) -> int:
-        """Changes when a tensor is reallocated: a graph captured before must not be replayed."""
-        return self.n_resizes + sum(layer.host.n_moves for layer in self.layers)
-
     def expect(self, spans: list):
         """The next text has these sentences, (start, end) in its tokens. The first text is kept as
         the keep factor says, later ones whole. A sentence that is open ends here."""
@@ -335,17 +327,16 @@ class SentenceKVCache:
             self.seal(plan.n_rows - plan.open_row)
         if plan.is_first_text:
             plan.n_first_sinks = min(self.config.sink_tokens, spans[-1][1])
-        plan.text_end_row = plan.n_rows + spans[-1][1]
         plan.sentence_ends = torch.tensor([end for _, end in spans], device=plan.n_select.device)
-        self.n_resizes += make_room(self.layers, plan.n_places + len(spans))
+        make_room(self.layers, plan.n_places + len(spans))
 
     def advance(self, n_tokens: int):
-        """All layers have seen `n_tokens` more: a part of a text, or one written token."""
+        """All layers have seen `n_tokens` more: a text, or one written token."""
         plan = self.plan
         plan.num_tokens += n_tokens
-        if plan.n_rows == plan.text_end_row:
+        if plan.sentence_ends is not None:
             self.end_text()
-        elif plan.n_rows > plan.text_end_row:  # otherwise, more parts follow
+        else:
             self.totals.add_token()
             plan.plan_next()
 
@@ -356,16 +347,17 @@ class SentenceKVCache:
             plan.n_dropped = plan.num_tokens - self.config.n_kept(plan.num_tokens)
             # The sentences of which a head keeps something: its empty ones are the last.
             plan.n_places = 1 + max(int((layer.lengths > 0).sum(-1).max()) for layer in self.layers)
-            self.n_resizes += make_room(self.layers, plan.n_places, shrink=True)
+            make_room(self.layers, plan.n_places, shrink=True)
             self.first_text = plan.num_tokens, plan.n_places
         else:
             plan.n_places += len(plan.sentence_ends)
+        plan.sentence_ends = None
         self.start_writing()
 
     def start_writing(self):
         """After a text, the last tokens so far are the window. One more makes it full."""
         plan = self.plan
-        plan.open_row = plan.text_end_row = plan.n_rows
+        plan.open_row = plan.n_rows
         n_recent = min(plan.n_rows - plan.n_first_sinks, self.config.recent_window - 1)
         for layer in self.layers:
             layer.fill_window(plan.n_rows - n_recent)
@@ -376,7 +368,7 @@ class SentenceKVCache:
         """The first `length` tokens of the open sentence form a sentence. Its rows can be selected
         once they have left the window."""
         plan = self.plan
-        self.n_resizes += make_room(self.layers, plan.n_places + 1)
+        make_room(self.layers, plan.n_places + 1)
         for layer in self.layers:
             layer.seal(length)
         self.copies.wait()  # the next token may load these rows; after a text, `read` waits
@@ -390,7 +382,7 @@ class SentenceKVCache:
         first_tokens, plan.n_places = self.first_text
         assert n_tokens == first_tokens, "a cache can go back to the end of its first text only"
         plan.num_tokens = n_tokens
-        self.n_resizes += make_room(self.layers, plan.n_places, shrink=True)
+        make_room(self.layers, plan.n_places, shrink=True)
         for layer in self.layers:
             layer.truncate(plan.n_places)
         self.start_writing()

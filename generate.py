@@ -34,13 +34,11 @@ from weights.tokenizer import Tokenizer
 def prefill(model, cache, ids: list[int], sample, timer=nullcontext, progress=iter, part_ends=()):
     """Read a text into the cache. Returns the first token after it, which `sample` chooses.
 
-    `part_ends` are positions: a long text is read in parts, which takes less memory. `timer` and
-    `progress` do not change the result.
+    `part_ends` are those of `Llama.prefill`. `timer` and `progress` do not change the result.
     """
     ids = torch.tensor(ids, device=model.embed_tokens.weight.device)
     with timer("prefill"):
-        for part in ids.tensor_split(part_ends):
-            states = model.prefill(part, cache, progress)  # (T, hidden)
+        states = model.prefill(ids, cache, progress, part_ends)  # (T, hidden)
         return sample(model.logits(states[-1:])[0])  # the last state alone predicts the next token
 
 
@@ -127,11 +125,6 @@ class Session:
         self.ids, self.spans = document.ids, document.spans  # all tokens so far; texts' sentences
         self.written = []  # the tokens of the answer
         self.sample = sampler(self.args.temperature, self.args.top_p, self.args.seed, self.device)
-
-    def go_back(self, document: Document):
-        """Forget what was read and written after a document that the cache holds."""
-        self.start_after(document)
-        self.cache.truncate(len(document.ids))
 
     def read(self, ids: list[int]) -> int:
         """Read a text, the first or a later one. Returns the first token after it."""

@@ -152,12 +152,15 @@ class Llama(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     @torch.inference_mode()
-    def prefill(self, ids: torch.Tensor, cache, progress=iter) -> torch.Tensor:
-        """Read the next T tokens, a text or a part of one, ids (T,) -> (T, hidden). `progress`
-        wraps the layers, as tqdm does."""
+    def prefill(self, ids: torch.Tensor, cache, progress=iter, part_ends=()) -> torch.Tensor:
+        """Read a text, ids (T,) -> (T, hidden). A layer reads it in parts, which end at the
+        positions `part_ends`: they take less memory. `progress` wraps the layers, as tqdm does."""
         x, rope = self.embed(ids, cache)
+        parts = [*zip(*(tensor.tensor_split(part_ends) for tensor in (x, *rope)))]  # views
         for block, layer_cache in zip(progress(self.layers), cache.layers):
-            x = block.prefill(x, rope, layer_cache)
+            for part, *rope in parts:
+                part.copy_(block.prefill(part, rope, layer_cache))
+            layer_cache.keep()
         cache.advance(len(ids))
         return self.norm(x)
 
@@ -188,15 +191,16 @@ class FullCache:
     what a Llama and `generate.py` expect of a cache:
 
     num_tokens           tokens that all layers have seen: the position of the next one
-    layers               an object for each layer, with two methods:
-      .prefill(q, k, v)  takes q (H, T, D), k and v (H_kv, T, D) of the next T tokens, returns keys
-                         and values (H_kv, n, D) of all tokens that are kept, these last
+    layers               an object for each layer, with three methods:
+      .prefill(q, k, v)  takes q (H, T, D), k and v (H_kv, T, D) of a text or its next part, returns
+                         keys and values (H_kv, n, D) of all tokens that are kept, these last
+      .keep()            the layer has read all parts: decide what is kept of the text
       .decode(q, k, v)   takes q (H, 1, D), k and v (H_kv, 1, D) of one token, returns keys and
                          values (H_kv, n, D) to attend to, the token's own among them, and a mask
                          (H_kv, 1, n), True where to attend, or None
     advance(n_tokens)    all layers have seen `n_tokens` more
     expect(spans)        call it before each text: `spans` are the text's sentences, (start, end) in
-                         its tokens. A text is a prompt or a question, read in one or more parts
+                         its tokens. A text is a prompt or a question
     seal(length)         between two tokens: the first `length` tokens of the open sentence, which
                          is being written, form a sentence
     truncate(n_tokens)   forget everything after the first text, which has so many tokens
@@ -244,6 +248,9 @@ class FullLayer:
         self.kv[:, self.n_tokens : end] = torch.stack((k, v), dim=2)
         self.n_tokens = end
         return self.kv[:, :end].unbind(dim=2)
+
+    def keep(self):
+        """Nothing to do: everything is kept."""
 
     def decode(self, q, k, v) -> tuple:
         return *self.prefill(q, k, v), None

@@ -28,7 +28,7 @@ class GraphedDecode:
     kernels, and launching them takes longer than running them.
 
     A graph repeats its kernels on the same addresses. So it reads the token and its position from
-    tensors, and it is captured again for another cache, or if the cache has another `version`.
+    tensors, and it is captured again for another cache, or if the cache has reallocated tensors.
     Capturing records the kernels and does not run them. One token is decoded as usual before, since
     some kernels are compiled when they first run.
     """
@@ -37,19 +37,19 @@ class GraphedDecode:
         self.model = model
         self.ids = torch.zeros(1, dtype=torch.long, device=model.embed_tokens.weight.device)
         self.position = torch.zeros_like(self.ids)
-        self.decoded = self.captured = None  # for which cache and version
+        self.decoded = self.captured = ()  # for which cache and which of its tensors
         self.graph = self.states = None
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        key = cache, cache.version
-        if self.decoded != key:
-            self.decoded = key
+        objects = cache, *reallocated(cache)
+        if not same(self.decoded, objects):
+            self.decoded = objects
             return self.model.decode(self.ids, cache)
-        if self.captured != key:
-            self.captured, self.graph = key, torch.cuda.CUDAGraph()
+        if not same(self.captured, objects):
+            self.captured, self.graph = objects, torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.states = self.model.decode(self.ids, self.as_tensors(cache))
         self.graph.replay()
@@ -61,6 +61,18 @@ class GraphedDecode:
         be a constant of the graph. The host counts after each replay."""
         return SimpleNamespace(layers=cache.layers, num_tokens=self.position,
                                advance=lambda n_tokens: None)
+
+
+def reallocated(cache) -> tuple:
+    """The tensors of a cache that are others after it needed room, in its first layer: it gives
+    room to all layers, and to all tables of a layer, at once."""
+    layer = cache.layers[0]
+    return layer.vectors, layer.host.first, layer.host.later
+
+
+def same(some: tuple, others: tuple) -> bool:
+    """Whether these are the same objects."""
+    return list(map(id, some)) == list(map(id, others))
 
 
 def check(args, device: torch.device):

@@ -112,7 +112,7 @@ def restore(cache, tensors: dict, release=None):
     plan.n_dropped = n_tokens - n_rows
     plan.n_first_sinks = min(plan.config.sink_tokens, n_tokens)
     cache.first_text = n_tokens, n_places
-    cache.n_resizes += make_room(cache.layers, n_places)
+    make_room(cache.layers, n_places)
     for i, layer in enumerate(cache.layers):
         layer.host.hold(tensors[f"{i}.rows"], release and partial(release, i))
         layer.host.positions = tensors.get(f"{i}.positions")

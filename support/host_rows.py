@@ -54,7 +54,7 @@ class HostRows:
 
     def __init__(self, heads: int, dim: int, device: torch.device, dtype, copies: Copies):
         self.heads, self.dim, self.device, self.dtype = heads, dim, device, dtype
-        self.copies, self.n_moves = copies, 0  # how often `first` or `later` was reallocated
+        self.copies = copies
         self.first, self.later = self.empty(0), self.empty(0)
         self.wants_positions, self.positions = False, None  # of the first rows (H_kv, N), int32
         self.release = None  # of a mapped file: gives back the memory of the first rows
@@ -76,7 +76,6 @@ class HostRows:
     def hold(self, first: torch.Tensor, release=None):
         """Have these rows (N, H_kv, 2, D) as those of the first text, and no others."""
         self.first, self.later, self.release = first, self.empty(0), release
-        self.n_moves += 1
 
     def reserve(self, n_rows: int):
         """Make room for `n_rows` in all. `later` doubles, so that it is seldom copied."""
@@ -85,18 +84,17 @@ class HostRows:
             self.copies.finish()
             grown = self.empty(max(n_later, 2 * len(self.later), ROW_BLOCK))
             grown[: len(self.later)] = self.later
-            self.later, self.n_moves = grown, self.n_moves + 1
+            self.later = grown
 
-    def write(self, first_row: int, kv: torch.Tensor, room: int = 0, replace: bool = False):
-        """Start to copy kv (H_kv, n, 2, D) to the rows from `first_row` on, with room for so many
-        rows in all if more will follow; or to replace all rows by these, those of the first text.
-        """
+    def write(self, first_row: int, kv: torch.Tensor):
+        """Start to copy kv (H_kv, n, 2, D) to the rows from `first_row` on. From row 0 on they are
+        those of the first text."""
         kv = kv.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
-        if replace:
+        if first_row == 0:
             self.hold(self.empty(len(kv)))
             self.copies.start(self.first, kv)
             return
-        self.reserve(max(room, first_row + len(kv)))
+        self.reserve(first_row + len(kv))
         start = first_row - len(self.first)
         self.copies.start(self.later[start : start + len(kv)], kv)
 

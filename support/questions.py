@@ -1,6 +1,6 @@
 """Questions about a text that is read once, --ask and --chat, and signals while one is answered.
 
-A `session` is that of generate.py: it reads tokens, writes an answer, and goes back.
+A `session` is that of generate.py: it reads tokens, and writes an answer.
 """
 
 import signal
@@ -23,6 +23,12 @@ def interrupts():
     finally:
         for kind, handler in zip(kinds, before):
             signal.signal(kind, handler)
+
+
+def go_back(session, document: Document):
+    """Forget what was read and written after a document that the cache holds."""
+    session.start_after(document)
+    session.cache.truncate(len(document.ids))
 
 
 def answer_all(session, prompts: Prompts, saved: SavedDocument) -> int:
@@ -51,7 +57,7 @@ def read_shared_prefix(session, prompts: Prompts) -> Document:
 def ask(session, document: Document, prompts: Prompts) -> int:
     """Answer each question as if it were the only one. Returns the exit status."""
     for question in prompts.questions:
-        session.go_back(document)
+        go_back(session, document)
         if question:
             print(f"\n> {question}", flush=True)
         with session.timer("tokenize"):
@@ -68,7 +74,7 @@ def ask(session, document: Document, prompts: Prompts) -> int:
 def chat(session, document: Document, prompts: Prompts) -> int:
     """Answer questions from the terminal. All earlier ones and their answers stay in the cache.
     Ctrl-C ends an answer, or drops the question that is being typed. Returns the exit status."""
-    session.go_back(document)
+    go_back(session, document)
     tokenize = lambda question: document.rest(prompts.ids(question))  # of the first question
     while True:
         try:

@@ -11,15 +11,13 @@ def room_for(n: int) -> int:
     return (n // BLOCK + 2) * BLOCK
 
 
-def make_room(layers, n_places: int, shrink: bool = False) -> bool:
+def make_room(layers, n_places: int, shrink: bool = False):
     """Have the tables `layer.TABLE` of all layers hold `n_places`. They grow if that is needed, and
-    give back memory if `shrink`. Returns whether they are other tensors than before."""
+    give back memory if `shrink`."""
     capacity, wanted = layers[0].vectors.shape[1], room_for(n_places)
-    if n_places <= capacity and not (shrink and wanted < capacity):
-        return False
-    for layer in layers:
-        resize(layer, layer.TABLE, wanted)
-    return True
+    if n_places > capacity or shrink and wanted < capacity:
+        for layer in layers:
+            resize(layer, layer.TABLE, wanted)
 
 
 @torch.inference_mode(False)  # a tensor made in inference mode cannot be changed outside it

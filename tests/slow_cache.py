@@ -30,6 +30,9 @@ class SlowLayer:
         kv = torch.stack([torch.stack([*head.kv.values()]) for head in self.heads])
         return kv.unbind(dim=2)  # of (H_kv, n, 2, D)
 
+    def keep(self):
+        """Nothing to do: `prefill` reads whole texts."""
+
     def decode(self, q, k, v) -> tuple:
         """Take one token, T = 1. Returns keys and values (H_kv, n, D), and a mask (H_kv, 1, n):
         False at the end of a head that attends to fewer than n tokens."""

@@ -7,6 +7,7 @@ import sys
 import weakref
 from bisect import bisect_right
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from model import FullCache
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig, select_rows
 from support import host_rows, slots, table
-from support.compiled import GraphedDecode
+from support.compiled import GraphedDecode, reallocated, same
 from support.document import Document, load_document, restore, save_document, snapshot
 from weights.tokenizer import Tokenizer
 
@@ -177,8 +178,8 @@ def test_a_prompt_in_parts_is_the_prompt_at_once(tiny, device, keep_factor, size
         embed_tokens, decode = model.embed_tokens, model.decode
 
         def prefill(self, ids, cache):
-            parts = [ids] if cache is whole else ids.split(sizes)
-            return torch.cat([model.prefill(part, cache) for part in parts])
+            ends = () if cache is whole else list(accumulate(sizes))[:-1]
+            return model.prefill(ids, cache, part_ends=ends)
 
     parts, whole = new_cache(), new_cache()
     for ours, expected in write(Model(), [parts, whole], 300):
@@ -188,7 +189,8 @@ def test_a_prompt_in_parts_is_the_prompt_at_once(tiny, device, keep_factor, size
 def read_on(model, cache, ids, parts=1):
     """A text after what was read and written. Returns the state of its last token."""
     cache.expect(random_spans(len(ids)))
-    return [model.prefill(part, cache)[-1] for part in ids.chunk(parts)][-1]
+    part_ends = [len(ids) * i // parts for i in range(1, parts)]
+    return model.prefill(ids, cache, part_ends=part_ends)[-1]
 
 
 @pytest.mark.slow
@@ -311,8 +313,7 @@ def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tm
     expected = default_model.logits(torch.cat(states))
     for budget in (1024, 96):
         cache = expecting(new_cache(budget), spans)
-        for part in prompt.split([100, 150, 50]):
-            default_model.prefill(part, cache)
+        default_model.prefill(prompt, cache, part_ends=(100, 250))
         kept, first = snapshot(cache), answer(cache)
         if budget == 1024:
             torch.testing.assert_close(first, expected, rtol=0, atol=2e-3)
@@ -340,8 +341,8 @@ class Traced(GraphedDecode):
     def __call__(self, ids, cache):
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        if self.captured != cache.version:
-            self.captured = cache.version
+        if not same(self.captured, reallocated(cache)):
+            self.captured = reallocated(cache)
             tensors = tensors_of(cache)
             before = [t.clone() for t in tensors]
             seen = self.as_tensors(cache)
@@ -502,6 +503,7 @@ def test_offloaded_keys_and_values_leave_the_device(device):
             given = [weakref.ref(x) for x in (q, k, v)]
             del q, k, v
             gc.collect()
+            layer.keep()
             assert not any(ref() is not None for ref in given), "the cache holds on to its input"
         cache.advance(n_prompt)
         assert device_bytes(cache) == cache.report()["device_kv_bytes"]
@@ -553,6 +555,7 @@ def test_device_memory_during_prefill_is_a_few_layers():
     before = torch.cuda.memory_allocated()
     for layer in cache.layers:
         layer.prefill(q, k, v)
+        layer.keep()
     cache.advance(n_prompt)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() - before < k.nbytes
@@ -783,16 +786,15 @@ class Watched(SentenceKVCache):
             assert sorted(held.get(place, [])) == [*range(first, first + n)], "not the first rows"
 
     def check_what_moves(self):
-        tensors = {id(t): t.data_ptr() for t in tensors_of(self)
-                   if t is not self.plan.sentence_ends}
+        tensors, others = {id(t): t.data_ptr() for t in tensors_of(self)}, reallocated(self)
         select_end = self.plan.select_end
         available = torch.stack([select_end.clamp(layer.starts, layer.ends) - layer.starts
                                  for layer in self.layers])
-        if self.before and self.before[0] == self.version:
+        if self.before and same(self.before[0], others):
             assert self.before[1] == tensors, "a tensor has moved"
             assert (available >= self.before[3]).all(), "a row may not be selected any more"
         assert not self.before or self.before[2] <= select_end, "the window moved back"
-        self.before = self.version, tensors, select_end.clone(), available
+        self.before = others, tensors, select_end.clone(), available
 
 
 def check_every_step(model, config, n_prompt):

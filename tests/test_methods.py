@@ -243,7 +243,7 @@ def test_the_second_vector_is_the_key_farthest_from_the_mean(recording):
 def test_the_second_vectors_have_as_many_places_as_the_table(recording):
     cache = recording.replay(new_cache("two_vectors"))
     before, n_places = cache.layers[0].farthest.clone(), cache.plan.n_places
-    assert make_room(cache.layers, before.shape[1] + 1)
+    make_room(cache.layers, before.shape[1] + 1)
     layer = cache.layers[0]
     assert layer.farthest.shape == layer.vectors.shape != before.shape
     assert torch.equal(layer.farthest[:, :n_places], before[:, :n_places])

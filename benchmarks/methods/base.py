@@ -46,6 +46,9 @@ class NumberedLayer:
     def prefill(self, q, k, v):
         return self.cache.prefill(self.number, q, k, v)
 
+    def keep(self):
+        """Nothing to do: a method keeps what it likes in `prefill`."""
+
     def decode(self, q, k, v):
         return self.cache.decode(self.number, q, k, v)
 
@@ -72,6 +75,7 @@ class Recording:
         """Tell `cache` of the prompt as `Llama.prefill` would have. Returns it."""
         for layer, (q, k, v) in zip(cache.layers, self.qkv):
             layer.prefill(q, k, v)
+            layer.keep()
         cache.advance(self.num_tokens)
         return cache
 

@@ -162,6 +162,8 @@ def take(cache, n_tokens: int, method: str):
         q, k, v = (random(cache.num_tokens + 100 * (3 * i + j), heads, n_tokens, 4)
                    for j, heads in enumerate((4, 2, 2)))
         getattr(layer, method)(q, k, v)
+        if method == "prefill":
+            layer.keep()
     cache.advance(n_tokens)
 
 
