@@ -6,9 +6,10 @@
 
 A *row* is a kept token: its key and its value, side by side (2, D), so that they move together.
 Rows have numbers: a head's secondary sinks come first, then its other kept tokens as they are read.
-The last tokens of the first text and all later ones are never secondary sinks and never dropped. So
-from there on, row number = position - n_dropped. The rows of all sentences are on the host. The
-*open* sentence, which is being written, gets there when it is sealed.
+The last tokens of the first text are all kept, and are no secondary sinks. So its last token is row
+N - 1 if N of its T tokens are kept, and from the last tokens on, row = position - (T - N). The rows
+of all sentences are on the host. The *open* sentence, which is being written, gets there when it is
+sealed.
 
 A *slot* is room for a row on the device. While decoding, attention reads the slots of its layer and
 nothing else, in any order: RoPE has put the positions into the keys.
@@ -48,7 +49,8 @@ from support.table import make_room, room_for
 
 
 class Plan:
-    """What all layers share. Layers only add to `total_loaded`; the cache changes the rest between:
+    """What all layers share. Layers read it, and add to `total_loaded`. The cache changes the rest
+    while no layer computes:
 
     before a text               `expect`     n_first_sinks, sentence_ends
     after a text or a token     `advance`    num_tokens
@@ -61,7 +63,7 @@ class Plan:
     def __init__(self, config: SentenceKVConfig, max_tokens: int, device):
         self.config = config
         self.num_tokens = 0  # that all layers have seen: the position of the next one
-        self.n_dropped = 0  # number of tokens of the first text that each head dropped
+        self.n_dropped = 0  # T - N: tokens of the first text that each head dropped
         self.n_first_sinks = 0  # number of first tokens that are always selected
         self.n_places = 1  # number of places in use
         self.open_row = 0  # first row without a place: of the open sentence, or of a new text
@@ -69,15 +71,16 @@ class Plan:
 
         # At most `max_tokens` will be read and written: a short text needs fewer slots.
         self.n_row_slots = min(config.token_budget - config.recent_window, max_tokens)  # B
-        # R. The larger of both would do, but τ = B + recent_window is often a power of two: slower.
+        # R. The larger of `recent_window` and `sentence_limit` + 1 would do. But then B + R is often
+        # τ, a power of two, and memory with such strides is slow to read.
         self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)
         self.window_index = torch.arange(self.n_window_slots, device=device)  # 0 to R - 1
         # For the next token, as tensors: a CUDA graph would record a number as a constant.
-        self.n_select = torch.zeros(1, device=device, dtype=torch.long)  # rows in each head: 12
+        self.n_select = torch.zeros(1, device=device, dtype=torch.long)  # of a head, with sinks: 12
         self.select_end = torch.zeros_like(self.n_select)  # only rows before it can be selected: 14
         self.next_slot = torch.zeros_like(self.n_select)  # of the token itself: 12 + 17 % 13
         self.in_window = torch.zeros(1, self.n_window_slots, device=device, dtype=torch.bool)
-        self.total_loaded = torch.zeros_like(self.n_select)  # rows loaded, without sinks
+        self.total_loaded = torch.zeros_like(self.n_select)  # rows; `Totals` subtracts the sinks
 
     @property
     def n_rows(self) -> int:
@@ -86,7 +89,7 @@ class Plan:
 
     @property
     def is_first_text(self) -> bool:
-        return self.open_row == 0
+        return self.open_row == 0  # until the first text has ended
 
     def slots_of(self, first_row: int, end_row: int) -> torch.Tensor:
         """The slots of rows of the window."""
@@ -94,44 +97,45 @@ class Plan:
         return self.n_row_slots + rows % self.n_window_slots
 
     def window_start(self) -> int:
-        """The first row of the next token's window. The window is the same in all heads: if it has
-        to be cut to fit the budget, it leaves room for as many sinks as a head can have."""
+        """The first row of the next token's window. Heads differ in their number of secondary sinks
+        and share the window: it has room beside as many sinks as a head can have."""
         config, end = self.config, self.n_rows + 1
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
-        start = min(end - config.recent_window, self.open_row)
-        # First sinks are not repeated. In a text so short, there are no secondary sinks.
-        return max(start, end - most, self.n_first_sinks)
+        start = min(end - config.recent_window, self.open_row)  # recent window or open sentence
+        start = max(start, end - most)  # cut to fit the budget
+        # First sinks are not repeated. In a text so short, no token can be a secondary sink.
+        return max(start, self.n_first_sinks)
 
     def plan_next(self):
         """Decide what the next token attends to: its window, which ends with the token itself, and
         as many rows before the window as the budget of τ tokens allows."""
         row, start = self.n_rows, self.window_start()  # 17, 14
         n_window = row + 1 - start
-        # If the window is cut, the beginning of the open sentence is not attended to.
+        # If the window is cut, the open sentence's beginning is not attended to: it has no place.
         select_end = min(start, self.open_row)
         n_select = min(self.config.token_budget - n_window, select_end)
+        # Slots hold the window, and the whole open sentence until it is sealed.
         assert row - select_end < self.n_window_slots, "an open sentence needs slots: call `seal`"
         assert n_select <= self.n_row_slots, "more tokens than `max_tokens`"
         self.n_select.fill_(n_select)
         self.select_end.fill_(select_end)
         self.next_slot.fill_(self.n_row_slots + row % self.n_window_slots)
-        age = (row - self.window_index) % self.n_window_slots  # (R,); 0: the slot of the token
+        age = (row - self.window_index) % self.n_window_slots  # (R,) how old each slot's row is
         self.in_window.copy_(age < n_window)
 
 
 class LayerCache:
-    """One layer. It has no reference to the cache: a cycle would delay the freeing of memory. On
-    the device, its table per KV head:
+    """One layer. On the device, its table per KV head:
 
     vectors     (H_kv, P, D)       the sentence vector
     variances   (H_kv, P)          of the sentence's keys
-    lengths     (H_kv, P) float    rows of the sentence, for its score; 0 at place 0
+    lengths     (H_kv, P) float    rows of the sentence, first sinks among them, for its score
     starts      (H_kv, P)          its first row that is not a sink
     ends        (H_kv, P)          the row after its last; those before the window can be selected
     scores      (H_kv, P)          how well it matches the open sentence
     n_resident  (H_kv, P)          how many of its rows are in slots
     First sinks count for the vector and the length of their sentence, and are selected with place
-    0: in the example the first sentence has length 9, and starts at row 5.
+    0, of length 0: in the example the first sentence has length 9, and starts at row 5.
     Its slots (H_kv, B + R, 2, D). Of the B slots for selected rows (H_kv, B): slot_row is the row,
     or NO_ROW, which is greater than any row; slot_place is the row's place, and slot_missing says
     whether the row must be loaded. `host.read(a, b)` brings the rows from a up to b from the host
@@ -141,6 +145,7 @@ class LayerCache:
     TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
 
     def __init__(self, plan: Plan, host: HostRows, device, dtype):
+        # It has no reference to the cache: a cycle would delay the freeing of memory.
         heads, dim, capacity = host.heads, host.dim, room_for(plan.n_places)
         self.plan, self.host = plan, host
         # While a text is read: all rows so far (H_kv, n, 2, D), each part's last queries (H, W, D).
@@ -163,13 +168,13 @@ class LayerCache:
         if self.text_kv is None and plan.n_rows > 0:
             self.text_kv = self.host.read(0, plan.n_rows)
         self.text_kv = kv if self.text_kv is None else torch.cat((self.text_kv, kv), dim=1)
-        self.last_queries.append(q[:, -plan.config.observation_window :].clone())  # no view of q
+        self.last_queries.append(q[:, -plan.config.observation_window :].clone())  # not all of q
         return self.text_kv.unbind(dim=2)
 
     def keep(self):
         """The layer has read a text: give its sentences their places, and offload its rows. All
         rows of a later text are kept, and those of the first text as the keep factor says."""
-        plan, kv, first_row = self.plan, self.text_kv, self.plan.n_rows
+        plan, kv, first_row = self.plan, self.text_kv, self.plan.n_rows  # `advance` follows later
         if plan.is_first_text:
             kv = self.keep_first_text(kv)
         else:
@@ -214,13 +219,14 @@ class LayerCache:
 
     def add_sentences(self, keys, bounds, first_row: int = 0, n_all_sinks=0):
         """Give S sentences the next places of the table. keys (H_kv, n, D) of the rows from
-        `first_row` on, bounds (H_kv, S + 1) counted from it"""
+        `first_row` on, bounds (H_kv, S + 1) counted from it, n_all_sinks (H_kv, 1) if there are"""
         first_place = self.plan.n_places
         places = slice(first_place, first_place + bounds.shape[-1] - 1)
         self.vectors[:, places], self.variances[:, places] = sentence_vectors(keys, bounds)
         self.lengths[:, places] = bounds.diff(dim=-1).float()
-        bounds = (first_row + bounds).clamp(min=n_all_sinks)  # 2, 11, 17 become 5, 11, 17
-        self.starts[:, places], self.ends[:, places] = bounds[:, :-1], bounds[:, 1:]
+        # First sinks are of place 0, not of their sentence: 2, 11, 17 become 5, 11, 17.
+        rows = (first_row + bounds).clamp(min=n_all_sinks)
+        self.starts[:, places], self.ends[:, places] = rows[:, :-1], rows[:, 1:]
 
     def offload(self, first_row: int, kv):
         """Copy rows, kv (H_kv, n, 2, D), to the host: they get the numbers from this one on."""
@@ -249,11 +255,11 @@ class LayerCache:
         self.scores[:, 0] = math.inf  # after the sum: with a decay of 0, 0 * inf would be NaN
         # The number of rows of each place before the window (H_kv, P): 5, 6, 3 in the example.
         available = plan.select_end.clamp(self.starts, self.ends) - self.starts
-        # How many are selected, always the first ones: 5, 4, 3. B rows are of at most B places.
+        # How many are selected, always the first ones: 5, 4, 3. B rows are of B places or fewer.
         selected = select_rows(self.scores, available, plan.n_select, plan.n_row_slots)
         # Of each place the first `n_resident` rows are in slots. Selected rows beyond them are
-        # missing, and take the slots of rows that are no longer selected: if slots hold the rows 5,
-        # 8, 4, and the rows 8, 9, 12 are selected, they hold 9, 8, 12 next. Others get NO_ROW.
+        # missing. In the example, the next token selects 5, 3, 4 rows. So row 14 is missing. It
+        # takes the slot of row 8, which is no longer selected. A slot left over gets NO_ROW.
         rows, places, missing = assign_slots(
             self.slot_row, self.slot_place, self.starts, self.n_resident, selected)
         self.slot_row.copy_(rows)  # not `=`: a CUDA graph reads and writes the same tensors
@@ -272,13 +278,14 @@ class LayerCache:
         load_missing(self.host, self.slots, self.slot_row, self.slot_missing)
 
     def seal(self, length: int):
-        """Give the first `length` rows of the open sentence a place, and offload them."""
+        """Give the first `length` rows of the open sentence a place, and offload them. More rows
+        can be open: some ends are found when tokens of the next sentence are decoded already."""
         first_row = self.plan.open_row
         kv = self.slots[:, self.plan.slots_of(first_row, first_row + length)]  # (H_kv, n, 2, D)
         bounds = torch.tensor([[0, length]], device=kv.device).expand(len(kv), -1)
         self.add_sentences(kv[:, :, 0], bounds, first_row)
         self.offload(first_row, kv)
-        self.scores.zero_()  # tokens of the next sentence that were decoded already do not count
+        self.scores.zero_()  # those tokens do not count
 
     def truncate(self, n_places: int):
         """Forget all places of the table from this one on, and what is in slots."""
@@ -292,12 +299,13 @@ class LayerCache:
 class SentenceKVCache:
     """All layers, with the protocol of `model.FullCache`. Invariants, which tests/test_cache.py
     checks after each step:
-     1. The rows of a head are all its sinks, and then its sentences without gaps.
+     1. The rows of a head are all its sinks, and then what else its sentences have, without gaps.
      2. Row r of the window is in slot B + r % R.
      3. Of the rows of a place, the first `n_resident` are in slots, from `starts` on.
      4. Each head selects `n_select` rows before the window, all sinks among them. With the window
         these are at most `token_budget` tokens.
-     5. Only `truncate` moves the window back: the slots of older rows are overwritten.
+     5. The window never moves back, as the slots of older rows are overwritten. Only `truncate`
+        moves it back, and fills it from the host.
      6. Slots that the mask hides are finite: attention gives them weight 0, and 0 times NaN is NaN.
      7. Writing a token reallocates nothing, so `decode` can be a CUDA graph. Tables and rows on
         the host are reallocated between tokens, those of all layers at once.
@@ -345,7 +353,7 @@ class SentenceKVCache:
         plan = self.plan
         if plan.is_first_text:
             plan.n_dropped = plan.num_tokens - self.config.n_kept(plan.num_tokens)
-            # The sentences of which a head keeps something: its empty ones are the last.
+            # The head with most sentences decides: in each head the empty ones are the last.
             plan.n_places = 1 + max(int((layer.lengths > 0).sum(-1).max()) for layer in self.layers)
             make_room(self.layers, plan.n_places, shrink=True)
             self.first_text = plan.num_tokens, plan.n_places

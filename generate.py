@@ -93,7 +93,7 @@ def sampler(temperature: float, top_p: float, seed: int, device):
         if temperature == 0:
             return token
         probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
-        before = probabilities.cumsum(-1) - probabilities
+        before = probabilities.cumsum(-1) - probabilities  # of all more likely tokens together
         probabilities[1:][before[1:] >= top_p] = 0  # the most likely one always stays
         return order[probabilities.multinomial(1, generator=generator)].item()
 
@@ -121,8 +121,8 @@ class Session:
         self.start_after(Document())
 
     def start_after(self, document: Document):
-        """Set the state to: this document was read, and nothing was written yet."""
-        self.ids, self.spans = document.ids, document.spans  # all tokens so far; texts' sentences
+        """Note that this document was read, and nothing written yet. The cache is not changed."""
+        self.ids, self.spans = document.ids, document.spans  # of all texts; ids of answers, too
         self.written = []  # the tokens of the answer
         self.sample = sampler(self.args.temperature, self.args.top_p, self.args.seed, self.device)
 
@@ -130,7 +130,8 @@ class Session:
         """Read a text, the first or a later one. Returns the first token after it."""
         # After the answer A B C the cache holds A B: the model has not read C. It is read before
         # this text, unless it is a stop token, which the chat template adds itself.
-        to_read = [token for token in self.written[-1:] if token not in self.stop] + ids
+        decoded, last = self.written[:-1], self.written[-1:]
+        to_read = [token for token in last if token not in self.stop] + ids
         n_before = self.cache.num_tokens
         check_prompt(to_read, n_before, n_new=1, model_config=self.model.config)
         with self.timer("segment"):
@@ -138,7 +139,7 @@ class Session:
             self.cache.expect(spans)
         # New lists, not `+=`: a `Document` still uses the old ones.
         self.spans = self.spans + [(start + n_before, end + n_before) for start, end in spans]
-        self.ids, self.written = self.ids + self.written[:-1] + to_read, []
+        self.ids, self.written = self.ids + decoded + to_read, []
         part_ends = split_at_sentences(spans, self.args.prefill_chunk)
         return prefill(self.model, self.cache, to_read, self.choose_token, self.timer,
                        report.progress, part_ends)
@@ -180,9 +181,11 @@ def main(arguments: list[str]) -> int:
     # Which model, and what to read: a prompt, or a document that was read before and saved.
     folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
     tokenizer, model_config = Tokenizer(folder, args.special_tokens), load_config(folder)
-    saved = SavedDocument(args, lambda: fingerprint(folder), config, model_config, device, dtype)
+    fingerprint_of_model = lambda: fingerprint(folder)  # computed for --save and --load only
+    saved = SavedDocument(args, fingerprint_of_model, config, model_config, device, dtype)
     prompts = Prompts(tokenizer, saved.document or read_text(args.prompt), args)
-    # Prompts that do not fit are refused before the weights are read, which takes longest.
+    # Prompts that do not fit are refused before the weights are read, which takes longest. The
+    # cache has to hold at most so many tokens.
     max_tokens = prompts.check(args.max_new_tokens, args.chat, model_config)
     model = load_model(folder, device, dtype)
     if args.compile:

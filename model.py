@@ -153,13 +153,15 @@ class Llama(nn.Module):
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, cache, progress=iter, part_ends=()) -> torch.Tensor:
-        """Read a text, ids (T,) -> (T, hidden). A layer reads it in parts, which end at the
-        positions `part_ends`: they take less memory. `progress` wraps the layers, as tqdm does."""
-        x, rope = self.embed(ids, cache)
-        parts = [*zip(*(tensor.tensor_split(part_ends) for tensor in (x, *rope)))]  # views
+        """Read a text, ids (T,) -> (T, hidden). A layer reads all of it before the next layer does.
+        It can do so in parts, which end at the positions `part_ends`: this takes less memory.
+        `progress` wraps the layers, as tqdm does."""
+        x, (cos, sin) = self.embed(ids, cache)
+        # Views of each part: what a layer makes of it takes its place in x.
+        parts = [*zip(*(tensor.tensor_split(part_ends) for tensor in (x, cos, sin)))]
         for block, layer_cache in zip(progress(self.layers), cache.layers):
-            for part, *rope in parts:
-                part.copy_(block.prefill(part, rope, layer_cache))
+            for x_part, *rope in parts:
+                x_part.copy_(block.prefill(x_part, rope, layer_cache))
             layer_cache.keep()
         cache.advance(len(ids))
         return self.norm(x)
@@ -188,7 +190,9 @@ class Llama(nn.Module):
 
 class FullCache:
     """The cache of a plain Llama: every key and value stays on the device. It is also the protocol,
-    what a Llama and `generate.py` expect of a cache:
+    what a Llama and `generate.py` expect of a cache. For a text they call `expect`, `prefill` and
+    `keep` of each layer, `advance`; for a written token `seal` if a sentence has ended, `decode` of
+    each layer, `advance`.
 
     num_tokens           tokens that all layers have seen: the position of the next one
     layers               an object for each layer, with three methods:

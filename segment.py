@@ -40,7 +40,8 @@ class SentenceStream:
     others have "", and belong to the sentence of what follows.
 
     `push` reports an end with the next token, or later if a rule needs the whole next word. Below,
-    ` The` could become ` Theo`. A line shows what `push` returns, then the stream's state:
+    ` The` could become ` Theo`. A line shows what `push` returns, then the stream's state. The text
+    before the open sentence stays, as rules look back at it:
 
     >>> stream = SentenceStream(limit=16)
     >>> for piece in ["Hi", "!", " 6 p.m.", " The", " sun"]:
@@ -71,7 +72,7 @@ class SentenceStream:
         self.text += piece
         ends = find_ends(self.text, search_start)
         n_before = {bisect_left(self.token_starts, end) for end in ends}  # tokens before each end
-        n_before.discard(0)  # an end that was reported before
+        n_before.discard(0)  # an end before the open sentence: it was reported
         n_before.discard(len(self.token_starts))  # inside the new token: reported with the next one
         lengths = [self._take(b - a) for a, b in pairwise([0, *sorted(n_before)])]
         if len(self.token_starts) > self.limit:
@@ -95,13 +96,14 @@ class SentenceStream:
         place of the best kind, and if possible not inside a character."""
         for kind in CUTS:
             for n in range(self.limit, self.limit // 2, -1):
-                start = self.token_starts[n]
+                start = self.token_starts[n]  # equal starts: tokens of one character
                 if start > self.token_starts[n - 1] and kind.match(self.text, 0, start):
                     return n
         return self.limit
 
 
-# Best after [,;:—], then after a line end, then after a space. (?r) matches backwards from the end.
+# Best after [,;:—], then after a line end, a space, anything. (?r) matches backwards: what the text
+# ends with.
 CUTS = [regex.compile(f"(?r){cut}") for cut in (r"[,;:—]\s+|[，、；：]\s*", r"\n\s*", r"\s+", "")]
 
 

@@ -60,8 +60,8 @@ def find_secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Ten
     """Which tokens are secondary sinks, the shortest keys of their head. Not in the paper.
 
     In some layers much attention goes to a few tokens in the middle of the text, whatever is asked
-    (arXiv 2512.22213). In the default model, q · k of most keys is below 0. For these keys, which
-    have a small norm, it is not. A sentence vector hides them, and their norm shows them.
+    (arXiv 2512.22213). In the default model, q · k is negative for most keys. A key of small norm
+    has q · k near 0, which is more. A sentence vector does not show such a key. Its norm does.
 
     k (H_kv, T, D) -> (H_kv, T) bool, True at most `config.secondary_sinks` times in a head
     """
@@ -126,8 +126,8 @@ def order_rows(kept: torch.Tensor, secondary: torch.Tensor) -> tuple:
 def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. It ends where the next one begins.
 
-    A sentence of which a head keeps nothing becomes an empty one at the end: those that are empty
-    in all heads need no storage. So index s can mean different sentences in different heads.
+    A sentence of which a head keeps nothing becomes an empty one at the end. So the table can stop
+    where the sentences of all heads are empty. But index s can be different sentences in two heads.
 
     marked (H_kv, N) from `order_rows`, ends (S,), the position after each -> (H_kv, S + 1)
 
@@ -156,7 +156,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     (tensor([[[2., 0.]]]), tensor([[0.5000]]))
     """
     keys, dtype = keys.float(), keys.dtype
-    # The rows before the first sentence are a segment of their own, which `[:, 1:]` drops.
+    # The rows before the first sentence are a group of their own, which `[:, 1:]` drops.
     lengths = torch.cat((bounds[:, :1], bounds.diff(dim=-1)), dim=-1)  # (H_kv, 1 + S)
 
     def mean(x):  # of the rows of each sentence, (H_kv, N, n) -> (H_kv, S, n)

@@ -17,7 +17,8 @@ import torch
 class SlowHead:
     """SentenceKV for one KV head and the query heads that share it. `prefill` reads the prompt.
     Then `decode` takes one token at a time. `spans` are the sentences that have ended, the same
-    list for all heads. When one more ends, it is added there, and `queries` becomes empty."""
+    list for all heads. When one more has ended, the caller adds it there and clears `queries`.
+    This can be some tokens late: an end is not always seen at once."""
 
     def __init__(self, config, spans: list):
         self.config, self.spans, self.n_tokens = config, spans, 0
@@ -81,14 +82,14 @@ class SlowHead:
         return torch.stack([self.kv[i] for i in attended])
 
     def append(self, k, v):
-        """Add a token that is never dropped."""
+        """Add a token that is written, or of a later text: it is never dropped."""
         self.kv[self.n_tokens] = torch.stack((k, v))
         self.n_tokens += 1
 
     def window(self) -> list:
         """The last positions: the recent window, or the open sentence, which is being written, if
-        that is longer. If it does not fit the budget, its last tokens. The window is the same in
-        all heads, so it leaves room for as many sinks as a head can have."""
+        that is longer. If it does not fit the budget, its last tokens. Heads differ in their number
+        of secondary sinks and share the window: it has room beside as many as a head can have."""
         config = self.config
         n_written = self.n_tokens - self.spans[-1][1]
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
@@ -123,7 +124,8 @@ def gaussian(q, keys: list) -> torch.Tensor:
     keys of a sentence are Gaussian with the same variance in all channels.
 
     The attention to a key is proportional to exp x, x = q · k / √D. A normal x has E[exp x] =
-    exp(mean + variance / 2), here of q · µ / √D and |q|² σ² / D. Each key of a sentence counts.
+    exp(mean + variance / 2), here of q · µ / √D and |q|² σ² / D. The n keys of a sentence receive n
+    times this, so log n is added. One of them receives 1 / n of what the sentence receives.
     """
     dim, lengths = q.shape[-1], torch.tensor([len(k) for k in keys]).to(q)  # (S,)
     means = torch.stack([k.mean(0) for k in keys])  # (S, D)

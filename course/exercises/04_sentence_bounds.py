@@ -5,8 +5,8 @@ import torch.nn.functional as F
 def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. It ends where the next one begins.
 
-    A sentence of which a head keeps nothing becomes an empty one at the end: those that are empty
-    in all heads need no storage. So index s can mean different sentences in different heads.
+    A sentence of which a head keeps nothing becomes an empty one at the end. So the table can stop
+    where the sentences of all heads are empty. But index s can be different sentences in two heads.
 
     marked (H_kv, N) from `order_rows`, ends (S,), the position after each -> (H_kv, S + 1)
 
