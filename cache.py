@@ -6,10 +6,10 @@
 
 A *row* is a kept token: its key and its value, side by side (2, D), so that they move together.
 Rows have numbers: a head's secondary sinks come first, then its other kept tokens as they are read.
-The last tokens of the first text are all kept, and are no secondary sinks. So its last token is row
-N - 1 if N of its T tokens are kept, and from the last tokens on, row = position - (T - N). The rows
-of all sentences are on the host. The *open* sentence, which is being written, gets there when it is
-sealed.
+The protected tokens at the end of the first text are all kept, and are no secondary sinks. If N of
+its T tokens are kept, the last one is row N - 1. So for protected and all later tokens,
+row = position - (T - N). The rows of all sentences are on the host. The *open* sentence, which is
+being written, gets there when it is sealed.
 
 A *slot* is room for a row on the device. While decoding, attention reads the slots of its layer and
 nothing else, in any order: RoPE has put the positions into the keys.
@@ -49,8 +49,7 @@ from support.table import make_room, room_for
 
 
 class Plan:
-    """What all layers share. Layers read it, and add to `total_loaded`. The cache changes the rest
-    while no layer computes:
+    """What all layers share. Layers only add to `total_loaded`. The cache changes the rest:
 
     before a text               `expect`     n_first_sinks, sentence_ends
     after a text or a token     `advance`    num_tokens
@@ -71,8 +70,8 @@ class Plan:
 
         # At most `max_tokens` will be read and written: a short text needs fewer slots.
         self.n_row_slots = min(config.token_budget - config.recent_window, max_tokens)  # B
-        # R. The larger of `recent_window` and `sentence_limit` + 1 would do. But then B + R is often
-        # τ, a power of two, and memory with such strides is slow to read.
+        # R. `recent_window` or more is needed, and `sentence_limit` + 1: the next token is planned
+        # before a seal. The sum avoids B + R = τ, often a power of two: such strides are slow.
         self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)
         self.window_index = torch.arange(self.n_window_slots, device=device)  # 0 to R - 1
         # For the next token, as tensors: a CUDA graph would record a number as a constant.
@@ -84,7 +83,7 @@ class Plan:
 
     @property
     def n_rows(self) -> int:
-        """Rows so far: the row of the next token. When the first text ends, it can become less."""
+        """Rows so far: the row of the next token. 0 while the first text is read, N after it."""
         return self.num_tokens - self.n_dropped
 
     @property
@@ -97,13 +96,13 @@ class Plan:
         return self.n_row_slots + rows % self.n_window_slots
 
     def window_start(self) -> int:
-        """The first row of the next token's window. Heads differ in their number of secondary sinks
-        and share the window: it has room beside as many sinks as a head can have."""
+        """The first row of the next token's window. All heads share one window. So it leaves room
+        for the largest number of sinks that a head can have."""
         config, end = self.config, self.n_rows + 1
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
         start = min(end - config.recent_window, self.open_row)  # recent window or open sentence
         start = max(start, end - most)  # cut to fit the budget
-        # First sinks are not repeated. In a text so short, no token can be a secondary sink.
+        # First sinks are not repeated. Where there are secondary ones, `start` is greater anyway.
         return max(start, self.n_first_sinks)
 
     def plan_next(self):
@@ -111,7 +110,7 @@ class Plan:
         as many rows before the window as the budget of τ tokens allows."""
         row, start = self.n_rows, self.window_start()  # 17, 14
         n_window = row + 1 - start
-        # If the window is cut, the open sentence's beginning is not attended to: it has no place.
+        # The open rows before a window that is cut have no place, and are not attended to.
         select_end = min(start, self.open_row)
         n_select = min(self.config.token_budget - n_window, select_end)
         # Slots hold the window, and the whole open sentence until it is sealed.
@@ -120,7 +119,7 @@ class Plan:
         self.n_select.fill_(n_select)
         self.select_end.fill_(select_end)
         self.next_slot.fill_(self.n_row_slots + row % self.n_window_slots)
-        age = (row - self.window_index) % self.n_window_slots  # (R,) how old each slot's row is
+        age = (row - self.window_index) % self.n_window_slots  # (R,) of each slot's row; 14: 3
         self.in_window.copy_(age < n_window)
 
 
@@ -135,11 +134,15 @@ class LayerCache:
     scores      (H_kv, P)          how well it matches the open sentence
     n_resident  (H_kv, P)          how many of its rows are in slots
     First sinks count for the vector and the length of their sentence, and are selected with place
-    0, of length 0: in the example the first sentence has length 9, and starts at row 5.
-    Its slots (H_kv, B + R, 2, D). Of the B slots for selected rows (H_kv, B): slot_row is the row,
-    or NO_ROW, which is greater than any row; slot_place is the row's place, and slot_missing says
-    whether the row must be loaded. `host.read(a, b)` brings the rows from a up to b from the host
-    to the device, (H_kv, n, 2, D). Each stage is a method: `support/timer.py` measures it.
+    0: in the example the first sentence has length 9, and starts at row 5. Place 0 has length 0, so
+    that it takes no share of the scores. The slots:
+
+    slots         (H_kv, B + R, 2, D)  rows
+    slot_row      (H_kv, B)            of a slot for selected rows: which row, or else NO_ROW, which
+    slot_place    (H_kv, B)            its place                    is greater than all rows
+    slot_missing  (H_kv, B)            whether it must be loaded
+    `host.read(a, b)` brings the rows from a up to b from the host to the device, (H_kv, n, 2, D).
+    Each stage is a method: `support/timer.py` measures it.
     """
 
     TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
@@ -255,11 +258,11 @@ class LayerCache:
         self.scores[:, 0] = math.inf  # after the sum: with a decay of 0, 0 * inf would be NaN
         # The number of rows of each place before the window (H_kv, P): 5, 6, 3 in the example.
         available = plan.select_end.clamp(self.starts, self.ends) - self.starts
-        # How many are selected, always the first ones: 5, 4, 3. B rows are of B places or fewer.
+        # How many are selected, always the first ones: 5, 4, 3. The best B places have B rows.
         selected = select_rows(self.scores, available, plan.n_select, plan.n_row_slots)
         # Of each place the first `n_resident` rows are in slots. Selected rows beyond them are
-        # missing. In the example, the next token selects 5, 3, 4 rows. So row 14 is missing. It
-        # takes the slot of row 8, which is no longer selected. A slot left over gets NO_ROW.
+        # missing. In the example, the next token selects 5, 3, 4 rows. So row 14, which has left
+        # the window, is missing. It takes the slot of row 8, which is no longer selected.
         rows, places, missing = assign_slots(
             self.slot_row, self.slot_place, self.starts, self.n_resident, selected)
         self.slot_row.copy_(rows)  # not `=`: a CUDA graph reads and writes the same tensors
@@ -273,8 +276,7 @@ class LayerCache:
         return SCORES[self.plan.config.score](q, self.vectors, self.variances, self.lengths)
 
     def load(self):
-        """Copy the missing rows from the host into the slots that were found for them. The other
-        selected rows are in slots already."""
+        """Copy the missing rows from the host into the slots that were found for them."""
         load_missing(self.host, self.slots, self.slot_row, self.slot_missing)
 
     def seal(self, length: int):
@@ -285,7 +287,7 @@ class LayerCache:
         bounds = torch.tensor([[0, length]], device=kv.device).expand(len(kv), -1)
         self.add_sentences(kv[:, :, 0], bounds, first_row)
         self.offload(first_row, kv)
-        self.scores.zero_()  # those tokens do not count
+        self.scores.zero_()  # these tokens do not count
 
     def truncate(self, n_places: int):
         """Forget all places of the table from this one on, and what is in slots."""
@@ -299,16 +301,14 @@ class LayerCache:
 class SentenceKVCache:
     """All layers, with the protocol of `model.FullCache`. Invariants, which tests/test_cache.py
     checks after each step:
-     1. The rows of a head are all its sinks, and then what else its sentences have, without gaps.
+     1. The rows of a head are all its sinks, and then the rest of its sentences, without gaps.
      2. Row r of the window is in slot B + r % R.
      3. Of the rows of a place, the first `n_resident` are in slots, from `starts` on.
      4. Each head selects `n_select` rows before the window, all sinks among them. With the window
         these are at most `token_budget` tokens.
-     5. The window never moves back, as the slots of older rows are overwritten. Only `truncate`
-        moves it back, and fills it from the host.
+     5. Only `truncate` moves the window back, and fills it again: older rows were overwritten.
      6. Slots that the mask hides are finite: attention gives them weight 0, and 0 times NaN is NaN.
-     7. Writing a token reallocates nothing, so `decode` can be a CUDA graph. Tables and rows on
-        the host are reallocated between tokens, those of all layers at once.
+     7. Tensors are reallocated between tokens, in all layers at once: `decode` can be a CUDA graph.
     """
 
     Layer = LayerCache  # a subclass can have layers of its own
@@ -379,7 +379,7 @@ class SentenceKVCache:
         make_room(self.layers, plan.n_places + 1)
         for layer in self.layers:
             layer.seal(length)
-        self.copies.wait()  # the next token may load these rows; after a text, `read` waits
+        self.copies.wait()  # the next token may load these rows; after a text, `fill_window` waits
         plan.n_places += 1
         plan.open_row += length
         plan.plan_next()

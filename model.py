@@ -157,7 +157,7 @@ class Llama(nn.Module):
         It can do so in parts, which end at the positions `part_ends`: this takes less memory.
         `progress` wraps the layers, as tqdm does."""
         x, (cos, sin) = self.embed(ids, cache)
-        # Views of each part: what a layer makes of it takes its place in x.
+        # Of each part (x, cos, sin), views of the whole: a layer's output replaces its input in x.
         parts = [*zip(*(tensor.tensor_split(part_ends) for tensor in (x, cos, sin)))]
         for block, layer_cache in zip(progress(self.layers), cache.layers):
             for x_part, *rope in parts:
@@ -197,7 +197,7 @@ class FullCache:
     num_tokens           tokens that all layers have seen: the position of the next one
     layers               an object for each layer, with three methods:
       .prefill(q, k, v)  takes q (H, T, D), k and v (H_kv, T, D) of a text or its next part, returns
-                         keys and values (H_kv, n, D) of all tokens that are kept, these last
+                         keys and values (H_kv, n, D) of all that are kept, the given ones last
       .keep()            the layer has read all parts: decide what is kept of the text
       .decode(q, k, v)   takes q (H, 1, D), k and v (H_kv, 1, D) of one token, returns keys and
                          values (H_kv, n, D) to attend to, the token's own among them, and a mask
@@ -207,7 +207,7 @@ class FullCache:
                          its tokens. A text is a prompt or a question
     seal(length)         between two tokens: the first `length` tokens of the open sentence, which
                          is being written, form a sentence
-    truncate(n_tokens)   forget everything after the first text, which has so many tokens
+    truncate(n_tokens)   forget everything after the first text: `n_tokens` is its length
     report()             a dict: bytes on device and host, bytes that a full cache would have,
                          bytes selected and loaded, and the fraction of the selected ones that
                          was on the device already

@@ -40,8 +40,8 @@ class SentenceStream:
     others have "", and belong to the sentence of what follows.
 
     `push` reports an end with the next token, or later if a rule needs the whole next word. Below,
-    ` The` could become ` Theo`. A line shows what `push` returns, then the stream's state. The text
-    before the open sentence stays, as rules look back at it:
+    ` The` could become ` Theo`, which would not be a reason for an end. A line shows what `push`
+    returns, then the stream's state. Rules look back at the text before the open sentence:
 
     >>> stream = SentenceStream(limit=16)
     >>> for piece in ["Hi", "!", " 6 p.m.", " The", " sun"]:
@@ -62,11 +62,11 @@ class SentenceStream:
 
     def push(self, piece: str) -> list[int]:
         """Add a token; return the lengths of the sentences found to have ended before it."""
-        # Two things may be decided only now: an end inside the last token, and a gap before it for
-        # which a rule needed this text. So search again from AFTER characters before that token. If
-        # this is inside white space, begin where the white space begins.
-        last = self.token_starts[-1] if self.token_starts else 0
-        search_start = len(self.text[: max(0, last - AFTER)].rstrip())
+        # Two things may be decided only now: an end inside the previous token, and a gap before it
+        # for which a rule needs the new piece. So search again from AFTER characters before that
+        # token. If this is inside white space, begin where the white space begins.
+        previous = self.token_starts[-1] if self.token_starts else 0
+        search_start = len(self.text[: max(0, previous - AFTER)].rstrip())
         n_spaces = 0 if piece.isspace() else len(piece) - len(piece.lstrip())
         self.token_starts.append(len(self.text) + n_spaces)
         self.text += piece
@@ -84,7 +84,7 @@ class SentenceStream:
         return [self._take(len(self.token_starts))] if self.token_starts else []
 
     def _take(self, n_tokens: int) -> int:
-        """Remove the first tokens, and the text that no rule looks at any more."""
+        """Remove the first tokens, and the text that no rule looks at any more. Returns n_tokens."""
         rest = self.token_starts[n_tokens:]
         n_unused = max(0, (rest[0] if rest else len(self.text)) - BEFORE)
         self.text = self.text[n_unused:]
@@ -102,8 +102,7 @@ class SentenceStream:
         return self.limit
 
 
-# Best after [,;:—], then after a line end, a space, anything. (?r) matches backwards: what the text
-# ends with.
+# Best after [,;:—], then after a line end, a space, anything. (?r) matches backwards from the end.
 CUTS = [regex.compile(f"(?r){cut}") for cut in (r"[,;:—]\s+|[，、；：]\s*", r"\n\s*", r"\s+", "")]
 
 

@@ -48,8 +48,9 @@ class SentenceKVConfig:
     @property
     def protected_tokens(self) -> int:
         """Number of last tokens that prefill never drops, and never makes secondary sinks."""
+        # With infinity nothing is dropped, and no importance is computed.
         observed = 0 if self.keep_factor == math.inf else self.observation_window
-        return max(self.recent_window, observed)  # no importance is computed with infinity
+        return max(self.recent_window, observed)
 
     def n_kept(self, n_tokens: int) -> int:
         """N, the rows kept of a prompt of `n_tokens`."""
@@ -61,7 +62,7 @@ def find_secondary_sinks(k: torch.Tensor, config: SentenceKVConfig) -> torch.Ten
 
     In some layers much attention goes to a few tokens in the middle of the text, whatever is asked
     (arXiv 2512.22213). In the default model, q · k is negative for most keys. A key of small norm
-    has q · k near 0, which is more. A sentence vector does not show such a key. Its norm does.
+    has q · k near 0, more than the others. A sentence vector hides such a key. Its norm shows it.
 
     k (H_kv, T, D) -> (H_kv, T) bool, True at most `config.secondary_sinks` times in a head
     """
@@ -126,10 +127,10 @@ def order_rows(kept: torch.Tensor, secondary: torch.Tensor) -> tuple:
 def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. It ends where the next one begins.
 
-    A sentence of which a head keeps nothing becomes an empty one at the end. So the table can stop
-    where the sentences of all heads are empty. But index s can be different sentences in two heads.
+    Sentences of which a head keeps nothing go to the end of its list, so that the table can be cut
+    there. Hence index s can be different sentences in two heads.
 
-    marked (H_kv, N) from `order_rows`, ends (S,), the position after each -> (H_kv, S + 1)
+    marked (H_kv, N) from `order_rows`, ends (S,), the position after each sentence -> (H_kv, S + 1)
 
     Sentences end at 4, 7 and 10. Row 0 is a secondary sink, rows 1 and 2 are of the first sentence,
     none is of the second, rows 3 and 4 are of the third:
@@ -139,9 +140,8 @@ def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """
     starts_and_end = F.pad(ends, (1, 0)).expand(len(marked), -1).contiguous()  # 0, 4, 7, 10
     bounds = torch.searchsorted(marked, starts_and_end)  # rows before each: 1, 3, 3, 5
-    # A bound that equals the one before it ends an empty sentence: no, no, yes, no. It becomes N.
-    empty = F.pad(bounds.diff(dim=-1) == 0, (1, 0))
-    return bounds.masked_fill(empty, marked.shape[-1]).sort(dim=-1).values  # 1, 3, 5, 5
+    repeated = F.pad(bounds.diff(dim=-1) == 0, (1, 0))  # the second 3: becomes N
+    return bounds.masked_fill(repeated, marked.shape[-1]).sort(dim=-1).values  # 1, 3, 5, 5
 
 
 def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
@@ -156,7 +156,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     (tensor([[[2., 0.]]]), tensor([[0.5000]]))
     """
     keys, dtype = keys.float(), keys.dtype
-    # The rows before the first sentence are a group of their own, which `[:, 1:]` drops.
+    # Lengths add up to N: rows before the first sentence are a group, which `[:, 1:]` drops.
     lengths = torch.cat((bounds[:, :1], bounds.diff(dim=-1)), dim=-1)  # (H_kv, 1 + S)
 
     def mean(x):  # of the rows of each sentence, (H_kv, N, n) -> (H_kv, S, n)
@@ -173,7 +173,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
 def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
     """The paper's score (Section 3.3): the sentence vector times the mean query of the open
     sentence. This is the score for one token, with the mean query of the group's heads. The cache
-    adds up those of all tokens. If none has less weight, sum and mean give the same order.
+    adds up those of all tokens: with a decay of 1, they are in the order of the paper's mean.
 
     q (H_kv, G, D) of one token, vectors (H_kv, S, D), variances and lengths unused -> (H_kv, S)
     """

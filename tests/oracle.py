@@ -88,8 +88,8 @@ class SlowHead:
 
     def window(self) -> list:
         """The last positions: the recent window, or the open sentence, which is being written, if
-        that is longer. If it does not fit the budget, its last tokens. Heads differ in their number
-        of secondary sinks and share the window: it has room beside as many as a head can have."""
+        that is longer. If it does not fit the budget, its last tokens. All heads share one window.
+        So it leaves room for the largest number of sinks that a head can have."""
         config = self.config
         n_written = self.n_tokens - self.spans[-1][1]
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
@@ -120,12 +120,12 @@ def mean_query(q, keys: list) -> torch.Tensor:
 
 
 def gaussian(q, keys: list) -> torch.Tensor:
-    """The attention that one token of each sentence receives, among all of these sentences, if the
-    keys of a sentence are Gaussian with the same variance in all channels.
+    """The attention that a token of each sentence receives on average, among all these sentences,
+    if the keys of a sentence are Gaussian with the same variance in all channels.
 
     The attention to a key is proportional to exp x, x = q · k / √D. A normal x has E[exp x] =
-    exp(mean + variance / 2), here of q · µ / √D and |q|² σ² / D. The n keys of a sentence receive n
-    times this, so log n is added. One of them receives 1 / n of what the sentence receives.
+    exp(mean + variance / 2): its mean is q · µ / √D, its variance |q|² σ² / D. The m keys of a
+    sentence receive m times this, so log m is added. One of them receives 1 / m of the sum.
     """
     dim, lengths = q.shape[-1], torch.tensor([len(k) for k in keys]).to(q)  # (S,)
     means = torch.stack([k.mean(0) for k in keys])  # (S, D)
