@@ -209,7 +209,7 @@ MISTAKES = {
     "04_sentence_bounds": [
         ("F.pad(ends, (1, 0))", "F.pad(ends, (1, 0), value=-1)",
          "rows marked with -1 belong to no sentence: the first sentence begins after them"),
-        ("bounds.masked_fill(empty, marked.shape[-1]).sort(dim=-1).values", "bounds",
+        ("bounds.masked_fill(repeated, marked.shape[-1]).sort(dim=-1).values", "bounds",
          "a sentence without rows must become an empty one at the end"),
         ("torch.searchsorted(marked, starts_and_end)",
          "torch.searchsorted(marked, starts_and_end, right=True)",
