@@ -26,7 +26,8 @@ from support.prompts import Prompts, check_prompt, split_at_sentences
 from support.ranks import RANK, RANKS, join_ranks, leave_ranks
 from support.timer import StageTimer, watch_stages
 from support.trace import Trace
-from weights.checkpoint import fingerprint, load_config, load_model, pick_device, pick_dtype
+from weights.checkpoint import fingerprint, load_model, pick_device, pick_dtype
+from weights.config import load_config
 from weights.download import download
 from weights.tokenizer import Tokenizer
 

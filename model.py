@@ -19,7 +19,7 @@ from torch.nn.attention import sdpa_kernel
 from support.attention import BACKENDS  # which of PyTorch's kernels attend for one token
 from support.attention import causal_attention  # of several tokens
 from support.linear import Linear  # an nn.Linear that is faster for one token on a CPU
-from support.rope import scaled  # for models that were trained on a longer context later
+from support.rope import attention_scale, scaled  # for models that later learned longer contexts
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ class LlamaConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = field(default=None, hash=False)  # four numbers of "llama3"
-    attention_bias: bool = False
+    rope_scaling: dict | None = field(default=None, hash=False)  # see `support/rope.py`
+    attention_bias: bool = False  # of q_proj, k_proj and v_proj
+    o_proj_bias: bool = False  # not in config.json: Qwen2's o_proj has none where the others do
+    qk_norm: bool = False  # not in config.json: Qwen3 has it
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
 
@@ -56,7 +58,10 @@ def rope_frequencies(config: LlamaConfig, device) -> torch.Tensor:
 def rope_table(config: LlamaConfig, positions: torch.Tensor, dtype) -> tuple:
     """cos and sin (T, D) of every position's angles, for `apply_rope`. RoFormer, 2104.09864."""
     angles = positions[:, None].float() * rope_frequencies(config, positions.device)  # (T, D/2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if config.rope_scaling is not None:
+        cos, sin = (x * attention_scale(config.rope_scaling) for x in (cos, sin))
+    cos, sin = cos.to(dtype), sin.to(dtype)
     # (a, b) becomes (a cos - b sin, b cos + a sin). The sine table holds the minus sign.
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -70,16 +75,21 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, bias = config.head_dim, config.attention_bias
+        self.head_dim, self.qk_norm = config.head_dim, config.qk_norm
         q_size, kv_size = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         # q_proj, k_proj and v_proj in one matrix: one larger product is faster.
-        self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, bias)
-        self.o_proj = Linear(q_size, config.hidden_size, bias)
+        self.qkv_proj = Linear(config.hidden_size, q_size + 2 * kv_size, config.attention_bias)
+        self.o_proj = Linear(q_size, config.hidden_size, config.o_proj_bias)
+        if self.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def qkv(self, x, rope):
         """x (T, hidden) -> q (H, T, D), k and v (H_kv, T, D), with RoPE in q and k."""
         qkv = self.qkv_proj(x).view(x.shape[0], -1, self.head_dim).transpose(0, 1)
         qk, v = qkv[: -self.n_kv_heads], qkv[-self.n_kv_heads :]  # qk (H + H_kv, T, D)
+        if self.qk_norm:  # each head's q and k get the length √D, times the norm's weights
+            qk = torch.cat((self.q_norm(qk[: self.n_heads]), self.k_norm(qk[self.n_heads :])))
         qk = apply_rope(qk, *rope)
         return qk[: self.n_heads], qk[self.n_heads :], v
 

@@ -46,7 +46,8 @@ from support.compiled import GraphedDecode, check_compiler, check_cuda_graph, co
 from support.document import read_text
 from support.prompts import check_positions
 from support.timer import StageTimer, watch_stages
-from weights.checkpoint import load_model, parse_config, pick_device, pick_dtype
+from weights.checkpoint import load_model, pick_device, pick_dtype
+from weights.config import parse_config
 from weights.download import download
 from weights.tokenizer import Tokenizer
 

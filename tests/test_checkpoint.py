@@ -1,5 +1,6 @@
 import doctest
 import json
+import math
 import shutil
 import sys
 
@@ -8,14 +9,17 @@ import torch
 from conftest import REFERENCE, TINY, checkpoint
 from safetensors.torch import load_file, save_file
 
+from support import rope
 from weights import checkpoint as module
-from weights.checkpoint import load_config, load_model, parse_config
+from weights import config as config_module
+from weights.checkpoint import load_model
+from weights.config import load_config, parse_config
 
 CPU = torch.device("cpu")
 
 
 def test_docstrings():
-    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(module).failed == doctest.testmod(config_module).failed == 0
 
 
 def test_both_spellings_of_the_config_say_the_same():
@@ -89,9 +93,25 @@ def test_spare_tensors_of_older_checkpoints_are_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("edit, message", [
-    ({"architectures": ["MistralForCausalLM"]}, "architecture MistralForCausalLM"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE type 'yarn'"),
-    ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "RoPE type 'linear'"),
+    ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM is not supported"),
+    ({"architectures": None, "model_type": "phi3"}, "architecture phi3 is not supported"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE type 'longrope' is not supported"),
+    ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "factor is 'absent', must be"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 0.5}}, "factor is 0.5, must be"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1}},
+     "rope_theta is 1, must be above 1"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+     "RoPE's 'partial_rotary_factor' 0.5 is not supported"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2, "mrope_section": [1, 2]}},
+     "RoPE's 'mrope_section' [1, 2] is not supported"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2, "twist": 3}}, "RoPE's 'twist' 3"),
+    *(({name: value}, f"{name} {value!r} is not supported, only ") for name, value in (
+        ("partial_rotary_factor", 0.75), ("rope_interleaved", True), ("use_sliding_window", True),
+        ("attention_multiplier", 0.015625), ("logits_scaling", 8.0), ("residual_multiplier", 0.22),
+        ("embedding_multiplier", 12.0), ("no_rope_layers", [1, 0]), ("clip_qkv", 8.0),
+        ("attn_logit_softcapping", 50.0), ("use_qk_norm", True), ("num_local_experts", 8))),
+    ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+     "layer_types has 'sliding_attention', only 'full_attention'"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoints ('gptq')"),
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"vocab_size": None}, "'vocab_size'"),
@@ -123,6 +143,83 @@ def test_unsupported_configs_are_refused_by_name(tmp_path, edit, message):
     with pytest.raises(ValueError) as error:
         load_config(folder)
     assert message in str(error.value)
+
+
+def edited(name, **fields):
+    return parse_config(json.loads((REFERENCE / name / "config.json").read_text()) | fields)
+
+
+def test_what_an_architecture_implies():
+    """Defaults of its code, where the file does not say it."""
+    assert edited("tiny_qwen2").attention_bias and not edited("tiny_qwen2").o_proj_bias
+    assert edited("tiny_qwen3", head_dim=None).head_dim == 128
+    assert edited("tiny_mistral", num_attention_heads=16, num_key_value_heads=None,
+                  architectures=None).num_key_value_heads == 8
+    assert edited("tiny_gqa", attention_bias=True).o_proj_bias
+
+
+@pytest.mark.parametrize("name, fields, expected", [
+    ("tiny_mistral", {"sliding_window": 300}, 300),
+    ("tiny_mistral", {"sliding_window": 4096}, 512),
+    ("tiny_qwen2", {"sliding_window": 300}, 512),  # use_sliding_window is false
+    ("tiny_qwen2_yarn", {"max_position_embeddings": 128}, 512),
+    ("tiny_gqa", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, 512),
+    ("tiny_gqa", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0,
+                                      "original_max_position_embeddings": 128}}, 128),
+])
+def test_a_model_has_as_many_positions_as_are_computed(name, fields, expected):
+    assert edited(name, **fields).max_position_embeddings == expected
+
+
+def test_dynamic_scaling_is_plain_up_to_its_positions():
+    config = edited("tiny_gqa", rope_parameters={"rope_type": "dynamic", "factor": 4.0})
+    assert config == edited("tiny_gqa")
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({}, 0.1 * math.log(4) + 1), ({"attention_factor": 0.7}, 0.7), ({"factor": 1.0}, 1.0),
+    ({"mscale": 1.0, "mscale_all_dim": 0.5},
+     (0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1)),
+])
+def test_the_scale_of_attention_is_yarn_s(settings, expected):
+    scaling = {"rope_type": "yarn", "factor": 4.0} | settings
+    assert rope.attention_scale(scaling) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_keeps_fast_pairs_and_slows_slow_ones(truncate):
+    frequency = 10000.0 ** -(torch.arange(32) / 32)
+    kept = rope.yarn_kept(frequency, {"original_max_position_embeddings": 4096,
+                                      "rope_theta": 10000.0, "truncate": truncate})
+    turns = 4096 * frequency / (2 * math.pi)
+    assert (kept[turns > 40] == 1).all() and (kept[turns < 0.8] == 0).all()
+    assert (kept.diff() <= 0).all() and 0 < kept[turns.log().sub(math.log(6)).abs().argmin()] < 1
+
+
+def test_a_field_that_is_not_known_is_told(tmp_path, capsys):
+    folder = copy_tiny(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {
+        "name": "tiny", "use_magic": False, "twist": 0.5, "depth_scales": {"a": [1]}}))
+    load_model(folder, CPU, torch.float32)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.endswith("depth_scales ({'a': [1]}), twist (0.5)\n")
+
+
+@pytest.mark.parametrize("files, message", [
+    (["pytorch_model.bin"], "it has its weights in pytorch_model.bin: pickled weights are not read"),
+    (["adapter_config.json", "adapter_model.safetensors"], "it is an adapter"),
+    (["model.q4.gguf"], "name the file itself, model.q4.gguf"),
+    (["model-00001-of-00002.safetensors"], "it has shards, and no model.safetensors.index.json"),
+])
+def test_a_folder_without_weights_says_what_it_has(tmp_path, files, message):
+    folder = copy_tiny(tmp_path)
+    (folder / "model.safetensors").unlink()
+    for name in files:
+        (folder / name).write_text("{}")
+    with pytest.raises(ValueError) as error:
+        load_model(folder, CPU, torch.float32)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_absent_and_broken_files_are_named(tmp_path):

@@ -10,7 +10,8 @@ import generate
 from sentencekv import SentenceKVConfig
 from support import document as module
 from support.document import Document, identity_of, load_document, map_rows, save_document
-from weights.checkpoint import fingerprint, load_config
+from weights.checkpoint import fingerprint
+from weights.config import load_config
 
 CPU = torch.device("cpu")
 DOCUMENT = Document("It is späť.", [3, 1, 2] * 200, [(0, 2), (2, 600)],

@@ -488,7 +488,7 @@ def test_the_example_of_quantisation():
 
 def test_rope_scaling_does_not_stand_in_the_way(recording):
     """Results are remembered by their arguments, and a dictionary cannot be one."""
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 100}
     config = replace(TINY, rope_scaling=scaling)
     cache = recording.replay(make_cache("expected_attention", config, BUDGET, [], 5))

@@ -24,7 +24,7 @@ def all_logits(model, ids):
     return model.logits(model.prefill(ids, full_cache(model, len(ids))))
 
 
-@pytest.mark.parametrize("name", ["tiny_gqa", "tiny_llama3_rope_tied", "tiny_head_dim_sharded"])
+@pytest.mark.parametrize("name", sorted(folder.name for folder in REFERENCE.glob("tiny_*")))
 def test_logits_equal_an_independent_implementation(name):
     expected = json.loads((REFERENCE / name / "expected.json").read_text())
     model = load_model(REFERENCE / name, CPU, torch.float32)
@@ -62,7 +62,7 @@ def test_a_token_alone_is_what_it_is_among_others(dtype, atol, n_threads):
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        model = random_llama(config=replace(TINY, attention_bias=True, mlp_bias=True)).to(dtype)
+        model = random_llama(config=replace(TINY, attention_bias=True, o_proj_bias=True, mlp_bias=True)).to(dtype)
         ids, cache = random_ids(60, CPU), full_cache(model, 60)
         model.prefill(ids[:59], cache)
         alone = model.logits(model.decode(ids[59:], cache))[0]

@@ -30,7 +30,7 @@ def answer(folder, n_ranks, *options):
 
 @pytest.mark.parametrize("config, options", [
     (TINY, ()),
-    (replace(TINY, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    (replace(TINY, attention_bias=True, o_proj_bias=True, mlp_bias=True, tie_word_embeddings=True),
      ("--prefill-chunk", "100", "--keep-factor", "2", "--temperature", "1")),
 ], ids=["plain", "biases, tied, sampled"])
 def test_two_ranks_write_what_one_process_writes(tmp_path, config, options):

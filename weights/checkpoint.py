@@ -1,111 +1,54 @@
-"""A checkpoint folder -> `Llama` on a device: reads `config.json` and safetensors, strictly.
+"""A checkpoint folder -> `Llama` on a device: reads safetensors, strictly.
 
-Whatever `model.py` does not compute, and whatever does not fit, is refused with a ValueError that
-names it.
+Whatever does not fit `config.json` is refused with a ValueError that names it.
 """
 
 import hashlib
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from model import Llama, LlamaConfig
-from weights.folder import check, find, need, one_line, read_json, shown
 from support.ranks import RANKS, connect, own_part, own_slice, read_part
+from support.report import say
+from weights.config import load_config, unknown_fields
+from weights.folder import find, need, one_line, read_json, shown
 
-MOST = 2**24
 SAMPLE = 2**16  # bytes, of which a fingerprint reads 64 times
-LIMITS = {  # of config.json: what a value may be, see `weights.folder.check`
-    "vocab_size": (1, MOST), "hidden_size": (1, MOST), "intermediate_size": (1, MOST),
-    "num_hidden_layers": (1, 4096), "num_attention_heads": (1, 4096),
-    "num_key_value_heads": (1, 4096), "head_dim": (2, 4096),
-    "max_position_embeddings": (1, 2**31), "rms_norm_eps": (0.0, 1.0), "rope_theta": (1.0, 1e12),
-    "attention_bias": bool, "mlp_bias": bool, "tie_word_embeddings": bool, "hidden_act": str,
-    "model_type": str, "architectures": list, "quantization_config": dict, "rope_scaling": dict,
-    "rope_parameters": dict,
-}
-SCALING = {"factor": (1.0, 1e6), "low_freq_factor": (1e-6, 1e6), "high_freq_factor": (1e-6, 1e6),
-           "original_max_position_embeddings": (1, 2**31)}
-
 # The model's joined projections, and their parts in a checkpoint, in their order.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def load_config(folder: Path) -> LlamaConfig:
-    """Raises ValueError if `folder` has no `config.json` of a Llama that `model.py` computes."""
-    path = need(folder, "config.json")
-    return parse_config(read_json(path), path)
-
-
-def parse_config(raw: dict, where="config.json") -> LlamaConfig:
-    """A parsed `config.json` -> LlamaConfig. ValueError for what `model.py` does not compute."""
-    check(raw, LIMITS, where)
-    refuse_unsupported(raw)
-    rope = rope_settings(raw)
-    check(rope, LIMITS, where)
-    given = {f.name: raw[f.name] for f in fields(LlamaConfig) if raw.get(f.name) is not None}
-    given |= {"rope_theta": float(rope["rope_theta"]), "rope_scaling": None}
-    if rope["rope_type"] == "llama3":
-        check(rope | {name: rope.get(name, "absent") for name in SCALING}, SCALING, where)
-        if rope["low_freq_factor"] >= rope["high_freq_factor"]:
-            raise ValueError(f"{where}: low_freq_factor is not below high_freq_factor")
-        given["rope_scaling"] = rope
-    if (heads := raw.get("num_attention_heads")) and (hidden := raw.get("hidden_size")):
-        given.setdefault("num_key_value_heads", heads)
-        given.setdefault("head_dim", hidden // heads)
-    try:
-        config = LlamaConfig(**given)
-    except TypeError as error:  # names the fields that are missing
-        raise ValueError(f"{where}: {str(error).partition(') ')[2]}") from None
-    if config.head_dim < 2 or config.head_dim % 2:
-        raise ValueError(f"{where}: head_dim is {config.head_dim}, must be even: RoPE turns pairs")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"num_attention_heads {config.num_attention_heads} is not a multiple of"
-                         f" num_key_value_heads {config.num_key_value_heads}")
-    return config
-
-
-def refuse_unsupported(raw: dict) -> None:
-    architecture = (raw.get("architectures") or [raw.get("model_type")])[0]
-    architecture = architecture if isinstance(architecture, str) else shown(architecture)
-    if architecture not in ("LlamaForCausalLM", "llama"):
-        raise ValueError(f"architecture {architecture} is not supported, only LlamaForCausalLM")
-    if method := raw.get("quantization_config"):
-        raise ValueError(f"quantised checkpoints ({shown(method.get('quant_method'))}) are not"
-                         " supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {shown(raw['hidden_act'])} is not supported, only 'silu'")
-
-
-def rope_settings(raw: dict) -> dict:
-    """`rope_theta`, `rope_type` and the scaling's numbers, from either spelling of the config.
-
-    Newer files gather them in `rope_parameters`; the Llama 3.x checkpoints have `rope_theta` at
-    the top level and the rest in `rope_scaling`.
-    """
-    rope = {"rope_theta": raw.get("rope_theta"), "rope_type": "default"}
-    for nested in (raw.get("rope_scaling"), raw.get("rope_parameters")):
-        rope |= nested or {}
-    rope["rope_theta"] = 10000.0 if rope["rope_theta"] is None else rope["rope_theta"]
-    kind = rope.pop("type", rope["rope_type"])  # the oldest files say `type`
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"RoPE type {shown(kind)} is not supported, only 'default' and 'llama3'")
-    return rope | {"rope_type": kind}
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's one safetensors file, or the shards that its index names."""
     whole = find(folder, "model.safetensors")
     index = find(folder, "model.safetensors.index.json")
-    if whole or not index:
-        return [need(folder, "model.safetensors")]
+    if whole:
+        return [whole]
+    if not index:
+        raise ValueError(f"{folder} has no model.safetensors{instead(folder)}")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
         raise ValueError(f"{index} has no weight_map from names to files")
     return [need(folder, name) for name in sorted(set(shards.values()))]
+
+
+def instead(folder: Path) -> str:
+    """What a folder without model.safetensors has in its place, and what to do."""
+    names = sorted(path.name for path in folder.iterdir())
+    kinds = {"adapter_": "; it is an adapter ({}): merge it into its base model first",
+             ".gguf": "; name the file itself, {}",
+             ".bin": "; it has its weights in {}: pickled weights are not read, save them as"
+                     " safetensors",
+             ".pth": "; it has its weights in {}: pickled weights are not read",
+             ".safetensors": "; it has shards, and no model.safetensors.index.json ({})"}
+    for kind, text in kinds.items():
+        for name in names:
+            if name.startswith(kind) or name.endswith(kind):
+                return text.format(shown(name).strip("'"))
+    return ""
 
 
 def fingerprint(folder: Path) -> str:
@@ -219,6 +162,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     ValueError with the missing, unexpected and wrongly shaped tensors, up to four names each.
     """
     config, files = load_config(folder), weight_files(folder)
+    if unknown := unknown_fields(read_json(folder / "config.json")):
+        say(f"config.json has fields that are not known, and may change what is computed: {unknown}")
     stored = read_tensors(files, config, stored_shape)
     if config.num_hidden_layers > len(stored):  # a module a layer would take long to make
         raise ValueError(f"the weights do not fit config.json: {config.num_hidden_layers} layers,"

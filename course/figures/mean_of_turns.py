@@ -8,7 +8,7 @@ from benchmarks.speed import CONFIGS
 from course.figures.draw import Picture
 from model import apply_rope, rope_frequencies, rope_table
 from sentencekv import sentence_vectors
-from weights.checkpoint import parse_config
+from weights.config import parse_config
 
 DEFAULT = parse_config(CONFIGS["smollm2-135m"])
 PAIRS = DEFAULT.head_dim // 2
