@@ -45,6 +45,9 @@ def random_llama(device="cpu", config=TINY) -> Llama:
     for weight in model.parameters():
         if weight.dim() == 2:  # louder than the default, so that attention is far from uniform
             torch.nn.init.normal_(weight, std=1.5 * weight.shape[1] ** -0.5)
+    for name, weight in model.named_parameters():
+        if name.endswith(("q_norm.weight", "k_norm.weight")):  # not all ones
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
     return model.requires_grad_(False).to(device)
 
 
@@ -85,8 +88,10 @@ def tiny_folder(tmp_path) -> Path:
 def write_tiny_folder(folder: Path, model_config=TINY) -> Path:
     """A whole model folder: random weights, a byte-level tokenizer, no chat template."""
     folder.mkdir()
-    config = {**vars(model_config)}
-    config |= {"architectures": ["LlamaForCausalLM"], "eos_token_id": 256}
+    config = {**vars(model_config)} | {"eos_token_id": 256}
+    o_proj_bias, qk_norm = config.pop("o_proj_bias"), config.pop("qk_norm")
+    near = "Qwen3" if qk_norm else "Qwen2" if config["attention_bias"] > o_proj_bias else "Llama"
+    config["architectures"] = [f"{near}ForCausalLM"]
     (folder / "config.json").write_text(json.dumps(config))
     weights = {name if name.startswith("lm_head") else f"model.{name}": weight.contiguous()
                for name, weight in checkpoint(random_llama(config=model_config)).items()}

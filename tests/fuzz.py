@@ -44,7 +44,8 @@ def spoil_json(value, choose: random.Random):
             return {k: v for k, v in value.items() if k != name}
         if choose.random() < 0.1:
             return value | {choose.choice(["eos_token", "rope_scaling", "head_dim", "added_tokens",
-                                           "chat_template", "quantization_config"]):
+                                           "chat_template", "quantization_config", "sliding_window",
+                                           "layer_types", "clip_qkv", "rope_parameters"]):
                             choose.choice(VALUES)}
         return value | {name: spoil_json(value[name], choose)}
     if isinstance(value, list) and value and choose.random() < 0.9:
@@ -139,7 +140,8 @@ def text_case(choose: random.Random, tokenizers: list):
 
 
 def write_folders(place: Path) -> list[Path]:
-    """Whole model folders to be spoiled: with and without a template, in shards, sentencepiece."""
+    """Whole model folders to be spoiled: with and without a template, in shards, sentencepiece,
+    and the architectures beside Llama."""
     from dataclasses import replace
 
     from conftest import TINY, write_llama2_tokenizer, write_tiny_folder
@@ -156,7 +158,11 @@ def write_folders(place: Path) -> list[Path]:
     (llama2 / "tokenizer.json").unlink()
     write_llama2_tokenizer(llama2)
     (llama2 / "added_tokens.json").write_text('{"<extra>": 310}')
-    return [plain, chat, shards, llama2]
+    near = [place / f"tiny_{name}" for name in ("qwen2_yarn", "qwen3", "mistral", "llama_linear")]
+    for folder in near:
+        shutil.copytree(REFERENCE / folder.name, folder)
+        shutil.copy(plain / "tokenizer.json", folder)
+    return [plain, chat, shards, llama2, *near]
 
 
 def worker(kind: str, first: int, last: int):

@@ -32,7 +32,9 @@ def answer(folder, n_ranks, *options):
     (TINY, ()),
     (replace(TINY, attention_bias=True, o_proj_bias=True, mlp_bias=True, tie_word_embeddings=True),
      ("--prefill-chunk", "100", "--keep-factor", "2", "--temperature", "1")),
-], ids=["plain", "biases, tied, sampled"])
+    (replace(TINY, attention_bias=True), ()),
+    (replace(TINY, qk_norm=True), ()),
+], ids=["plain", "biases, tied, sampled", "qwen2", "qwen3"])
 def test_two_ranks_write_what_one_process_writes(tmp_path, config, options):
     folder = write_tiny_folder(tmp_path / "tiny", config)
     one, two = (answer(folder, n, *options) for n in (1, 2))
