@@ -127,10 +127,9 @@ def read_description(cursor: Cursor) -> tuple:
         raise ValueError(f"the tensor {shown(name)} has {n_axes} dimensions")
     shape = tuple(cursor.numbers("<u8", n_axes).tolist()[::-1])
     number, offset = cursor.number("<u4"), cursor.number("<u8")
-    try:
-        kind = GGMLQuantizationType(number)
-    except ValueError:
-        raise ValueError(f"the tensor {shown(name)} has type {number}, which is not known") from None
+    if number not in iter(GGMLQuantizationType):
+        raise ValueError(f"the tensor {shown(name)} has type {number}, which is not known")
+    kind = GGMLQuantizationType(number)
     if min(shape) < 1 or shape[-1] % GGML_QUANT_SIZES[kind][0]:
         raise ValueError(f"the tensor {shown(name)} has shape {shape}, type {kind.name}")
     return name, shape, kind, offset

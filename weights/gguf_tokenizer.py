@@ -67,7 +67,7 @@ def write_tokenizer(metadata: dict, folder: Path):
     write = {"gpt2": write_bpe, "llama": write_sentencepiece}
     model = metadata.get("tokenizer.ggml.model")
     if model not in write:
-        raise ValueError(f"the tokenizer {shown(model)} is not supported, only {' and '.join(write)}")
+        raise ValueError(f"the tokenizer {shown(model)} is not supported, only gpt2 and llama")
     if metadata.get("tokenizer.ggml.add_eos_token"):
         raise ValueError("tokenizer.ggml.add_eos_token is not supported: a prompt would be over")
     write[model](metadata, read_vocabulary(metadata), folder)
@@ -177,9 +177,10 @@ def write_sentencepiece(metadata: dict, vocabulary: Vocabulary, folder: Path):
     unknown = types.index(UNKNOWN) if UNKNOWN in types else None
     eos, pad = token_id(metadata, "eos"), token_id(metadata, "padding")
     bos = vocabulary.bos if vocabulary.add_bos else None  # which the library puts before a text
+    absent = max(tokens, key=len) + "x"  # is no token; for an empty name the library has its own
     for field, index in {40: unknown, 41: bos, 42: eos, 43: pad}.items():
         trainer |= {field: -1 if index is None else index,
-                    field + 5: "" if index is None else tokens[index]}
+                    field + 5: absent if index is None else tokens[index]}
     # As it is, but for a space before the text and ▁ for each space.
     normalizer = {1: "identity", 3: metadata.get("tokenizer.ggml.add_space_prefix", True),
                   4: False, 5: True}
