@@ -20,7 +20,7 @@ from tqdm import tqdm
 from support.rope import scaled
 from weights.folder import check, one_line, shown
 from weights.gguf_reader import Tensor, read_gguf
-from weights.gguf_tokenizer import stop_ids, token_id, write_tokenizer
+from weights.gguf_tokenizer import check_tokenizer, stop_ids, token_id, write_tokenizer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
                  "qwen3": "Qwen3ForCausalLM"}
@@ -119,11 +119,12 @@ def read_numbers(metadata: dict) -> tuple[str, dict]:
     One that is not known and not 0 is refused: it may scale, cap or route what is computed. A 0
     is how GGUF says that there is none, and strings only describe.
     """
+    check(metadata, {"general.architecture": str, "split.count": (0, 2**16)}, "metadata")
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {shown(architecture)} is not supported, only"
                          f" {', '.join(ARCHITECTURES)}")
-    if metadata.get("split.count", 1) != 1:
+    if metadata.get("split.count", 1) > 1:
         raise ValueError("this is one of several parts of a model: join them first")
     prefix = f"{architecture}."
     numbers = {key.removeprefix(prefix): value for key, value in metadata.items()
@@ -142,6 +143,7 @@ def read_numbers(metadata: dict) -> tuple[str, dict]:
 def read_config(metadata: dict, tensors: dict) -> dict:
     """What `config.json` says of this model."""
     architecture, numbers = read_numbers(metadata)
+    check_tokenizer(metadata)
     heads = numbers["attention.head_count"]
     config = {
         "architectures": [ARCHITECTURES[architecture]],

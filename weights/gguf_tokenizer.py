@@ -61,16 +61,19 @@ def stop_ids(metadata: dict) -> list[int]:
     return list(dict.fromkeys(index for index in ids if index is not None))
 
 
-def write_tokenizer(metadata: dict, folder: Path):
-    """Write the tokenizer's files into `folder`. ValueError if they could not be read again."""
+def check_tokenizer(metadata: dict):
+    """ValueError if the tokenizer is of a kind that is not read here, before anything is made."""
     check(metadata, LIMITS, "metadata")
-    write = {"gpt2": write_bpe, "llama": write_sentencepiece}
-    model = metadata.get("tokenizer.ggml.model")
-    if model not in write:
-        raise ValueError(f"the tokenizer {shown(model)} is not supported, only gpt2 and llama")
+    if (model := metadata.get("tokenizer.ggml.model")) not in WRITERS:
+        raise ValueError(f"the tokenizer {shown(model)} is not supported, only"
+                         f" {' and '.join(WRITERS)}")
     if metadata.get("tokenizer.ggml.add_eos_token"):
         raise ValueError("tokenizer.ggml.add_eos_token is not supported: a prompt would be over")
-    write[model](metadata, read_vocabulary(metadata), folder)
+
+
+def write_tokenizer(metadata: dict, folder: Path):
+    """Write the tokenizer's files into `folder`. ValueError if they could not be read again."""
+    WRITERS[metadata["tokenizer.ggml.model"]](metadata, read_vocabulary(metadata), folder)
     tokens = metadata["tokenizer.ggml.tokens"]
     settings = {f"{name}_token": tokens[index] for name in ("bos", "eos")
                 if (index := token_id(metadata, name)) is not None}
@@ -82,7 +85,7 @@ def write_tokenizer(metadata: dict, folder: Path):
 
 def read_vocabulary(metadata: dict) -> Vocabulary:
     tokens = metadata.get("tokenizer.ggml.tokens", [])
-    types = per_token(metadata, "token_type", "i", len(tokens))
+    types = per_token(metadata, "token_type", "iu", len(tokens))
     if len(set(tokens)) != len(tokens):
         seen = set()
         twice = next(token for token in tokens if token in seen or seen.add(token))
@@ -98,9 +101,9 @@ def read_vocabulary(metadata: dict) -> Vocabulary:
 
 
 def per_token(metadata: dict, name: str, kind: str, count: int) -> list:
-    """A list of one number for each token; `kind` is NumPy's letter, i or f."""
+    """A list of one number for each token; `kind` has NumPy's letters, iu or f."""
     values = metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(values, np.ndarray) or values.dtype.kind != kind or len(values) != count:
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in kind or len(values) != count:
         raise ValueError(f"tokenizer.ggml.{name} is not a list of {count} numbers, one a token")
     if not np.isfinite(values).all():
         raise ValueError(f"tokenizer.ggml.{name} has numbers that are not finite")
@@ -187,6 +190,9 @@ def write_sentencepiece(metadata: dict, vocabulary: Vocabulary, folder: Path):
     model = b"".join(field_bytes(1, piece) for piece in pieces)
     model += message({2: message(trainer), 3: message(normalizer)})
     (folder / "tokenizer.model").write_bytes(model)
+
+
+WRITERS = {"gpt2": write_bpe, "llama": write_sentencepiece}
 
 
 def message(fields: dict) -> bytes:
