@@ -28,7 +28,7 @@ from support.timer import StageTimer, watch_stages
 from support.trace import Trace
 from weights.checkpoint import fingerprint, load_model, pick_device, pick_dtype
 from weights.config import load_config
-from weights.download import download
+from weights.models import model_folder
 from weights.tokenizer import Tokenizer
 
 
@@ -180,7 +180,7 @@ def main(arguments: list[str]) -> int:
     device = pick_device(join_ranks(args.device) if RANKS > 1 else args.device)
     compiled.check(args, device)
     # Which model, and what to read: a prompt, or a document that was read before and saved.
-    folder, dtype = args.model or download(), pick_dtype(args.dtype, device)
+    folder, dtype = model_folder(args.model), pick_dtype(args.dtype, device)
     tokenizer, model_config = Tokenizer(folder, args.special_tokens), load_config(folder)
     fingerprint_of_model = lambda: fingerprint(folder)  # computed for --save and --load only
     saved = SavedDocument(args, fingerprint_of_model, config, model_config, device, dtype)

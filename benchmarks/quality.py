@@ -67,7 +67,7 @@ from sentencekv import SentenceKVConfig, find_secondary_sinks
 from support.document import read_text
 from support.prompts import check_positions
 from weights.checkpoint import load_model
-from weights.download import download
+from weights.models import model_folder
 from weights.tokenizer import Tokenizer
 
 
@@ -543,7 +543,7 @@ def parse(arguments):
     add("task", choices=("ruler", "needle", "longbench", "perplexity", "recall", "jaccard",
                           "sinks", "requests", "leaderboard"))
     add("--data", type=Path, nargs="+", default=[], help="task files, or books as haystacks")
-    add("--model", type=Path, help="Llama folder (default: SmolLM2-135M-Instruct)")
+    add("--model", type=Path, help="DIR, FILE.gguf or NAME (smollm2-135m-instruct)")
     add("--methods", help="separated by blanks or semicolons; default: all",
         default=" ".join(m for m in METHODS if m not in STUDIES))
     add("--budgets", type=numbers(int), default=[96, 192, 384, 768])
@@ -593,7 +593,7 @@ def main(arguments=None) -> int:
         if not args.data:
             raise ValueError(f"{args.task} needs --data")
         methods, results = asked_methods(args), Results(args.out)
-        bench = Bench(args.model or download())
+        bench = Bench(model_folder(args.model))
         run = {"perplexity": run_perplexity, "recall": run_recall, "jaccard": run_jaccard,
                "sinks": run_sinks, "requests": run_requests}.get(args.task, run_answers)
         run(args, bench, methods, results)

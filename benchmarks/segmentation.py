@@ -28,7 +28,7 @@ import regex
 from benchmarks import tasks
 from segment import sentence_ends, token_spans
 from support.document import read_text
-from weights.download import download
+from weights.models import model_folder
 from weights.tokenizer import Tokenizer
 
 OLD_ENDS = {".", "!", "?", "\n"}
@@ -158,7 +158,7 @@ def main(arguments=None) -> int:
         golden = read_rows(args.GOLDEN, "sentences", lambda field: isinstance(field, str))
         pages = read_rows(args.EWT, "sentence_char_spans", is_span)
         book = read_text(args.BOOK)
-        tokenizer = Tokenizer(args.model or download())
+        tokenizer = Tokenizer(model_folder(args.model))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

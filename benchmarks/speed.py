@@ -48,7 +48,7 @@ from support.prompts import check_positions
 from support.timer import StageTimer, watch_stages
 from weights.checkpoint import load_model, pick_device, pick_dtype
 from weights.config import parse_config
-from weights.download import download
+from weights.models import model_folder
 from weights.tokenizer import Tokenizer
 
 WARM_UP = 4  # tokens that are not timed
@@ -344,7 +344,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(prog="benchmarks.speed", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add, defaults = parser.add_argument, SentenceKVConfig()
-    add("--model", type=Path, help="Llama folder (default: SmolLM2-135M-Instruct)")
+    add("--model", type=Path, help="DIR, FILE.gguf or NAME (smollm2-135m-instruct)")
     add("--config", choices=CONFIGS, help="a real shape with random weights instead")
     examples = sorted((Path(__file__).parent.parent / "examples").glob("*.txt"))
     add("--data", type=Path, nargs="+", default=examples, help="texts to read (default: examples/)")
@@ -414,7 +414,7 @@ def run(args) -> list[dict]:
     if args.config:
         model = random_model(args.config, device, dtype)
     else:
-        args.model = args.model or download()
+        args.model = model_folder(args.model)
         model = load_model(args.model, device, dtype)
     room = 2 * args.new_tokens + 2 * WARM_UP
     if not args.config:

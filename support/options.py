@@ -63,7 +63,8 @@ def parser(description: str, defaults, scores) -> Parser:
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on from it: no --prompt")
     parser.add_argument("--trace", type=Path, metavar="FILE",
                         help="write a page of what each token attends to; or its data, .json")
-    parser.add_argument("--model", type=Path, help="Llama folder (SmolLM2-135M-Instruct)")
+    parser.add_argument("--model", type=Path,
+                        help="DIR, FILE.gguf or NAME (smollm2-135m-instruct)")
     add("--cache", "sentencekv", "where keys and values are kept", choices=("sentencekv", "full"))
     for name, help in SETTINGS.items():
         add(flag(name), getattr(defaults, name), help.format(scores=" or ".join(scores)))

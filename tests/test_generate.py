@@ -383,7 +383,8 @@ def test_a_bad_prompt_is_one_line(capfd, tiny_folder, tmp_path, content, message
     (["--device", "tpu"], "--device tpu is not one of auto, cpu, cuda, cuda:N"),
     (["--device", "cuda:99"], "--device cuda:99: this machine has {gpus} CUDA GPUs"),
     (["--model", "nowhere"],
-     "no tokenizer in nowhere: neither tokenizer.json nor tokenizer.model is there"),
+     "--model nowhere: no such folder, no such GGUF file, and not one of the names"
+     " smollm2-135m-instruct, qwen2.5-coder-0.5b"),
     (["--cuda-graph", "--device", "cpu"], "--cuda-graph needs a GPU, --device is cpu"),
     (["--cuda-graph", "--cache", "full"],
      "--cuda-graph needs --cache sentencekv: a full cache grows at every token"),

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import llamacpp, scale, speed
 from sentencekv import gaussian, select_rows
-from weights.download import half_split_rows
+from weights.gguf_file import half_split_rows
 
 
 def run(*arguments):
@@ -58,7 +58,7 @@ def test_the_shapes_are_those_of_the_models(name):
     (["--lengths", "500", "--data", "requirements.txt"], "--data has"),
     (["--lengths", "100", "--cuda-graph"], "--cuda-graph needs a GPU"),
     (["--lengths", "100", "--token-budget", "8"], "token_budget is 8"),
-    (["--lengths", "100", "--model", "nowhere"], "nowhere has no"),
+    (["--lengths", "100", "--model", "nowhere"], "--model nowhere: no such folder"),
 ])
 def test_bad_options_are_one_line(tiny_folder, capsys, arguments, message):
     assert run("--device", "cpu", "--repeats", 1, "--new-tokens", 2,

@@ -14,9 +14,8 @@ from model import Llama, LlamaConfig
 from support.ranks import RANKS, connect, own_part, own_slice, read_part
 from support.report import say
 from weights.config import load_config, unknown_fields
-from weights.folder import find, need, one_line, read_json, shown
+from weights.folder import add_samples, find, need, one_line, read_json, shown
 
-SAMPLE = 2**16  # bytes, of which a fingerprint reads 64 times
 # The model's joined projections, and their parts in a checkpoint, in their order.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
@@ -55,12 +54,7 @@ def fingerprint(folder: Path) -> str:
     """A hash of the model's configuration and of 64 samples of every file of weights."""
     digest = hashlib.sha256()
     for path in (folder / "config.json", *weight_files(folder)):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as file:
-            for i in range(64):
-                file.seek(size * i // 64)
-                digest.update(file.read(SAMPLE))
+        add_samples(digest, path)
     return digest.hexdigest()
 
 

@@ -1,13 +1,21 @@
-"""What may be read of a model folder, whose files can come from anyone.
+"""What may be read of a model folder, whose files can come from anyone, and how one is made whole.
 
 Only regular files inside the folder are read, and every value of a JSON file is checked before
 memory is taken in proportion to it. All problems are ValueErrors that name the file.
 """
 
 import json
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 MOST_JSON = 2**26  # bytes of a JSON file that is read here
+SAMPLE = 2**16  # bytes, of which 64 samples are read of a file that is recognised
+UNFINISHED = ".unfinished-"  # how the name of a folder begins that is being made
+OLD = 3600  # seconds: one in which nothing was written for so long is taken for a killed run's
 
 
 def find(folder: Path, name: str) -> Path | None:
@@ -97,3 +105,45 @@ def shown(value) -> str:
 def one_line(error: BaseException) -> str:
     """What a library says of a strange file, which may spell the file's own line breaks."""
     return " ".join(f"{error}".split())
+
+
+def make_whole(target: Path, make, is_whole) -> Path:
+    """Make the folder `target` unless `is_whole(target)`. Returns it.
+
+    `make(scratch, folder)` writes into `folder`, and can use `scratch`. Both are in a temporary
+    folder beside the target, and `folder` is renamed at the end: a run that is interrupted leaves
+    nothing, and what a killed one leaves is removed by a later one. ValueError if something else
+    is in the place, or if nothing can be written there.
+    """
+    if is_whole(target):
+        return target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is something else, or not whole: move it away")
+    for left in target.parent.glob(f"{UNFINISHED}*"):
+        with suppress(OSError):  # another run has just finished it
+            if time.time() - max(path.stat().st_mtime for path in (left, *left.rglob("*"))) > OLD:
+                shutil.rmtree(left, ignore_errors=True)
+    try:
+        temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=UNFINISHED)
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror}") from None
+    with temporary as name:
+        folder = Path(name) / target.name
+        folder.mkdir()
+        make(Path(name), folder)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            if not is_whole(target):  # else another was first, with the same files
+                raise
+    return target
+
+
+def add_samples(digest, path: Path):
+    """Add to a hash a file's name, its size, and 64 samples of what it holds."""
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size} ".encode())
+    with open(path, "rb") as file:
+        for i in range(64):
+            file.seek(size * i // 64)
+            digest.update(file.read(SAMPLE))
