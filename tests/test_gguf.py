@@ -654,3 +654,27 @@ def test_the_second_model_has_the_reference_s_weights(second):
         assert list(weight.shape) == shape
         assert weight.sum().item() == pytest.approx(total, abs=1e-6 * absolute + 1e-3), name
         assert weight.abs().sum().item() == pytest.approx(absolute, rel=1e-6, abs=1e-3), name
+
+
+@pytest.mark.slow
+def test_the_second_model_computes_what_the_reference_says(second):
+    folder, expected = second
+    model = load_model(folder, torch.device("cpu"), torch.float32)
+    for case in expected["greedy"]:
+        cache = FullCache(model.config, len(case["ids"]) + len(case["continuation"]), "cpu",
+                          torch.float32)
+        logits = model.logits(model.prefill(torch.tensor(case["ids"]), cache)[-1:])
+        for token, value in case["top8"]:
+            assert logits[0, token].item() == pytest.approx(value, abs=2e-3)
+        written = []
+        for _ in case["continuation"]:
+            token = logits.argmax(dim=-1)
+            written.append(token.item())
+            logits = model.logits(model.decode(token, cache))
+        assert written == case["continuation"]
+    text = (REFERENCE / "walden_passage.txt").read_text(encoding="utf-8")
+    ids = torch.tensor(Tokenizer(folder).encode(text, add_bos=False)[:1024])
+    assert ids.sum() == expected["nll"]["ids_sum"]
+    cache = FullCache(model.config, 1024, "cpu", torch.float32)
+    loss = torch.nn.functional.cross_entropy(model.logits(model.prefill(ids, cache))[:-1], ids[1:])
+    assert loss.item() == pytest.approx(expected["nll"]["mean"], abs=1e-3)
