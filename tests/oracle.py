@@ -1,4 +1,4 @@
-"""SentenceKV as a slow reference, in lists and loops. Read it first, with
+"""SentenceKV (arXiv 2504.00970v2) as a slow reference, in lists and loops. Read it first, with
 `sentencekv.SentenceKVConfig` beside it.
 
     SlowHead  the method, for one KV head: prefill, then decode
