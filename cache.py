@@ -242,7 +242,7 @@ class LayerCache:
         self.scores.zero_()
 
     def decode(self, q, k, v) -> tuple:
-        """Select rows, load those that are missing (Section 3.3), return all slots and a mask."""
+        """Select rows, load those that are missing, return all slots and a mask."""
         plan = self.plan
         self.slots.index_copy_(1, plan.next_slot, torch.stack((k, v), dim=2))  # (H_kv, 1, 2, D)
         self.select(q.view(len(k), -1, q.shape[-1]))

@@ -1,11 +1,11 @@
-"""SentenceKV (arXiv 2504.00970) as pure functions on tensors.
+"""SentenceKV (arXiv 2504.00970v2) as pure functions on tensors.
 
 For every token it writes, a plain Llama reads the keys and values of all earlier tokens. SentenceKV
 reads those of a few sentences. This file decides which, for one layer, in this order:
 
-    prefill (Section 3.2)   find_secondary_sinks, token_importance -> keep_tokens -> order_rows
+    prefill (Section 4.1)   find_secondary_sinks, token_importance -> keep_tokens -> order_rows
                             -> sentence_bounds -> sentence_vectors
-    decode  (Section 3.3)   mean_query or gaussian -> select_rows
+    decode  (Section 4.2)   mean_query or gaussian -> select_rows
 
 Everything is per KV head: the query heads of a group share one selection, so each key is read once
 for all of them. A *row* of a KV head is the key and the value of a kept token.
@@ -95,8 +95,8 @@ def token_importance(q: torch.Tensor, k: torch.Tensor, pool: int = 7) -> torch.T
 def keep_tokens(importance, secondary, config: SentenceKVConfig) -> torch.Tensor:
     """Positions of the tokens that each head keeps, in reading order.
 
-    The observation window is always kept, as in the paper. So are all sinks and the recent window,
-    which the paper does not say: `cache.py` relies on it.
+    The observation window is always kept: the paper does not say so, the authors' code does it. So
+    are all sinks and the recent window: `cache.py` relies on it.
 
     importance (H_kv, T - W), secondary (H_kv, T) -> (H_kv, N)
     """
@@ -145,7 +145,7 @@ def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
 
 
 def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
-    """The semantic vector of each sentence: the mean of its kept keys, after RoPE (Section 3.2).
+    """The semantic vector of each sentence: the mean of its kept keys, after RoPE (Section 4.1).
 
     Also returns its variance (not in the paper): the squared distance of a key from that mean,
     averaged over keys and channels. An empty sentence gets zeros.
@@ -171,7 +171,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
 
 
 def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
-    """The paper's score (Section 3.3): the sentence vector times the mean query of the open
+    """The paper's score (Section 4.2): the sentence vector times the mean query of the open
     sentence. This is the score for one token, with the mean query of the group's heads. The cache
     adds up those of all tokens: with a decay of 1, they are in the order of the paper's mean.
 
@@ -201,7 +201,7 @@ SCORES = {"mean_query": mean_query, "gaussian": gaussian}
 
 
 def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> torch.Tensor:
-    """How many rows to select of each sentence (Section 3.3): all of the best ones, and of the one
+    """How many rows to select of each sentence (Section 4.2): all of the best ones, and of the one
     that no longer fits the budget, its first rows. Equal scores come in any order.
 
     scores (H_kv, S); available (H_kv, S), rows that can be selected; budget in rows of a head, a

@@ -58,7 +58,7 @@ from benchmarks.methods.base import (
     window_attention,
 )
 from benchmarks.rows import at_every_budget, differences, table
-from benchmarks.segmentation import old_spans
+from benchmarks.segmentation import authors_spans
 from cache import NO_ROW, SentenceKVCache
 from generate import prefill, seal_finished
 from model import FullCache, LlamaConfig, rope_table
@@ -108,8 +108,8 @@ class Method:
 def units(pieces: list[str], unit: str, limit: int) -> list[tuple[int, int]]:
     """The prompt in sentences of at most `limit` tokens, or in what they are compared with.
 
-    `chunkN`: N tokens each; `mergedN`: sentences joined until they have N tokens; `old`: the rule
-    of the authors' code.
+    `chunkN`: N tokens each; `mergedN`: sentences joined until they have N tokens; `authors`: the
+    rule of the authors' code.
     """
     if unit == "sentence":
         return token_spans(pieces, limit)
@@ -121,10 +121,10 @@ def units(pieces: list[str], unit: str, limit: int) -> list[tuple[int, int]]:
         for a, b in token_spans(pieces, limit):
             if b - start >= int(unit[6:]):
                 ends, start = [*ends, b], b
-    elif unit == "old":
-        return old_spans(pieces)
+    elif unit == "authors":
+        return authors_spans(pieces)
     else:
-        raise ValueError(f"unit {unit!r} is not sentence, chunkN, mergedN or old")
+        raise ValueError(f"unit {unit!r} is not sentence, chunkN, mergedN or authors")
     ends = sorted({*ends, len(pieces)})
     return list(zip([0, *ends], ends))
 

@@ -7,9 +7,10 @@ EWT:    one JSON object a line, with `text` and `sentence_char_spans`; an end fo
         character of a sentence is right. Web pages of the Universal Dependencies treebank.
 BOOK:   any text in UTF-8.
 
-Then, with the tokenizer in DIR, token spans by the rule of the SentenceKV authors' code (end after
-every token that is `.`, `!`, `?` or a line break) and by ours. A span ends in the middle of a
-sentence
+Then, with the tokenizer in DIR, token spans by the rule of the SentenceKV authors' code, and by
+ours. Their code has a list of marks, and ends a sentence after each token that is one of them. In a
+byte-level BPE these are the tokens `.`, `!`, `?` and `...`: a line break is not in the list, and
+other entries, such as an empty line, are no tokens. A span ends in the middle of a sentence
 - of a web page: if the page's own spans do not end there;
 - of a book, which has no such spans: if it stops inside a word, a number or a closing quote, if a
   small letter follows, if it stops at a title or an initial, or if it stops neither at a mark
@@ -19,6 +20,7 @@ sentence
 import argparse
 import sys
 import time
+from functools import partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
@@ -31,7 +33,8 @@ from support.document import read_text
 from weights.models import model_folder
 from weights.tokenizer import Tokenizer
 
-OLD_ENDS = {".", "!", "?", "\n"}
+AUTHORS_ENDS = {".", "!", "?", "..."}
+OURS = partial(token_spans, limit=128)  # with the default, more sentences are cut on purpose
 STOPPED = regex.compile(r"[.!?…:;][\p{Pe}\p{Pf}\"'_*]*$")
 SHORT = regex.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Messrs|Mme|Prof|Capt|Col|Rev|Hon|Esq|No|\p{Lu})\.$")
 
@@ -86,9 +89,9 @@ def characters_per_second(text: str) -> float:
     return len(text) / min(once() for _ in range(3))
 
 
-def old_spans(pieces: list[str]) -> list[tuple[int, int]]:
-    """An end after every token that is `.`, `!`, `?` or a line break."""
-    ends = [i for i, piece in enumerate(pieces, 1) if piece in OLD_ENDS]
+def authors_spans(pieces: list[str]) -> list[tuple[int, int]]:
+    """The rule of the authors' code: an end after every token that is one of their marks."""
+    ends = [i for i, piece in enumerate(pieces, 1) if piece in AUTHORS_ENDS]
     return list(pairwise(sorted({0, *ends, len(pieces)})))
 
 
@@ -125,14 +128,14 @@ def compare(pages: list[dict], book: str, tokenizer: Tokenizer):
     def inside_book(_, text, end):
         return is_inside(text, end)
 
-    print(f"\n{'token spans':18}{'spans':>9} {'median':>6} {'longest':>7} {'in middle':>9}")
+    print(f"\n{'token spans':20}{'spans':>9} {'median':>6} {'longest':>7} {'in middle':>9}")
     for name, texts, inside in (
         ("web pages", [page["text"] for page in pages], inside_page),
         ("book", [book], inside_book),
     ):
         tokenized = [tokenizer.pieces(tokenizer.prompt_ids(text, raw=True)) for text in texts]
-        for rule, cut in (("old", old_spans), ("ours", token_spans)):
-            print(f"{name + ', ' + rule:18}{describe(texts, tokenized, cut, inside)}")
+        for rule, cut in (("authors'", authors_spans), ("ours", OURS)):
+            print(f"{name + ', ' + rule:20}{describe(texts, tokenized, cut, inside)}")
 
 
 def parse(arguments) -> argparse.Namespace:

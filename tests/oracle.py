@@ -1,4 +1,4 @@
-"""SentenceKV as a slow reference, in lists and loops. Read it first, with
+"""SentenceKV (arXiv 2504.00970v2) as a slow reference, in lists and loops. Read it first, with
 `sentencekv.SentenceKVConfig` beside it.
 
     SlowHead  the method, for one KV head: prefill, then decode
@@ -28,7 +28,7 @@ class SlowHead:
         self.queries = []  # (G, D) of each token of the sentence being written
         self.selected = []  # for each decoded token, the positions that it selected
 
-    # Section 3.2: which tokens of the prompt are kept?
+    # Section 4.1: which tokens of the prompt are kept?
     def prefill(self, q, k, v):
         """Read the prompt: q (G, T, D), k and v (T, D)."""
         self.n_tokens = len(k)
@@ -66,20 +66,27 @@ class SlowHead:
                 kept.add(i)
         return sorted(kept)
 
-    # Section 3.3: which tokens does the next one attend to?
+    # Section 4.2: which tokens does the next one attend to?
     def decode(self, q, k, v) -> torch.Tensor:
-        """Take one token: q (G, D), k and v (D). Returns the keys and values (n, 2, D) of all
-        sinks, of the best sentences within the budget, and of the window."""
+        """Take one token: q (G, D), k and v (D). Returns the keys and values (n, 2, D) that it
+        attends to."""
         self.append(k, v)
         self.queries.append(q)
+        return torch.stack([self.kv[i] for i in self.attended()])
+
+    def attended(self) -> list:
+        """The positions of all sinks, of the best sentences within the budget, of the window."""
         all_sinks, window = self.first_sinks + self.secondary, self.window()
         room = self.config.token_budget - len(all_sinks) - len(window)
-        ranked = [i for span in self.best_sentences() for i in self.tokens_of(span)]
-        selected = [i for i in ranked if i not in all_sinks and i not in window][:room]
+        selected = [i for i in self.ranked() if i not in all_sinks and i not in window][:room]
         self.selected.append(selected)
         attended = all_sinks + selected + window
         assert len(attended) == len(set(attended)) <= self.config.token_budget
-        return torch.stack([self.kv[i] for i in attended])
+        return attended
+
+    def ranked(self) -> list:
+        """The kept positions of all sentences, those of the best one first."""
+        return [i for span in self.best_sentences() for i in self.tokens_of(span)]
 
     def append(self, k, v):
         """Add a token that is written, or of a later text: it is never dropped."""

@@ -319,7 +319,7 @@ def test_two_bits_a_channel_are_four_values(recording):
     assert 0.05 < left < 0.2  # 0.1175 for a Gaussian
 
 
-def test_the_published_settings_are_the_paper_s():
+def test_the_published_settings_are_the_authors():
     config = new_cache("published").config
     assert (config.score, config.sink_tokens, config.recent_window) == ("mean_query", 32, 32)
     assert (config.keep_factor, config.secondary_sinks, config.query_decay) == (2, 0, 1)

@@ -85,7 +85,7 @@ def test_units():
     pieces = ["One", " two", ".", " Three", " four", " five", ".", " Six"]
     assert quality.units(pieces, "sentence", 128) == [(0, 3), (3, 7), (7, 8)]
     assert quality.units(pieces, "sentence", 3) == [(0, 3), (3, 5), (5, 7), (7, 8)]
-    assert quality.units(pieces, "old", 128) == [(0, 3), (3, 7), (7, 8)]
+    assert quality.units(pieces, "authors", 128) == [(0, 3), (3, 7), (7, 8)]
     assert quality.units(pieces, "chunk5", 128) == [(0, 5), (5, 8)]
     assert quality.units(pieces, "merged4", 128) == [(0, 7), (7, 8)]
     with pytest.raises(ValueError, match="unit 'page' is not"):
@@ -286,7 +286,7 @@ def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
     (["--methods", "magic"], "method 'magic' is not one of full"),
     (["--methods", "snapkv:sink_tokens=4"], "there is no setting 'sink_tokens'"),
     (["--methods", "nowhere.py:Mine"], "method 'nowhere.py:Mine': FileNotFoundError"),
-    (["--methods", "quest:unit=old"], "method 'quest' remembers by no unit"),
+    (["--methods", "quest:unit=authors"], "method 'quest' remembers by no unit"),
     (["--methods", "sentencekv:score"], "settings are name=value"),
     (["--methods", "sentencekv:colour=red"], "there is no setting 'colour'"),
     (["--methods", "sentencekv:secondary_sinks=9", "--budgets", "36"], "must be at least 46"),

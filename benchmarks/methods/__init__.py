@@ -68,8 +68,10 @@ CLASSES = {"full": FullCache} | PUBLISHED | {f"{name}_dense": PUBLISHED[name] fo
 CLASSES |= SENTENCE_METHODS | {"best_tokens": retrieve.BestTokens}
 METHODS = tuple(CLASSES)
 
-# What some names set, and `sentencekv` does not. `published` has the settings of the paper, where
-# keep_factor is 1 to 5; `plain` has the Gaussian score, and keeps everything.
+# What some names set, and `sentencekv` does not. `published` has the authors' settings: 32 sinks
+# are their code's, the paper has none; the paper's keep_factor is 1 to 5. But its sentences, its
+# one choice per KV head and its sinks, the first tokens, are those of this project. `plain` has
+# the Gaussian score, and keeps everything.
 PLAIN = {"query_decay": 1.0, "secondary_sinks": 0, "sentence_limit": 128}
 SETTINGS = {"plain": PLAIN, "last_query": {"query_decay": 0.0},
             "best_sentences": {"query_decay": 0.0},

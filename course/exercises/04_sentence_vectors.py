@@ -3,7 +3,7 @@ import torch.nn.functional as F
 
 
 def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
-    """The semantic vector of each sentence: the mean of its kept keys, after RoPE (Section 3.2).
+    """The semantic vector of each sentence: the mean of its kept keys, after RoPE (Section 4.1).
 
     Also returns its variance (not in the paper): the squared distance of a key from that mean,
     averaged over keys and channels. An empty sentence gets zeros.

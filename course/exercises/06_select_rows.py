@@ -6,7 +6,7 @@ from support.settings import MAX_COUNT
 
 
 def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> torch.Tensor:
-    """How many rows to select of each sentence (Section 3.3): all of the best ones, and of the one
+    """How many rows to select of each sentence (Section 4.2): all of the best ones, and of the one
     that no longer fits the budget, its first rows. Equal scores come in any order.
 
     scores (H_kv, S); available (H_kv, S), rows that can be selected; budget in rows of a head, a
