@@ -209,7 +209,7 @@ def test_a_field_that_is_not_known_is_told(tmp_path, capsys):
 @pytest.mark.parametrize("files, message", [
     (["pytorch_model.bin"], "it has its weights in pytorch_model.bin: pickled weights are not read"),
     (["adapter_config.json", "adapter_model.safetensors"], "it is an adapter"),
-    (["model.q4.gguf"], "name the file itself, model.q4.gguf"),
+    (["model.q4.gguf"], "say which GGUF file, such as "),
     (["model-00001-of-00002.safetensors"], "it has shards, and no model.safetensors.index.json"),
 ])
 def test_a_folder_without_weights_says_what_it_has(tmp_path, files, message):

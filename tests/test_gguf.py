@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import REFERENCE, ROOT, TEXT, checkpoint, random_ids, random_llama
+from conftest import (REFERENCE, ROOT, TEXT, checkpoint, random_ids, random_llama,
+                      write_tiny_folder)
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -610,7 +611,7 @@ def test_a_name_is_a_model_unless_a_folder_has_it(tmp_path, monkeypatch):
     path = models.Path("qwen2.5-coder-0.5b")
     assert model_folder(None) == f"downloaded {DEFAULT}"
     assert model_folder(path) == "downloaded qwen2.5-coder-0.5b"
-    path.mkdir()
+    write_tiny_folder(path)
     assert model_folder(path) == path
 
 

@@ -14,40 +14,11 @@ from model import Llama, LlamaConfig
 from support.ranks import RANKS, connect, own_part, own_slice, read_part
 from support.report import say
 from weights.config import load_config, unknown_fields
-from weights.folder import add_samples, find, need, one_line, read_json, shown
+from weights.contents import weight_files
+from weights.folder import add_samples, one_line, read_json
 
 # The model's joined projections, and their parts in a checkpoint, in their order.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's one safetensors file, or the shards that its index names."""
-    whole = find(folder, "model.safetensors")
-    index = find(folder, "model.safetensors.index.json")
-    if whole:
-        return [whole]
-    if not index:
-        raise ValueError(f"{folder} has no model.safetensors{instead(folder)}")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
-        raise ValueError(f"{index} has no weight_map from names to files")
-    return [need(folder, name) for name in sorted(set(shards.values()))]
-
-
-def instead(folder: Path) -> str:
-    """What a folder without model.safetensors has in its place, and what to do."""
-    names = sorted(path.name for path in folder.iterdir())
-    kinds = {"adapter_": "; it is an adapter ({}): merge it into its base model first",
-             ".gguf": "; name the file itself, {}",
-             ".bin": "; it has its weights in {}: pickled weights are not read, save them as"
-                     " safetensors",
-             ".pth": "; it has its weights in {}: pickled weights are not read",
-             ".safetensors": "; it has shards, and no model.safetensors.index.json ({})"}
-    for kind, text in kinds.items():
-        for name in names:
-            if name.startswith(kind) or name.endswith(kind):
-                return text.format(shown(name).strip("'"))
-    return ""
 
 
 def fingerprint(folder: Path) -> str:
