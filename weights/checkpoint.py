@@ -5,6 +5,8 @@ Whatever does not fit `config.json` is refused with a ValueError that names it.
 
 import hashlib
 import re
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -80,7 +82,7 @@ def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    # Llama 2 checkpoints also store RoPE's frequencies, tied ones a second head.
+                    # Llama 2 checkpoints also store RoPE's frequencies, tied ones the head again.
                     spare = "rotary_emb.inv_freq" in name
                     spare |= name == "lm_head.weight" and config.tie_word_embeddings
                     short = name.removeprefix("model.")
@@ -92,6 +94,32 @@ def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
             raise ValueError(f"{path} is not a complete safetensors file:"
                              f" {one_line(error)}") from None
     return tensors
+
+
+def with_own_head(files: list[Path], config: LlamaConfig) -> LlamaConfig:
+    """The config, not tied if the files hold a head that differs from the embeddings: that head is
+    used, and a line says so."""
+    if not config.tie_word_embeddings:
+        return config
+    with ExitStack() as stack:
+        places = {}
+        for path in files:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            places |= {name.removeprefix("model."): file.get_slice(name) for name in file.keys()}
+        head, embeddings = places.get("lm_head.weight"), places.get("embed_tokens.weight")
+        if not head or not embeddings or equal(head, embeddings):
+            return config
+    say("config.json ties the head to the embeddings, but lm_head.weight differs from them: it is"
+        " used as it is stored")
+    return replace(config, tie_word_embeddings=False)
+
+
+def equal(a, b, n_rows: int = 1024) -> bool:
+    """Compare two stored tensors, so many rows at a time."""
+    if a.get_shape() != b.get_shape():
+        return False
+    starts = range(0, (a.get_shape() or [0])[0], n_rows)
+    return all(torch.equal(*(x[i : i + n_rows].float() for x in (a, b))) for i in starts)
 
 
 def pick_device(name: str) -> torch.device:
@@ -129,6 +157,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     config, files = load_config(folder), weight_files(folder)
     if unknown := unknown_fields(read_json(folder / "config.json")):
         say(f"config.json has fields that are not known, and may change what is computed: {unknown}")
+    read_tensors(files, config, stored_shape)  # they are whole
+    config = with_own_head(files, config)
     stored = read_tensors(files, config, stored_shape)
     if config.num_hidden_layers > len(stored):  # a module a layer would take long to make
         raise ValueError(f"the weights do not fit config.json: {config.num_hidden_layers} layers,"
