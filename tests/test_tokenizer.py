@@ -89,9 +89,9 @@ def test_a_truncation_saved_with_the_tokenizer_is_not_applied(tiny_folder):
 
 def test_templates_see_tools_and_absent_tokens_as_transformers_shows_them(tiny_folder):
     settings = {"bos_token": None, "chat_template": "{{ bos_token }}{% if tools is not none %}T"
-                "{% endif %}{{ 'é<' | tojson(ensure_ascii=False) }}"}
+                "{% endif %}{{ messages[0].content }}"}
     (tiny_folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert Tokenizer(tiny_folder).render_chat("hello") == '"é<"'
+    assert Tokenizer(tiny_folder).render_chat("hello") == "hello"
 
 
 def test_the_next_turn_follows_an_answer(default_folder):
@@ -155,8 +155,9 @@ def test_control_tokens_spelled_for_sentencepiece_are_text(llama2_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("template, message", [
-    ("{{ 'x' * 10**9 }}", "too much memory"), ("{{ '\\ud800' }}", "surrogates not allowed"),
-    ("{{ 'x' * 10**8 }}", "more than 67108864 characters"), ("{{ no.thing.here }}", "undefined"),
+    ("{{ 'x' * 10**9 }}", "too much memory"),
+    ("{{ messages[0].content }}{{ '\\ud800' }}", "surrogates not allowed"),
+    ("{{ messages[0].content }}{{ 'x' * 10**8 }}", "more than 67108864 characters"), ("{{ no.thing.here }}", "undefined"),
     ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{% if %}", "Expected an expression"),
     ("{{ raise_exception('no\n') }}", "failed: no"),
     ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
