@@ -48,7 +48,7 @@ def test_the_tokens_that_are_named(tmp_path, config, old, expected):
 @pytest.mark.parametrize("files, message", [
     ({"tokenizer_config": {"add_bos_token": 1}}, "add_bos_token is 1, must be "),
     ({"tokenizer_config": {"eos_token": True}}, "eos_token is True, must be a string"),
-    ({"tokenizer_config": {"eos_token": {"content": "a", "lstrip": 1}}}, "lstrip is 1, must be true"),
+    ({"tokenizer_config": {"eos_token": {"content": "a", "lstrip": 1}}}, "lstrip is 1, must be"),
     ({"tokenizer_config": {"additional_special_tokens": [5]}}, "additional_special_tokens is 5"),
     ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder is []"),
     ({"tokenizer_config": {"added_tokens_decoder": {"-1": "a"}}}, "'-1', which is no token id"),
@@ -122,8 +122,8 @@ def test_tokens_of_the_vocabulary_are_found_as_they_are_named_or_added(tmp_path)
     assert tokenizer.encode("<x></s>!", add_bos=False) == [7, 6, 4]
     assert tokenizer.special == {5, 6} and tokenizer.stop_tokens() == {5, 6, -1, 10**30}
     assert tokenizer.pieces([3, 5, 7, 4, 6]) == ["a", "\n\n", "<x>", "!", "\n\n"]
-    assert tokenizer.pieces(tokenizer.prompt_ids("</s>", raw=True)) == ["<", "/", "s", ">"][:1] + [
-        "s", ">"]  # no character "/" is in this vocabulary
+    # As text it is its characters, of which this vocabulary has no "/".
+    assert tokenizer.pieces(tokenizer.prompt_ids("</s>", raw=True)) == ["<", "s", ">"]
 
 
 def test_an_added_token_can_take_the_space_around_it(spm):
@@ -143,7 +143,7 @@ def test_an_added_token_whose_number_is_taken_is_refused(tiny_folder):
     {"tokenizer_config": {"eos_token": "<|im_end|>", "chat_template": CHATML}},
     {"special_tokens_map": {"eos_token": {"content": "<|im_end|>"}},
      "tokenizer_config": {"chat_template": CHATML}},
-    {"tokenizer_config": {"chat_template": CHATML.replace("<|im_end|>", "{{ '<|im_' + 'end|>' }}")}},
+    {"tokenizer_config": {"chat_template": CHATML.replace("im_end", "{{ 'im_' + 'end' }}")}},
     {"tokenizer_config": {"chat_template": CHATML}, "generation_config": {"eos_token_id": 258}},
     {"tokenizer_config": {"additional_special_tokens": ["<|im_end|>", "<|im_start|>"],
                           "chat_template": CHATML}},

@@ -156,7 +156,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     """
     config, files = load_config(folder), weight_files(folder)
     if unknown := unknown_fields(read_json(folder / "config.json")):
-        say(f"config.json has fields that are not known, and may change what is computed: {unknown}")
+        say("config.json has fields that are not known, and may change what is computed:"
+            f" {unknown}")
     read_tensors(files, config, stored_shape)  # they are whole
     config = with_own_head(files, config)
     stored = read_tensors(files, config, stored_shape)

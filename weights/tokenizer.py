@@ -52,8 +52,8 @@ class Tokenizer:
         added, names = self.tokens.added, {token.content for token in self.settings.special}
         self.special = {index for index, token in added.items()
                         if token.special or token.content in names}
-        self.special |= {index for index in self.stop_ids() if index in added or 0 <= index < MOST_ID
-                         and CONTROL.match(self.tokens.token_of(index) or "")}
+        self.special |= {i for i in self.stop_ids() if i in added or 0 <= i < MOST_ID
+                         and CONTROL.match(self.tokens.token_of(i) or "")}
         others = {index: token.content for index, token in added.items()
                   if index not in self.special and CONTROL.match(token.content)}
         written, source = self.written() if others else ("", "")
