@@ -149,8 +149,9 @@ class Session:
         """Print an answer from its first token on, add its tokens to `self.written`, and return its
         text. `stopped()` is 0, or the signal that ends it."""
         n_most = min(self.args.max_new_tokens, self.max_tokens - len(self.ids))
+        detokenize = self.tokenizer.detokenizer(self.ids[-1:] if self.args.raw else ())
         pairs = generate(
-            self.model, self.cache, first, self.tokenizer.detokenizer(), self.choose_token,
+            self.model, self.cache, first, detokenize, self.choose_token,
             self.stop, n_most, self.config.sentence_limit, self.timer, self.decode)
         if self.trace:
             pairs = self.trace.watch(pairs)

@@ -120,6 +120,11 @@ def write_llama2_tokenizer(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def llama2_folder(tmp_path_factory):
+    return write_llama2_tokenizer(tmp_path_factory.mktemp("llama2"))
+
+
 def random_spans(n_tokens: int, longest: int = 15) -> list:
     """Sentences of 1 to `longest` tokens that tile `n_tokens`, the same every time."""
     generator = torch.Generator().manual_seed(n_tokens)

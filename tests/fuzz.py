@@ -85,11 +85,12 @@ def folder_case(choose: random.Random, base: Path, folder: Path):
     import torch
 
     from weights.checkpoint import load_model
+    from weights.contents import check_folder
     from weights.tokenizer import Tokenizer
 
     shutil.copytree(base, folder)
     spoil(folder, choose)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(check_folder(folder))
     model = load_model(folder, torch.device("cpu"), torch.float32)
     tokenizer.stop_tokens()
     ids = tokenizer.prompt_ids("Hi. It is late! Who <s>slept?")
@@ -151,13 +152,20 @@ def write_folders(place: Path) -> list[Path]:
         write_tiny_folder(folder)
     write_tiny_folder(llama2, replace(TINY, vocab_size=320))
     (chat / "tokenizer_config.json").write_text(json.dumps({
-        "eos_token": "<end>", "chat_template": "{% for m in messages %}{{ m.role }}: "
-        "{{ m.content }}<end>{% endfor %}assistant: "}))
+        "eos_token": "<end>", "add_bos_token": True, "additional_special_tokens": ["<a>"],
+        "chat_template": "{% for m in messages %}{{ m.role }}: <|x|>{{ m.content }}<end>"
+        "{% endfor %}assistant: ",
+        "added_tokens_decoder": {"257": {"content": "<a>"}, "258": {"content": "<|x|>"}}}))
     shutil.copytree(REFERENCE / "tiny_head_dim_sharded", shards)
-    shutil.copy(plain / "tokenizer.json", shards)
+    tokenizer = json.loads((plain / "tokenizer.json").read_text())
+    tokenizer["decoder"] = {"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "_"}, "content": " "}, {"type": "ByteFallback"},
+        {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    (shards / "tokenizer.json").write_text(json.dumps(tokenizer))
     (llama2 / "tokenizer.json").unlink()
     write_llama2_tokenizer(llama2)
     (llama2 / "added_tokens.json").write_text('{"<extra>": 310}')
+    (llama2 / "special_tokens_map.json").write_text('{"eos_token": {"content": "<extra>"}}')
     near = [place / f"tiny_{name}" for name in ("qwen2_yarn", "qwen3", "mistral", "llama_linear")]
     for folder in near:
         shutil.copytree(REFERENCE / folder.name, folder)

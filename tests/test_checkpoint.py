@@ -92,6 +92,27 @@ def test_spare_tensors_of_older_checkpoints_are_passed_over(tmp_path):
     load_model(folder, CPU, torch.float32)
 
 
+@pytest.mark.parametrize("place", [0, 40, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_of_its_own_is_used_though_the_config_is_tied(tmp_path, capsys, place, dtype):
+    folder = copy_tiny(tmp_path, "tiny_llama3_rope_tied")
+    head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].to(dtype)
+    head[place, place] += 1
+    change(folder, lambda weights: weights.update({"lm_head.weight": head}))
+    model = load_model(folder, CPU, torch.float32)
+    assert torch.equal(model.lm_head.weight, head.float())
+    assert not torch.equal(model.lm_head.weight, model.embed_tokens.weight)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "lm_head.weight differs from them: it is used" in said
+
+
+def test_a_head_of_another_shape_is_refused_though_the_config_is_tied(tmp_path):
+    folder = copy_tiny(tmp_path, "tiny_llama3_rope_tied")
+    change(folder, lambda weights: weights.update({"lm_head.weight": torch.ones(3, 4)}))
+    with pytest.raises(ValueError, match=r"1 of the wrong shape: lm_head.weight \(3, 4\)"):
+        load_model(folder, CPU, torch.float32)
+
+
 @pytest.mark.parametrize("edit, message", [
     ({"architectures": ["GemmaForCausalLM"]}, "architecture GemmaForCausalLM is not supported"),
     ({"architectures": None, "model_type": "phi3"}, "architecture phi3 is not supported"),
@@ -209,7 +230,7 @@ def test_a_field_that_is_not_known_is_told(tmp_path, capsys):
 @pytest.mark.parametrize("files, message", [
     (["pytorch_model.bin"], "it has its weights in pytorch_model.bin: pickled weights are not read"),
     (["adapter_config.json", "adapter_model.safetensors"], "it is an adapter"),
-    (["model.q4.gguf"], "name the file itself, model.q4.gguf"),
+    (["model.q4.gguf"], "say which GGUF file, such as "),
     (["model-00001-of-00002.safetensors"], "it has shards, and no model.safetensors.index.json"),
 ])
 def test_a_folder_without_weights_says_what_it_has(tmp_path, files, message):

@@ -423,7 +423,7 @@ def test_a_bad_option_is_one_line(capfd, tiny_folder, prompt, arguments, message
     ("tokenizer_config.json", '{"bos_token": {"id": 1}}', "no tokenizer in"),
     ("generation_config.json", '{"eos_token_id": [[1]]}', "eos_token_id [[1]] is not an integer"),
     ("chat_template.jinja", "{{ messages.content + 1 }}", "the model's chat template failed"),
-    ("chat_template.jinja", "{# nothing #}", "the prompt has no tokens"),
+    ("chat_template.jinja", "{# nothing #}", "it leaves out the user's text"),
     ("config.json", '{"model_type": "llama", "vocab_size": "many"}', "config.json"),
     ("config.json", '{"model_type": "llama", "quantization_config": "fp8"}', "config.json"),
 ])

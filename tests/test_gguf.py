@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import REFERENCE, ROOT, TEXT, checkpoint, random_ids, random_llama
+from conftest import (REFERENCE, ROOT, TEXT, checkpoint, random_ids, random_llama,
+                      write_tiny_folder)
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -26,7 +27,8 @@ from weights.checkpoint import load_model
 from weights.download import DEFAULT, MODELS, download, is_whole
 from weights.gguf_file import LAYER_TENSORS, TENSORS, convert, half_split_rows
 from weights.models import model_folder
-from weights.tokenizer import Tokenizer, byte_alphabet
+from weights.pieces import byte_alphabet
+from weights.tokenizer import Tokenizer
 
 SIZES = LlamaConfig(vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                     num_attention_heads=4, num_key_value_heads=2, head_dim=16,
@@ -512,7 +514,7 @@ def test_sentencepiece_encodes_like_the_original(tmp_path, folder, original, tex
 
 def test_sentencepiece_without_a_space_or_a_token_before_the_text(tmp_path, folder, original):
     tokenizer = write_spm(tmp_path, folder, original)
-    assert "".join(tokenizer.pieces(tokenizer.encode("It was", add_bos=True))) == "\n\n It was"
+    assert "".join(tokenizer.pieces(tokenizer.encode("It was", add_bos=True))) == "\n\nIt was"
     tokenizer = write_spm(tmp_path, folder, original, add_space_prefix=False, add_bos_token=False)
     assert "".join(tokenizer.pieces(tokenizer.encode("It was", add_bos=True))) == "It was"
 
@@ -610,7 +612,7 @@ def test_a_name_is_a_model_unless_a_folder_has_it(tmp_path, monkeypatch):
     path = models.Path("qwen2.5-coder-0.5b")
     assert model_folder(None) == f"downloaded {DEFAULT}"
     assert model_folder(path) == "downloaded qwen2.5-coder-0.5b"
-    path.mkdir()
+    write_tiny_folder(path)
     assert model_folder(path) == path
 
 

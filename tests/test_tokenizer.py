@@ -3,10 +3,10 @@ import json
 import shutil
 
 import pytest
-from conftest import write_llama2_tokenizer
 
 from weights import tokenizer as module
 from weights.tokenizer import Tokenizer
+
 
 def test_docstrings():
     assert doctest.testmod(module).failed == 0
@@ -36,17 +36,12 @@ def test_pieces_are_whole_characters_and_special_tokens_end_paragraphs(default_f
     assert "" in pieces and "\ufffd" not in "".join(pieces)
 
 
-@pytest.fixture(scope="module")
-def llama2_folder(tmp_path_factory):
-    return write_llama2_tokenizer(tmp_path_factory.mktemp("llama2"))
-
-
 def test_sentencepiece_tokenizers_add_bos_and_fall_back_to_bytes(llama2_folder):
     tokenizer = Tokenizer(llama2_folder)
     ids = tokenizer.prompt_ids("Mr. Fox 🙂", raw=True)
     assert ids[0] == 1 and 1 not in ids[1:]
-    assert "".join(tokenizer.pieces(ids[1:])) == " Mr. Fox 🙂"
-    assert tokenizer.pieces(ids).count("") == 3  # the first three bytes of the face
+    assert "".join(tokenizer.pieces(ids[1:])) == "Mr. Fox 🙂"
+    assert tokenizer.pieces(ids).count("") == 4  # a space, and the first bytes of the face
     assert tokenizer.stop_tokens() == {2}
 
 
@@ -54,16 +49,18 @@ def test_sentencepiece_finds_the_control_tokens_of_the_template(llama2_folder):
     tokenizer = Tokenizer(llama2_folder)
     ids = tokenizer.prompt_ids("Mr. Fox", raw=False)
     assert ids[0] == 1 and 1 not in ids[1:]
-    assert "".join(tokenizer.pieces(ids)).replace("\n", "") == " [INST] Mr. Fox [/INST]"
+    assert "".join(tokenizer.pieces(ids)).replace("\n", "") == "[INST] Mr. Fox [/INST]"
 
 
 def test_tokens_added_beside_a_sentencepiece_model_are_known(llama2_folder, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((llama2_folder / "tokenizer.model").read_bytes())
     size = len(Tokenizer(tmp_path).tokens.model)
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size}))
-    tokenizer = Tokenizer(tmp_path)
-    ids = tokenizer.encode("late<|im_end|>", add_bos=False)
-    assert ids[-1] == size and tokenizer.pieces(ids)[-1] == "\n\n"
+    for named, piece in (("</s>", "<|im_end|>"), ("<|im_end|>", "\n\n")):
+        (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": named}))
+        tokenizer = Tokenizer(tmp_path)
+        ids = tokenizer.encode("late<|im_end|>", add_bos=False)
+        assert ids[-1] == size and tokenizer.pieces(ids)[-1] == piece
     assert tokenizer.pieces([size + 5]) == [""]  # a row of a padded embedding
 
 
@@ -89,9 +86,9 @@ def test_a_truncation_saved_with_the_tokenizer_is_not_applied(tiny_folder):
 
 def test_templates_see_tools_and_absent_tokens_as_transformers_shows_them(tiny_folder):
     settings = {"bos_token": None, "chat_template": "{{ bos_token }}{% if tools is not none %}T"
-                "{% endif %}{{ 'é<' | tojson(ensure_ascii=False) }}"}
+                "{% endif %}{{ messages[0].content }}"}
     (tiny_folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert Tokenizer(tiny_folder).render_chat("hello") == '"é<"'
+    assert Tokenizer(tiny_folder).render_chat("hello") == "hello"
 
 
 def test_the_next_turn_follows_an_answer(default_folder):
@@ -155,8 +152,10 @@ def test_control_tokens_spelled_for_sentencepiece_are_text(llama2_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("template, message", [
-    ("{{ 'x' * 10**9 }}", "too much memory"), ("{{ '\\ud800' }}", "surrogates not allowed"),
-    ("{{ 'x' * 10**8 }}", "more than 67108864 characters"), ("{{ no.thing.here }}", "undefined"),
+    ("{{ 'x' * 10**9 }}", "too much memory"),
+    ("{{ messages[0].content }}{{ '\\ud800' }}", "surrogates not allowed"),
+    ("{{ messages[0].content }}{{ 'x' * 10**8 }}", "more than 67108864 characters"),
+    ("{{ no.thing.here }}", "undefined"),
     ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{% if %}", "Expected an expression"),
     ("{{ raise_exception('no\n') }}", "failed: no"),
     ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
@@ -178,9 +177,77 @@ def test_a_special_token_of_any_name_is_text_in_a_prompt(llama2_folder, tmp_path
     """One of one character made the program hang."""
     folder = shutil.copytree(llama2_folder, tmp_path / "folder")
     (folder / "added_tokens.json").write_text(json.dumps({name: 500}))
+    (folder / "special_tokens_map.json").write_text(json.dumps(
+        {"additional_special_tokens": [name]}))
     tokenizer = Tokenizer(folder)
     text = f"Hi {name}{name}x \ufdd0\ufde0\ufdd3 </s> 0 a"
     ids = tokenizer.prompt_ids(text)
     assert 500 not in ids and text in "".join(tokenizer.pieces(ids))
     spelled = Tokenizer(folder, spelled=True).prompt_ids(text)
     assert spelled.count(500) == (text.count(name) if name else 0)
+
+
+@pytest.mark.parametrize("template, expected", [
+    ("{% generation %}{{ c }}{%- endgeneration %}", "Öl \"x\""),
+    ("{% set a = 1 %}{% generation %}{% set a = 2 %}{{ c }}{% endgeneration %}{{ a }}",
+     "Öl \"x\"1"),
+    ("{{ {'text': c} | tojson }}", '{"text": "Öl \\"x\\""}'),
+    ("{{ {'b': c, 'a': 1} | tojson(indent=1, sort_keys=True) }}",
+     '{\n "a": 1,\n "b": "Öl \\"x\\""\n}'),
+    ("{{ [c, '<&'] | tojson(separators=(',', ':')) }}", '["Öl \\"x\\"","<&"]'),
+    ("{{ c | tojson(True) }}", '"\\u00d6l \\"x\\""'),
+    ("{% for i in range(9) %}{% if i == 1 %}{% break %}{% endif %}{{ c }}{% endfor %}", "Öl \"x\""),
+    ("{{ c | trim }}{{ strftime_now('%Y')[:1] }}{{ bos_token }}", "Öl \"x\"2"),
+])
+def test_templates_have_what_transformers_gives_them(tiny_folder, template, expected):
+    (tiny_folder / "chat_template.jinja").write_text(
+        "{% set c = messages[0].content %}" + template)
+    assert Tokenizer(tiny_folder).render_chat('Öl "x"') == expected
+
+
+PARTS = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("content", [
+    PARTS, "{{ m.content[0].text }}", "{{ m['content'] | map(attribute='text') | join }}",
+    "{{ m.content | upper }}",
+    "{% if m.content is string %}{{ raise_exception('parts') }}{% endif %}" + PARTS,
+    "{% if m.content is string %}{{ m.content }}{% else %}{{ raise_exception('no') }}{% endif %}"])
+def test_content_is_given_in_the_shape_that_the_template_wants(tiny_folder, content):
+    template = "{% for m in messages %}[" + content + "]{% endfor %}"
+    (tiny_folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer(tiny_folder)
+    shown = lambda text: text.upper() if "upper" in content else text
+    assert tokenizer.render_chat("Who?", "He.", "Why?") == shown("[Who?][He.][Why?]")
+    text = "Who <end> said?\n"
+    assert shown("Who ") + "<end>" in "".join(tokenizer.pieces(tokenizer.prompt_ids(text)))
+    assert 256 not in tokenizer.prompt_ids(text)
+
+
+@pytest.mark.parametrize("template", ["Hello.", "{{ messages[0].text }}", "{{ messages | length }}",
+                                      "{% for m in messages if m.role == 'system' %}{{ m.content }}"
+                                      "{% endfor %}"])
+def test_a_template_that_leaves_the_text_out_is_refused(tiny_folder, template):
+    (tiny_folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match="failed: it leaves out the user's text"):
+        Tokenizer(tiny_folder).prompt_ids("Who?")
+
+
+def test_a_template_that_escapes_a_spelled_token_is_refused(tiny_folder):
+    (tiny_folder / "chat_template.jinja").write_text("{{ messages[0].content | tojson(True) }}")
+    assert Tokenizer(tiny_folder).prompt_ids("Who?")
+    with pytest.raises(ValueError, match="changes the special tokens that .* such as '<end>'"):
+        Tokenizer(tiny_folder).prompt_ids("Who <end>?")
+
+
+@pytest.mark.parametrize("templates", [
+    [{"name": "chat", "template": "a"}, {"name": "tool\nuse", "template": "b"}],
+    {"chat": "a", "tool\nuse": "b"}, [{"name": "default"}, {"name": "chat", "template": "a"},
+                                      {"name": "tool\nuse", "template": "b"}]])
+def test_templates_without_a_default_are_named(tiny_folder, templates):
+    (tiny_folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    tokenizer = Tokenizer(tiny_folder)
+    for ask in (tokenizer.prompt_ids, tokenizer.turn_ids):
+        with pytest.raises(ValueError, match=r"templates for .*chat, tool\\nuse, and no default"):
+            ask("Who?")
+    assert tokenizer.prompt_ids("Who?", raw=True)

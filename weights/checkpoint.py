@@ -5,6 +5,8 @@ Whatever does not fit `config.json` is refused with a ValueError that names it.
 
 import hashlib
 import re
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,40 +16,11 @@ from model import Llama, LlamaConfig
 from support.ranks import RANKS, connect, own_part, own_slice, read_part
 from support.report import say
 from weights.config import load_config, unknown_fields
-from weights.folder import add_samples, find, need, one_line, read_json, shown
+from weights.contents import weight_files
+from weights.folder import add_samples, one_line, read_json
 
 # The model's joined projections, and their parts in a checkpoint, in their order.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The checkpoint's one safetensors file, or the shards that its index names."""
-    whole = find(folder, "model.safetensors")
-    index = find(folder, "model.safetensors.index.json")
-    if whole:
-        return [whole]
-    if not index:
-        raise ValueError(f"{folder} has no model.safetensors{instead(folder)}")
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(x, str) for x in shards.values()):
-        raise ValueError(f"{index} has no weight_map from names to files")
-    return [need(folder, name) for name in sorted(set(shards.values()))]
-
-
-def instead(folder: Path) -> str:
-    """What a folder without model.safetensors has in its place, and what to do."""
-    names = sorted(path.name for path in folder.iterdir())
-    kinds = {"adapter_": "; it is an adapter ({}): merge it into its base model first",
-             ".gguf": "; name the file itself, {}",
-             ".bin": "; it has its weights in {}: pickled weights are not read, save them as"
-                     " safetensors",
-             ".pth": "; it has its weights in {}: pickled weights are not read",
-             ".safetensors": "; it has shards, and no model.safetensors.index.json ({})"}
-    for kind, text in kinds.items():
-        for name in names:
-            if name.startswith(kind) or name.endswith(kind):
-                return text.format(shown(name).strip("'"))
-    return ""
 
 
 def fingerprint(folder: Path) -> str:
@@ -109,7 +82,7 @@ def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    # Llama 2 checkpoints also store RoPE's frequencies, tied ones a second head.
+                    # Llama 2 checkpoints also store RoPE's frequencies, tied ones the head again.
                     spare = "rotary_emb.inv_freq" in name
                     spare |= name == "lm_head.weight" and config.tie_word_embeddings
                     short = name.removeprefix("model.")
@@ -121,6 +94,32 @@ def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
             raise ValueError(f"{path} is not a complete safetensors file:"
                              f" {one_line(error)}") from None
     return tensors
+
+
+def with_own_head(files: list[Path], config: LlamaConfig) -> LlamaConfig:
+    """The config, not tied if the files hold a head that differs from the embeddings: that head is
+    used, and a line says so."""
+    if not config.tie_word_embeddings:
+        return config
+    with ExitStack() as stack:
+        places = {}
+        for path in files:
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            places |= {name.removeprefix("model."): file.get_slice(name) for name in file.keys()}
+        head, embeddings = places.get("lm_head.weight"), places.get("embed_tokens.weight")
+        if not head or not embeddings or equal(head, embeddings):
+            return config
+    say("config.json ties the head to the embeddings, but lm_head.weight differs from them: it is"
+        " used as it is stored")
+    return replace(config, tie_word_embeddings=False)
+
+
+def equal(a, b, n_rows: int = 1024) -> bool:
+    """Compare two stored tensors, so many rows at a time."""
+    if a.get_shape() != b.get_shape():
+        return False
+    starts = range(0, (a.get_shape() or [0])[0], n_rows)
+    return all(torch.equal(*(x[i : i + n_rows].float() for x in (a, b))) for i in starts)
 
 
 def pick_device(name: str) -> torch.device:
@@ -157,7 +156,10 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     """
     config, files = load_config(folder), weight_files(folder)
     if unknown := unknown_fields(read_json(folder / "config.json")):
-        say(f"config.json has fields that are not known, and may change what is computed: {unknown}")
+        say("config.json has fields that are not known, and may change what is computed:"
+            f" {unknown}")
+    read_tensors(files, config, stored_shape)  # they are whole
+    config = with_own_head(files, config)
     stored = read_tensors(files, config, stored_shape)
     if config.num_hidden_layers > len(stored):  # a module a layer would take long to make
         raise ValueError(f"the weights do not fit config.json: {config.num_hidden_layers} layers,"

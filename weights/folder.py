@@ -15,6 +15,7 @@ from pathlib import Path
 MOST_JSON = 2**26  # bytes of a JSON file that is read here
 SAMPLE = 2**16  # bytes, of which 64 samples are read of a file that is recognised
 UNFINISHED = ".unfinished-"  # how the name of a folder begins that is being made
+POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has in place of a large one
 OLD = 3600  # seconds: one in which nothing was written for so long is taken for a killed run's
 
 
@@ -36,7 +37,16 @@ def find(folder: Path, name: str) -> Path | None:
         raise ValueError(f"{path} is outside the model's folder")
     if not real.is_file():
         raise ValueError(f"{path} is not a regular file")
+    refuse_pointer(path)
     return path
+
+
+def refuse_pointer(path: Path) -> None:
+    """ValueError if a file is what Git has of it where Git LFS is not installed."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer and not the file itself: run `git lfs"
+                             " pull` where it was cloned")
 
 
 def need(folder: Path, name: str) -> Path:
@@ -93,13 +103,18 @@ def check(values: dict, limits: dict, where) -> None:
             wanted = {bool: "true or false", str: "a string", dict: "an object",
                       list: "a list"}[limit]
         if not good:
-            raise ValueError(f"{where}: {name} is {shown(value)}, must be {wanted}")
+            raise ValueError(f"{where}: {plain(name)} is {shown(value)}, must be {wanted}")
 
 
 def shown(value) -> str:
     """A value of a strange file in few characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def plain(name: str) -> str:
+    """A name of a strange file, in one line and without quotes."""
+    return shown(name).strip("'")
 
 
 def one_line(error: BaseException) -> str:

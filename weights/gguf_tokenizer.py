@@ -15,8 +15,8 @@ from tokenizers import pre_tokenizers as pre
 from tokenizers import processors
 
 from weights.folder import check, one_line, shown
+from weights.pieces import byte_alphabet
 from weights.tokenizer import Tokenizer as ModelTokenizer
-from weights.tokenizer import byte_alphabet
 
 LIMITS = {  # see `weights.folder.check`
     "tokenizer.ggml.model": str, "tokenizer.ggml.pre": str, "tokenizer.ggml.tokens": list,

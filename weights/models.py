@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
+from weights.contents import check_folder
 from weights.download import DEFAULT, MODELS, download
-from weights.folder import add_samples, make_whole, read_optional
+from weights.folder import add_samples, make_whole, read_optional, refuse_pointer
 from weights.gguf_file import convert
 from weights.gguf_reader import MAGIC
 
 ORIGIN = "gguf.json"  # in a folder: which file it was converted from
+HUB = re.compile(r"(?:https?:/+)?(?:huggingface\.co/|hf\.co/|hf:/+)?([\w.-]+/[\w.-]+)")  # org/name
 
 
 def model_folder(name: Path | None) -> Path:
@@ -25,25 +28,29 @@ def model_folder(name: Path | None) -> Path:
         if is_gguf(name):
             return converted(name)
         raise ValueError(f"--model {name} is a file that is not GGUF: a folder or a GGUF file is"
-                         " read")
+                         f" read{file_of(name.parent)}")
     if str(name) in MODELS:
         return download(str(name))
     raise ValueError(f"--model {name}: no such folder, no such GGUF file, and not one of the names"
-                     f" {', '.join(MODELS)}")
+                     f" {', '.join(MODELS)}{of_the_hub(name)}")
 
 
-def check_folder(folder: Path) -> Path:
-    """ValueError if a GGUF file in it must be meant."""
-    found = sorted(folder.glob("*.gguf"))
-    if found and not (folder / "config.json").exists():
-        raise ValueError(f"--model {folder} is not a folder of the Hugging Face hub: say which"
-                         f" GGUF file, such as {found[0]}")
-    return folder
+def file_of(folder: Path) -> str:
+    """What to name in place of one of a model's files."""
+    return f"; name its folder, {folder}" if (folder / "config.json").is_file() else ""
+
+
+def of_the_hub(name: Path) -> str:
+    """What to do with a name that a model may have on the Hugging Face hub."""
+    found = None if name.parent.is_dir() else HUB.fullmatch(str(name))
+    return ("; models of the Hugging Face hub are not downloaded: bring it into a folder, as by"
+            f" `hf download {found[1]} --local-dir FOLDER`") if found else ""
 
 
 def is_gguf(path: Path) -> bool:
     if not path.is_file():  # a pipe would have to be waited for
         return False
+    refuse_pointer(path)
     with open(path, "rb") as file:
         return path.suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC
 

@@ -10,6 +10,7 @@ import sys
 from functools import lru_cache
 
 SECONDS, MOST_MEMORY, MOST_TEXT = 10, 2**30, 2**26  # seconds, bytes, characters
+PROBE = "7350926184"  # a text that no filter changes
 
 
 @lru_cache(maxsize=16)
@@ -32,24 +33,70 @@ def render(template: str, values: str, now: str) -> str:
 
 def render_here(template: str, values: dict, now: str) -> str:
     """What the other process does. It may raise anything."""
+    template, problem = environment(now).from_string(template), None
+    for shape in (str, in_parts):
+        try:
+            if PROBE in template.render(**with_content(values, shape, probe=True)):
+                return checked(template.render(**with_content(values, shape)))
+        except (MemoryError, OverflowError):
+            raise
+        except Exception as error:
+            problem = error if shape is str else problem  # the usual shape says what is wrong
+    raise problem or ValueError("it leaves out the user's text")
+
+
+def with_content(values: dict, shape, probe: bool = False) -> dict:
+    """The variables, the content of all messages in this shape. With `probe`, the last one's is the
+    text that is looked for in what comes of it."""
+    *before, last = values["messages"]
+    messages = [*before, last | {"content": PROBE} if probe else last]
+    return values | {"messages": [m | {"content": shape(m["content"])} for m in messages]}
+
+
+def in_parts(content: str) -> list:
+    """Content as the templates of models have it that also see pictures."""
+    return [{"type": "text", "text": content}]
+
+
+def checked(text: str) -> str:
+    """ValueError if a template's text is too long, or no text."""
+    if len(text) > MOST_TEXT:
+        raise ValueError(f"it makes more than {MOST_TEXT} characters")
+    text.encode()  # a lone surrogate
+    return text
+
+
+def environment(now: str):
+    """What a template can use, as transformers has it."""
     from datetime import datetime
 
-    from jinja2 import TemplateError
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what a model learns to write. It is rendered as it is."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
 
     def refuse(message):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = datetime.fromisoformat(now).strftime
-    environment.filters["tojson"] = lambda value, **how: json.dumps(value, **how)
-    text = environment.from_string(template).render(**values)
-    if len(text) > MOST_TEXT:
-        raise ValueError(f"it makes more than {MOST_TEXT} characters")
-    text.encode()  # a lone surrogate is no text
-    return text
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                         extensions=["jinja2.ext.loopcontrols", Generation])
+    made.globals["raise_exception"] = refuse
+    made.globals["strftime_now"] = datetime.fromisoformat(now).strftime
+    made.filters["tojson"] = tojson
+    return made
 
 
 def main():

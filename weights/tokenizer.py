@@ -1,18 +1,17 @@
-"""Text to token ids and back: both tokenizer formats, the chat template, the stop tokens."""
+"""Text to token ids and back: the prompt in the chat template, special tokens, stop tokens."""
 
-import codecs
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from itertools import cycle
 from pathlib import Path
 
-import sentencepiece
-import tokenizers
-
-from weights.folder import check, find, one_line, read_optional, shown, text_of
+from weights.folder import find, plain, read_optional, shown
 from weights.template import render
+from weights.token_settings import CONTROL, MOST_ID, read_settings
+from weights.vocabulary import HuggingFaceTokens, SentencePieceTokens, names_in, one_line_for
 
 
 # A placeholder is a number in characters that are never assigned, as 16 digits between two edges.
@@ -21,65 +20,6 @@ DIGITS = "0123456789abcdef"
 TO_PLACE, FROM_PLACE = str.maketrans(DIGITS, PLACES), str.maketrans(PLACES, DIGITS)
 PLACE = re.compile(f"{EDGE}([{PLACES}]+){EDGE}")
 ANSWER = "⟪answer⟫"  # in place of one, to see what a template puts after it
-
-
-class HuggingFaceTokens:
-    """The tokens of a `tokenizer.json`."""
-
-    def __init__(self, path: Path):
-        self.model = tokenizers.Tokenizer.from_file(str(path))
-        self.model.no_truncation()  # which a file may have been saved with
-        self.model.no_padding()
-        added = self.model.get_added_tokens_decoder()
-        self.special = {index for index, token in added.items() if token.special}
-        self.added = {index: token.content for index, token in added.items()}
-        # A special token can take the white space around it.
-        space = r"\s*"
-        self.patterns = [
-            space * token.lstrip + re.escape(token.content) + space * token.rstrip
-            for token in added.values() if token.special and token.content]
-        self.token_of = self.model.id_to_token
-        self.byte_of = byte_alphabet() if "ByteLevel" in repr(self.model.decoder) else None
-
-    def encode(self, text: str, add_bos: bool, spelled: bool = True) -> list[int]:
-        self.model.encode_special_tokens = not spelled
-        return self.model.encode(text, add_special_tokens=add_bos).ids
-
-
-class SentencePieceTokens:
-    """The tokens of a Llama 2 style `tokenizer.model`."""
-
-    def __init__(self, path: Path):
-        self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.pieces = dict(enumerate(map(self.model.id_to_piece, range(len(self.model)))))
-        added = read_optional(path.parent, "added_tokens.json")
-        check(added, dict.fromkeys(added, (0, 2**24)), "added_tokens.json")
-        self.pieces |= {index: token for token, index in added.items()}
-        self.special = {*filter(self.model.is_control, range(len(self.model))), *added.values()}
-        self.added = {}
-        self.patterns = [re.escape(self.pieces[i]) for i in self.special if self.pieces[i]]
-        self.token_of = self.pieces.get
-        self.byte_of = None
-
-    def encode(self, text: str, add_bos: bool, spelled: bool = True) -> list[int]:
-        # The library does not look for `<s>` and `</s>` in text, where chat templates put them.
-        ids = {self.pieces[i]: i for i in self.special if spelled and self.pieces[i]}
-        parts = re.split(f"({'|'.join(map(re.escape, ids))})", text) if ids else [text]
-        encoded = [self.model.bos_id()] if add_bos and self.model.bos_id() >= 0 else []
-        for part in filter(None, parts):
-            encoded += [ids[part]] if part in ids else self.model.encode(part)
-        return encoded
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes every byte as a printable character: which one stands for which.
-
-    >>> byte_alphabet()["A"], byte_alphabet()["Ġ"]  # Ġ is a space, the 33rd unprintable byte
-    (65, 32)
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 class Tokenizer:
@@ -92,49 +32,77 @@ class Tokenizer:
     def __init__(self, folder: Path, spelled: bool = False):
         """Raises ValueError if `folder` holds no tokenizer, or one that cannot be read."""
         self.folder, self.now, self.spelled = folder, datetime.now(), spelled
-        try:
+        with one_line_for(f"no tokenizer in {folder}"):
             self.load(folder)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # one of the two libraries raises it when it panics
-            raise ValueError(f"no tokenizer in {folder}: {one_line(error)}") from None
+        self.find_special()
 
     def load(self, folder: Path):
+        self.settings = read_settings(folder)
+        self.chat_template = self.settings.template
         if path := find(folder, "tokenizer.json"):
-            self.tokens = HuggingFaceTokens(path)
+            self.tokens = HuggingFaceTokens(path, self.settings)
         elif path := find(folder, "tokenizer.model"):
-            self.tokens = SentencePieceTokens(path)
+            self.tokens = SentencePieceTokens(path, self.settings)
         else:
             raise ValueError("neither tokenizer.json nor tokenizer.model is there")
-        self.encode = self.tokens.encode
-        self.special = self.tokens.special
-        longest_first = sorted(self.tokens.patterns, key=len, reverse=True)
-        self.special_names = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+
+    def find_special(self):
+        """Which added tokens are special: those that are marked so, those that the settings name or
+        number, and those of control that the template writes."""
+        added, names = self.tokens.added, {token.content for token in self.settings.special}
+        self.special = {index for index, token in added.items()
+                        if token.special or token.content in names}
+        self.special |= {i for i in self.stop_ids() if i in added or 0 <= i < MOST_ID
+                         and CONTROL.match(self.tokens.token_of(i) or "")}
+        others = {index: token.content for index, token in added.items()
+                  if index not in self.special and CONTROL.match(token.content)}
+        written, source = self.written() if others else ("", "")
+        self.special |= {index for index, name in others.items() if name in written}
+        # What the template writes elsewhere is guarded as well, but in an answer it is text.
+        guards = self.special & added.keys() | {i for i, name in others.items() if name in source}
+        self.tokens.make_special(guards)
+        self.special_names = names_in(added[index] for index in guards)
         self.to_guard = re.compile(f"{self.special_names.pattern}|[{EDGE}{PLACES}]")
-        settings = read_optional(folder, "tokenizer_config.json")
-        # A token is a string here or, in older files, a dict with its content.
-        self.special_strings = {
-            key: value.get("content", value) if isinstance(value, dict) else value
-            for key, value in settings.items() if key.endswith("_token") and value}
-        check(self.special_strings, dict.fromkeys(self.special_strings, str),
-              "tokenizer_config.json")
-        self.chat_template = settings.get("chat_template")
-        if isinstance(self.chat_template, list):  # several, by name
-            self.chat_template = {item["name"]: item["template"]
-                                  for item in self.chat_template}.get("default")
-        if path := find(folder, "chat_template.jinja"):
-            self.chat_template = text_of(path)
-        check({"chat_template": self.chat_template}, {"chat_template": str},
-              "tokenizer_config.json")
+        unknown = self.settings.named.get("unk_token")  # which any text may have
+        self.guards = guards - {unknown and self.tokens.id_of(unknown.content)}
+
+    def written(self) -> tuple[str, str]:
+        """What the template writes of a conversation, and all of the template."""
+        source = self.chat_template if isinstance(self.chat_template, str) else ""
+        for turns in [("?", ANSWER, "?"), ("?",)] if source else []:
+            with suppress(ValueError):  # some templates have one turn only
+                return self.render_chat(*turns), source
+        return "", source
+
+    def encode(self, text: str, add_bos: bool, spelled: bool = True) -> list[int]:
+        """Token ids of a text. Unless `spelled`, the names of special tokens in it are text."""
+        ids = self.tokens.encode(text, spelled) if spelled else self.plain_ids(text)
+        before, after = self.tokens.around
+        return [*before, *ids, *after] if add_bos else ids
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Token ids of text, whatever it spells. Where a model finds the name of a special token
+        among its own pieces, also of text that it normalises, the name is encoded in halves."""
+        ids = self.tokens.encode(text, spelled=False)
+        if self.guards.isdisjoint(ids) or len(text) < 2:
+            return ids
+        parts = [part for part in self.special_names.split(text) if part]
+        half = len(text) // 2
+        parts = parts if len(parts) > 1 else [text[:half], text[half:]]
+        return [index for part in parts for index in self.plain_ids(part)]
 
     def render_chat(self, *turns: str) -> str:
         """The turns of user and model, and the beginning of the model's next. ValueError if it
         fails."""
+        if isinstance(self.chat_template, dict):
+            raise ValueError(f"{self.folder} has chat templates for"
+                             f" {', '.join(map(plain, self.chat_template))}, and no default one:"
+                             " --raw reads the text without")
         values = {
             "messages": [{"role": role, "content": turn}
                          for role, turn in zip(cycle(("user", "assistant")), turns)],
             "add_generation_prompt": True, "tools": None, "documents": None,
-            **self.special_strings}
+            **{name: token.content for name, token in self.settings.named.items()}}
         return render(self.chat_template, json.dumps(values), self.now.isoformat())
 
     def prompt_ids(self, text: str, raw: bool = False, prefix: str = "") -> list[int]:
@@ -176,8 +144,13 @@ class Tokenizer:
 
     def rendered_ids(self, text: str, names: list) -> list[int]:
         """Token ids of a template's text. A name that has a placeholder is ordinary text."""
-        if not names:
-            return self.encode(text, add_bos=False)
+        ids = [] if names else self.encode(text, add_bos=False)
+        # A tokenizer that normalises text can find more than the template wrote.
+        if ids and sum(i in self.guards for i in ids) <= len(self.special_names.findall(text)):
+            return ids
+        if len(PLACE.findall(text)) < len(names):
+            raise ValueError("the model's chat template changes the special tokens that the text"
+                             f" spells, such as {shown(names[0])}")
         ids = []
         for i, part in enumerate(self.special_names.split(text)):  # every second is the template's
             part = PLACE.sub(lambda found: names[int(found[1].translate(FROM_PLACE), 16)], part)
@@ -186,8 +159,13 @@ class Tokenizer:
 
     def stop_tokens(self) -> set[int]:
         """The ids that end an answer, wherever the folder's files name them."""
-        name = self.special_strings.get("eos_token")
-        stop = {index for index in self.special if self.tokens.token_of(index) == name}
+        eos = self.settings.named.get("eos_token")
+        index = self.tokens.id_of(eos.content) if eos else None
+        return self.stop_ids() | ({index} - {None})
+
+    def stop_ids(self) -> set[int]:
+        """Those that the files name by number."""
+        stop = set()
         for file in ("config.json", "generation_config.json"):
             ids = read_optional(self.folder, file).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
@@ -197,24 +175,21 @@ class Tokenizer:
             stop |= set(ids)
         return stop
 
-    def token_bytes(self, index: int) -> bytes:
-        token = self.tokens.added.get(index) or self.tokens.token_of(index) or ""
-        if self.tokens.byte_of and index not in self.tokens.added:
-            return bytes(self.tokens.byte_of[character] for character in token)
-        if byte := re.fullmatch("<0x(..)>", token):  # how sentencepiece spells a lone byte
-            return bytes.fromhex(byte[1])
-        return token.replace("▁", " ").encode()
-
-    def detokenizer(self) -> Callable[[int], str]:
+    def detokenizer(self, before: Sequence[int] = ()) -> Callable[[int], str]:
         """A function from one token id after another to its piece, the text that it adds.
 
         A token that only begins a character adds nothing; the one that ends it adds it whole. A
-        special token reads as a paragraph break, so that no sentence crosses it.
+        special token reads as a paragraph break, so that no sentence crosses it. `before` are ids
+        that the text goes on from: without any, it has no space before its first word.
         """
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        stream = self.tokens.stream([index for index in before if index not in self.special])
 
         def piece(index: int) -> str:
-            return "\n\n" if index in self.special else decoder.decode(self.token_bytes(index))
+            nonlocal stream
+            if index in self.special:
+                stream = self.tokens.stream(())
+                return "\n\n"
+            return stream(index)
 
         return piece
 
