@@ -155,7 +155,7 @@ class Session:
             self.stop, n_most, self.config.sentence_limit, self.timer, self.decode)
         if self.trace:
             pairs = self.trace.watch(pairs)
-        return report.printed(pairs, self.written, self.tokenizer.special, stopped)
+        return report.printed(pairs, self.written, self.tokenizer.special, stopped, self.args.json)
 
     def choose_token(self, logits) -> int:
         """Sample. If the logits are not finite, all tokens are read again to find the first layer

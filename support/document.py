@@ -3,18 +3,22 @@
 The file holds, for each layer, the rows of the host with their positions and what the device knows
 of the sentences; and the text, its tokens and its sentences. Its metadata say which model and which
 settings made it. Whoever saves and loads gives an `identity`, which must be the same for both.
+
+Checksums cover every byte. They are for damage, not against attackers, so they are CRC-32: it finds
+each flipped bit, and is fast without special hardware. All are compared when the file is loaded:
+the first question attends to every row, so that comparing them later would save no time.
 """
 
 import json
-import math
 import mmap
 import os
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
@@ -23,9 +27,12 @@ from safetensors.torch import save_file
 
 from support.table import make_room
 
-FORMAT = "sentencekv document 3"
+FORMAT = "sentencekv document 4"
 SAME = ("keep_factor", "sink_tokens", "secondary_sinks", "secondary_ratio", "sentence_limit")
 TABLE = ("vectors", "variances", "lengths", "starts", "ends")  # of a layer: all sentences
+SUMS = "checksums"  # a tensor (L + 1): of the rows of each layer, then of all OTHERS
+OTHERS = "text and tables"  # and the header: all bytes but rows and checksums
+BLOCK = 2**20  # bytes that are read at a time
 
 
 @dataclass
@@ -35,7 +42,7 @@ class Document:
     spans: list = field(default_factory=list)  # their sentences, (start, end)
     now: datetime | None = None  # when it was read: some chat templates print the date
     kept: dict | None = None  # of a file: the tensors of `snapshot`
-    release: Callable[[int], None] | None = None  # gives back the memory of a layer's rows
+    release: Callable[[str], None] | None = None  # gives back the memory of a layer's rows
 
     def rest(self, ids: list[int]) -> list[int]:
         """The tokens of a prompt that begins with the document, without those of the document."""
@@ -65,7 +72,7 @@ def read_text(path: str | Path) -> str:
 def identity_of(fingerprint: str, config, dtype: torch.dtype) -> dict:
     """What must be the same where a document is saved and where it is loaded, as strings: the
     weights, by their `fingerprint`, their dtype, and the settings that decide what is kept."""
-    return {"format": FORMAT, "model": fingerprint, "dtype": str(dtype).removeprefix("torch."),
+    return {"model": fingerprint, "dtype": str(dtype).removeprefix("torch."),
             **{name: str(getattr(config, name)) for name in SAME}}
 
 
@@ -106,7 +113,7 @@ def snapshot(cache) -> dict:
 def restore(cache, tensors: dict, release=None):
     """Have an empty cache go on from a snapshot as if it had just read that text. The settings must
     be those of the snapshot, but for budget, score, decay, and a recent window that is not longer.
-    `release(layer)` gives back the memory of mapped rows."""
+    `release(name)` gives back the memory of mapped rows."""
     plan, n_tokens = cache.plan, tensors["num_tokens"].item()
     n_rows, n_places = len(tensors["0.rows"]), tensors["0.vectors"].shape[1]
     plan.n_dropped = n_tokens - n_rows
@@ -114,7 +121,7 @@ def restore(cache, tensors: dict, release=None):
     cache.first_text = n_tokens, n_places
     make_room(cache.layers, n_places)
     for i, layer in enumerate(cache.layers):
-        layer.host.hold(tensors[f"{i}.rows"], release and partial(release, i))
+        layer.host.hold(tensors[f"{i}.rows"], release and partial(release, f"{i}.rows"))
         layer.host.positions = tensors.get(f"{i}.positions")
         for name in TABLE:
             getattr(layer, name)[:, :n_places] = tensors[f"{i}.{name}"]
@@ -129,13 +136,16 @@ def save_document(path: Path, document: Document, kept: dict, identity: dict,
     tensors = {name: tensor.contiguous() for name, tensor in kept.items()}
     tensors |= {"ids": torch.tensor(document.ids), "spans": torch.tensor(document.spans),
                 "text": torch.frombuffer(bytearray(document.text.encode()), dtype=torch.uint8)}
-    metadata = identity | {
-        "protected": str(protected_tokens), "now": document.now.isoformat()}
+    n_layers = sum(name.endswith(".rows") for name in tensors)
+    tensors[SUMS] = torch.zeros(n_layers + 1, dtype=torch.long)
+    metadata = {"format": FORMAT, **identity, "protected": str(protected_tokens),
+                "now": document.now.isoformat()}
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, part, metadata)
+        add_checksums(part)
         os.replace(part, path)
-    except SafetensorError as error:  # of the disk
+    except (SafetensorError, OSError) as error:  # of the disk
         raise ValueError(f"cannot write {path}: {error}") from None
     finally:
         part.unlink(missing_ok=True)
@@ -151,23 +161,28 @@ def load_document(path: Path, identity: dict, protected_tokens: int, kv_shape: t
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            check_identity(path, metadata, {"format": FORMAT})
+            mapped = MappedFile(path)
+            mapped.check([OTHERS])  # first: damage may look like another model
             check_identity(path, metadata, identity)
-            kept = {name: file.get_tensor(name) for name in file.keys() if ".rows" not in name}
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            mapped.check(mapped.layers)
+            kept = {name: file.get_tensor(name) for name in mapped.places if ".rows" not in name}
+            shapes = {name: file.get_slice(name).get_shape() for name in mapped.places}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a saved document: {error}") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
     try:
         check_tensors(kept, shapes, kv_shape)
+        rows = mapped.rows(getattr(torch, identity["dtype"]), shapes)
         saved, now = int(metadata["protected"]), datetime.fromisoformat(metadata["now"])
     except (KeyError, ValueError, IndexError, RuntimeError) as error:  # others have changed it
         raise ValueError(f"{path} is not a whole document: {error}") from None
     if protected_tokens > saved:  # the other settings are the same, so it is the recent window
         raise ValueError(f"recent_window is {protected_tokens}, and {path} was saved with"
                          f" {saved} last tokens: at most these")
-    ids, spans, text = (kept.pop(name).tolist() for name in ("ids", "spans", "text"))
-    rows, release = map_rows(path, getattr(torch, identity["dtype"]), kv_shape[0])
+    ids, spans, text, _ = (kept.pop(name).tolist() for name in ("ids", "spans", "text", SUMS))
+    release = mapped.release
     if device.type == "cuda":
         rows, release = {name: layer.pin_memory() for name, layer in rows.items()}, None
     return Document(bytes(text).decode(), ids, [tuple(span) for span in spans], now, kept | rows,
@@ -182,7 +197,7 @@ def check_tensors(tensors: dict, shapes: dict, kv_shape: tuple):
     n_tokens, spans = tensors["num_tokens"].item(), tensors["spans"].long()
     table = [heads, n_places]
     expected = {"ids": [n_tokens], "spans": [len(spans), 2], "text": [tensors["text"].numel()],
-                "num_tokens": []}
+                "num_tokens": [], SUMS: [layers + 1]}
     for layer in range(layers):
         expected |= {f"{layer}.{name}": table for name in TABLE}
         expected |= {f"{layer}.vectors": [*table, dim], f"{layer}.rows": [n_rows, heads, 2, dim]}
@@ -215,26 +230,62 @@ def check_identity(path: Path, found: dict, expected: dict):
             raise ValueError(f"{path} was saved with {what}")
 
 
-def map_rows(path: Path, dtype: torch.dtype, n_layers: int) -> tuple:
-    """The rows of each layer (N, H_kv, 2, D), as mappings of the file, and a function that gives
-    the memory of a layer's rows back: they are read again from the file when they are asked for
-    again."""
-    with open(path, "rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_size))
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    rows = {}
-    for name in (f"{layer}.rows" for layer in range(n_layers)):
-        shape, (begin, _) = header[name]["shape"], header[name]["data_offsets"]
-        rows[name] = torch.frombuffer(mapping, dtype=dtype, count=math.prod(shape),
-                                      offset=8 + header_size + begin).view(shape)
+class MappedFile:
+    """A document's file. Its rows are mapped: they are read from disk when they are asked for."""
 
-    def release(layer: int):
-        begin, end = (8 + header_size + offset
-                      for offset in header[f"{layer}.rows"]["data_offsets"])
+    def __init__(self, path: Path):
+        with open(path, "rb") as file:
+            self.path, self.mapping = path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = 8 + int.from_bytes(self.mapping[:8], "little")  # where they begin
+        header = json.loads(self.mapping[8:data])
+        header.pop("__metadata__", None)
+        self.places = {name: tuple(data + offset for offset in tensor["data_offsets"])
+                       for name, tensor in header.items()}  # of the tensors, (begin, end)
+        self.layers = [name for name in self.places if name.endswith(".rows")]
+        self.sums = self.places.get(SUMS, (0, 0))
+
+    def parts(self, name: str) -> list:
+        """The bytes that have a checksum together, as (begin, end): a layer's rows, or OTHERS."""
+        if name != OTHERS:
+            return [self.places[name]]
+        ends = sorted(chain(self.sums, *(self.places[layer] for layer in self.layers)))
+        return [*zip([0, *ends[1::2]], [*ends[::2], len(self.mapping)])]
+
+    def checksum(self, name: str) -> bytes:
+        """Read, not mapped: a disk that fails raises an error, and does not end the process."""
+        total = 0
+        with open(self.path, "rb") as file:
+            for begin, end in self.parts(name):
+                file.seek(begin)
+                while block := file.read(min(BLOCK, end - begin)):
+                    total, begin = zlib.crc32(block, total), begin + len(block)
+        return total.to_bytes(8, "little")
+
+    def check(self, names):
+        """Compare the checksums of these parts. ValueError names the first one that is wrong."""
+        for name in names:
+            place = self.sums[0] + 8 * [*self.layers, OTHERS].index(name)
+            if self.mapping[place : place + 8] != self.checksum(name):
+                raise ValueError(f"{self.path} is damaged: the checksum of {name} is wrong")
+
+    def rows(self, dtype: torch.dtype, shapes: dict) -> dict:
+        """The rows of each layer (N, H_kv, 2, D), by name."""
+        return {name: torch.frombuffer(memoryview(self.mapping)[slice(*self.places[name])],
+                                       dtype=dtype).view(shapes[name]) for name in self.layers}
+
+    def release(self, name: str):
+        """Give the memory of a layer's rows back. They are read again when they are asked for."""
+        begin, end = self.places[name]
         start = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
         size = end // mmap.PAGESIZE * mmap.PAGESIZE - start
         if size > 0:
-            mapping.madvise(mmap.MADV_DONTNEED, start, size)
+            self.mapping.madvise(mmap.MADV_DONTNEED, start, size)
 
-    return rows, release
+
+def add_checksums(path: Path):
+    """Write into a document's file the checksums of its parts."""
+    mapped = MappedFile(path)
+    sums = [mapped.checksum(name) for name in (*mapped.layers, OTHERS)]
+    with open(path, "r+b") as file:
+        file.seek(mapped.sums[0])
+        file.write(b"".join(sums))

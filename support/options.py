@@ -23,7 +23,7 @@ SWITCHES = {
     "--chat": "questions from the terminal; Ctrl-C ends an answer, Ctrl-D all",
     "--show-sentences": "print the sentences that received most attention",
     "--debug": "show where an error of the program is raised",
-    "--json": "print the report of each answer as one JSON line, last",
+    "--json": "standard output is JSON alone, a line for each answer",
 }
 
 

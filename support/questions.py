@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from support.document import Document, SavedDocument, restore
 from support.prompts import Prompts, clean
 from support.ranks import agreed
-from support.report import describe, finish, say
+from support.report import describe, finish, printer, say
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def ask(session, document: Document, prompts: Prompts) -> int:
     for question in prompts.questions:
         go_back(session, document)
         if question:
-            print(f"\n> {question}", flush=True)
+            printer(session.args.json)(f"\n> {question}")
         with session.timer("tokenize"):
             ids = document.rest(prompts.ids(question))
         first = session.read(ids)
@@ -78,7 +78,7 @@ def chat(session, document: Document, prompts: Prompts) -> int:
     tokenize = lambda question: document.rest(prompts.ids(question))  # of the first question
     while True:
         try:
-            question = clean(input("\n> ")).strip()
+            question = clean(typed(session.args.json)).strip()
             if question:
                 report = answer_turn(session, question, tokenize)
                 tokenize = prompts.tokenizer.turn_ids  # of all later ones
@@ -86,11 +86,18 @@ def chat(session, document: Document, prompts: Prompts) -> int:
         except KeyboardInterrupt:
             pass
         except EOFError:
-            print()
+            printer(session.args.json)()
             return 0
         except ValueError as error:  # there is no room left
             say(f"generate.py: {error}")
             session.timer.totals()  # the times of what was refused
+
+
+def typed(as_json: bool) -> str:
+    """A line from the terminal. `input` could print its prompt among the JSON."""
+    if as_json:
+        say("\n> ", end="")
+    return input("" if as_json else "\n> ")
 
 
 def answer_turn(session, question: str, tokenize) -> dict:

@@ -1,12 +1,13 @@
 """The report of an answer: as a dict, as tables for people, as a line of JSON.
 
-What is for people goes to standard error: standard output holds the answer, and with --json the
-report.
+What is for people goes to standard error: standard output holds the answer. With --json it holds a
+line for each report and nothing else, and the answer goes to standard error, too.
 """
 
 import json
 import os
 import sys
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -15,12 +16,17 @@ from support.ranks import added_up
 from support.timer import OTHER, times
 
 
-def say(*lines):
+def say(*lines, end="\n"):
     """Print for people, on standard error. Where that is closed or full, the answer is not lost."""
     try:
-        print(*lines, sep="\n", file=sys.stderr)
+        print(*lines, sep="\n", end=end, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")
+
+
+def printer(as_json: bool):
+    """What prints an answer: with --json, `say`."""
+    return say if as_json else partial(print, flush=True)
 
 
 def progress(layers):
@@ -28,20 +34,20 @@ def progress(layers):
     return tqdm(layers, desc="prefill", unit="layer", leave=False, disable=None)
 
 
-def printed(pairs, written: list, special: set, stopped) -> str:
+def printed(pairs, written: list, special: set, stopped, as_json: bool) -> str:
     """Print the pieces of (token, piece) as they come, until `stopped()`, and add the tokens to
     `written`. Special tokens are not printed. Returns the text."""
-    text = ""
+    text, show = "", printer(as_json)
     try:
         for token, piece in pairs:
             written.append(token)
             if token not in special:
                 text += piece
-                print(piece, end="", flush=True)
+                show(piece, end="")
             if stopped():
                 break
     finally:
-        print(flush=True)
+        show()
     return text
 
 
@@ -77,7 +83,7 @@ def finish(report: dict, trace, args) -> int:
     if args.show_sentences:
         print_sentences(report["most_attended"])
     if args.json:
-        print(json.dumps(report))
+        print(json.dumps(report), flush=True)
     if args.trace:
         trace.write(args.trace)
         say(f"\n{args.trace} shows what the answer attended to")

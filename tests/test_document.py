@@ -1,4 +1,6 @@
+import json
 import os
+import random
 from datetime import datetime
 
 import pytest
@@ -9,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import generate
 from sentencekv import SentenceKVConfig
 from support import document as module
-from support.document import Document, identity_of, load_document, map_rows, save_document
+from support.document import Document, MappedFile, identity_of, load_document, save_document
 from weights.checkpoint import fingerprint
 from weights.config import load_config
 
@@ -48,11 +50,13 @@ def test_what_is_loaded_is_what_was_saved(tiny_folder, tmp_path):
 
 
 def test_rows_given_back_are_read_again(tiny_folder, tmp_path):
-    mapped, release = map_rows(save(tmp_path / "document", tiny_folder), torch.float32, 2)
-    for layer in (1, 0, None):
-        assert all(torch.equal(rows, KEPT[name]) for name, rows in mapped.items())
-        if layer is not None:
-            release(layer)
+    mapped = MappedFile(save(tmp_path / "document", tiny_folder))
+    rows = mapped.rows(torch.float32, {name: tensor.shape for name, tensor in KEPT.items()})
+    assert rows.keys() == {"0.rows", "1.rows"}
+    for released in ("1.rows", "0.rows", None):
+        assert all(torch.equal(tensor, KEPT[name]) for name, tensor in rows.items())
+        if released:
+            mapped.release(released)
 
 
 def test_the_rest_of_a_prompt_follows_the_document():
@@ -84,7 +88,8 @@ def test_another_model_is_refused(tiny_folder, tmp_path):
 def test_a_file_that_is_no_document_is_refused(tiny_folder, tmp_path):
     path = save(tmp_path / "document", tiny_folder)
     whole = path.read_bytes()
-    for content in (whole[:-1], whole[:100], whole[:4], b"", b"text", os.urandom(1000)):
+    for content in (whole[:-1], whole[:100], whole[:4], b"", b"text", os.urandom(1000),
+                    whole + b"\0"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is not a saved document"):
             load(path, tiny_folder)
@@ -114,8 +119,40 @@ def test_a_document_that_was_changed_is_refused(tiny_folder, tmp_path, name, cha
     else:
         tensors[name] = change(tensors[name]).clone()
     save_file(tensors, path, metadata)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="is damaged: the checksum of text and tables is wrong"):
         load(path, tiny_folder)
+    module.add_checksums(path)  # its maker knows them
+    with pytest.raises(ValueError) as refused:
+        load(path, tiny_folder)
+    assert "is damaged" not in str(refused.value)
+
+
+def test_a_flipped_bit_is_refused(tiny_folder, tmp_path):
+    """In the length of the header, in the header, in its metadata, in every tensor, anywhere."""
+    path = save(tmp_path / "document", tiny_folder)
+    whole = path.read_bytes()
+    size, choose = 8 + int.from_bytes(whole[:8], "little"), random.Random(0)
+    header = json.loads(whole[8:size])
+    values = [whole.index(value.encode()) for value in header.pop("__metadata__").values()]
+    tensors = [[size + offset for offset in tensor["data_offsets"]] for tensor in header.values()]
+    places = [0, 7, len(whole) - 1, *values, *(choose.randrange(*ends) for ends in tensors)]
+    places += [choose.randrange(8, size) for _ in range(10)]
+    places += [choose.randrange(len(whole)) for _ in range(60 - len(places))]
+    for place in places:
+        spoilt = bytearray(whole)
+        spoilt[place] ^= 1 << choose.randrange(8)
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError) as refused:
+            load(path, tiny_folder)
+        assert "\n" not in str(refused.value), place
+    path.write_bytes(whole)
+    assert load(path, tiny_folder).ids == DOCUMENT.ids
+
+
+def test_a_former_format_is_refused_by_its_name(tiny_folder, tmp_path):
+    save_file({"0.rows": torch.zeros(1)}, tmp_path / "old", {"format": "sentencekv document 3"})
+    with pytest.raises(ValueError, match="was saved with format sentencekv document 3, not"):
+        load(tmp_path / "old", tiny_folder)
 
 
 def test_a_full_disk_leaves_what_was_there(tiny_folder, tmp_path, monkeypatch):
@@ -133,8 +170,11 @@ def test_a_full_disk_leaves_what_was_there(tiny_folder, tmp_path, monkeypatch):
 
 
 def test_the_command_line_says_it_in_one_line(capfd, tiny_folder, tmp_path):
-    path = tmp_path / "document"
-    path.write_bytes(b"")
-    status = generate.main(["--load", str(path), "--model", str(tiny_folder)])
-    out, err = capfd.readouterr()
-    assert (status, out) == (2, "") and err.count("\n") == 1 and "not a saved document" in err
+    path = save(tmp_path / "document", tiny_folder)
+    last = bytearray(path.read_bytes())
+    last[-1] ^= 1
+    for content, message in ((b"", "not a saved document"), (last, "is damaged: the checksum of")):
+        path.write_bytes(content)
+        status = generate.main(["--load", str(path), "--model", str(tiny_folder)])
+        out, err = capfd.readouterr()
+        assert (status, out) == (2, "") and err.count("\n") == 1 and message in err

@@ -33,7 +33,7 @@ def run(capfd, *arguments):
 def run_json(capfd, *arguments):
     status, out, err = run(capfd, *arguments, "--json")
     assert status == 0, err
-    return json.loads(out.splitlines()[-1])
+    return json.loads(out)
 
 
 @pytest.fixture
@@ -104,6 +104,29 @@ def test_text_streams_to_standard_output_and_tables_do_not(capfd, tiny_folder, p
         assert words in err
 
 
+def test_with_json_the_text_streams_to_standard_error(capfd, tiny_folder, prompt):
+    common = ("--prompt", prompt, "--model", tiny_folder, "--max-new-tokens", 20)
+    status, out, err = run(capfd, *common, "--json", "--show-sentences")
+    report = json.loads(out)
+    assert status == 0 and out.count("\n") == 1 and len(report["most_attended"]) == 5
+    assert err.startswith(report["text"] + "\n") and "attention  place" in err
+    status, out, err = run(capfd, *common, "--json", "--token-budget", 36)
+    assert (status, out) == (2, "") and err.count("\n") == 1
+
+
+def test_with_json_a_conversation_is_a_line_for_each_answer(capfd, chat_folder, prompt,
+                                                            monkeypatch):
+    """A question that does not fit is refused on standard error."""
+    questions = ["Who slept?", "Why? " * 500, "Where?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(questions)))
+    status, out, err = run(capfd, "--prompt", prompt, "--model", chat_folder, "--chat", "--json",
+                           "--max-new-tokens", 20, "--device", "cpu")
+    reports = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [report["question"] for report in reports] == questions[::2]
+    assert err.count("\n> ") == 4 and "generate.py: " in err  # the last one is the end
+    assert all(report["text"] in err for report in reports)
+
+
 def test_standard_input_is_a_prompt(capfd, tiny_folder, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     report = run_json(capfd, "--prompt", "-", "--model", tiny_folder, "--max-new-tokens", 3)
@@ -163,7 +186,7 @@ def test_a_signal_ends_with_what_was_written(capfd, tiny_folder, prompt, monkeyp
     monkeypatch.setattr(generate, "sampler", lambda *a: sample)
     status, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, "--json")
     assert status == 128 + kind and "Traceback" not in err
-    assert json.loads(out.splitlines()[-1])["new_tokens"] == 7
+    assert json.loads(out)["new_tokens"] == 7
 
 
 QUESTIONS = ("Where had they gone?", "Who slept?", "Where had they gone?")
@@ -174,7 +197,7 @@ def asked(capfd, *arguments, questions=QUESTIONS):
     status, out, err = run(capfd, *arguments, "--max-new-tokens", 30, "--device", "cpu", "--json",
                            *(word for question in questions for word in ("--ask", question)))
     assert status == 0, err
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in out.splitlines()]
 
 
 @pytest.fixture
@@ -529,7 +552,7 @@ def test_a_closed_or_full_stream_loses_no_answer_and_shows_no_traceback(tiny_fol
     if status is not None:
         assert done.stdout.endswith(f"status {status}\n"), done
     if line.startswith("2>") or line == "<&-":
-        assert json.loads(done.stdout.splitlines()[-2])["new_tokens"] == 20
+        assert json.loads(done.stdout.splitlines()[0])["new_tokens"] == 20
 
 
 @pytest.mark.parametrize("error, status, message", [
@@ -574,8 +597,8 @@ def test_a_signal_at_any_moment_leaves_no_traceback_and_no_half_file(tiny_folder
             out, err = process.communicate(timeout=60)
         assert process.returncode in (0, *statuses), err
         assert "Traceback" not in err and not list(folder.glob(".*")), (err, delay)
-        if process.returncode == 0 or '{"text"' in out:
-            assert json.loads(out.splitlines()[-1])["new_tokens"] > 0
+        if process.returncode == 0 or out:
+            assert json.loads(out)["new_tokens"] > 0
         ended.append(process.returncode)
         for path in folder.iterdir():
             path.unlink()
