@@ -18,7 +18,7 @@ from support.words import WORDS
 
 # A gap is where a sentence may end: white space, or nothing, as after `。`. The rules see at most
 # BEFORE = 400 characters before it, three lines of a wide page, and AFTER characters after it.
-AFTER = 32  # enough for `Dr. Anna Berg (10:02):`
+AFTER = 40  # enough for the name of a speaker
 
 
 # Part 1: sentences of tokens.
@@ -208,8 +208,9 @@ INSIDE = {  # no sentence ends
     "between a quotation and a lowercase letter": (
         r"[.!?…;][^\s\w.!?]{1,8}", r"[\p{Ll}—–]", '"Why?" he said. |"Why?" |He knew.'),
     "after the marker of a list item": (
-        rf"(?:^|[{LINE_ENDS}{BULLETS}])[^\S\n]{{0,20}}(?:\d{{1,3}}|\p{{L}}|[IVXivx]{{1,5}})"
-        "[.)]{1,2}", "", "1.) Tea\n|IV. Milk\n|• 9. Salt"),
+        rf"(?:^|[{LINE_ENDS}{BULLETS}])[^\S\n]{{0,20}}"
+        r"(?:\d{1,3}(?:\.\d{1,2}){0,3}|\p{L}|[IVXivx]{1,5})[.)]{1,2}",
+        "", "1.) Tea\n|IV. Milk\n|• 9. Salt"),
     "after the next marker": (rf"(?:{MARKERS})\)?", "", "1. The tea |2. The milk"),
 }
 ABBREVIATED = {  # a sentence ends after these only before a quotation or a word of WORDS["first"]

@@ -18,29 +18,29 @@ BULLETS = "•‣◦⁃▪▫●○■□◆◇▸►▶➢➤❖"  # also in th
 # promises: no pattern looks ahead to say no, or ends with \b.
 CODE = (
     r"(?:def|class|fn|func|function) [\w.]+[({:<]|from [\w.]+ import\s|import [\w.]+ as\s"
-    r"|(?:if|for|while|switch|catch) ?\(|[\w.]+(?:\([^s]|=\S)"
-    r"|[\w.\[\]\"',]+(?: [\w.\[\]\"',]+)? [-+*/%|&:]?="
+    r"|(?:if|for|while|switch|catch) ?\(|[\w.]+\([^s]"
+    r"|[\w.\[\]\"',]+(?: [\w.\[\]\"',]+)? ?[-+*/%|&:]?="
 )
 ITEM = "|".join((
     rf"[#>|<{{}}@/\\{BULLETS}]|```|[-*+·∙→»✓✔✗☐☑]\s|[-*_]{{3}}|\$[\s\p{{L}}({{]",
     r"[1-9]\d{0,2}[.)]\s|\d{1,2}(?:\.\d{1,2}){1,3}(?:\.\s|\s\p{Lu})",
     r"[a-z]\)|\((?:\d{1,3}|\p{L}|[ivx]+)\)",
     r"(?:TRACE|DEBUG|INFO|NOTICE|WARN|WARNING|ERROR|FATAL|CRITICAL)[\s:\]|]",  # log lines
-    r"\p{Lu}\p{Ll}\p{Ll} [ \d]?\d \d\d:\d\d|\[(?:\d\d?:\d\d|[A-Z]{4})",
+    r"\p{Lu}\p{Ll}\p{Ll} [ \d]?\d \d\d:\d\d|\[(?:\d\d?:\d\d|[A-Z]{4})|[DIWEF]\d{4} \d",
     r"File \"|Caused by:|at [\p{L}_$][\w$]*(?:\.|::)[\w$<]|from \S+:\d",  # stack traces
     r"\"[\w -]+\" ?:",  # JSON
     CODE,
 ))
 # Beginnings that do if another line begins like this, as `Dana: Yes` above `Omar: No`.
-SPEAKER = (r"[\p{Lu}\p{Lo}][^\s:：]{0,20}(?: [^\s:：]{1,20}){0,3}(?: ?[(\[][\d:. apmAPM]+[)\]])?"
+SPEAKER = (r"[\p{Lu}\p{Lo}][^\s:：]{0,20}(?: [^\s:：]{1,20}){0,5}(?: ?[(\[][\d:. apmAPM]+[)\]])?"
            r"(?::\s|：)")
 SHAPES = {  # what follows -> another line
     SPEAKER: SPEAKER,
     r"(?:Mr|Mrs|Ms|Dr|Prof|Sen|Rep)\.\s": SPEAKER,
     **{shape: shape for shape in (
         r"[\p{Ll}_][\w.'’-]{0,20}(?::\s|：)",  # a nickname, a key
-        r"[\w@-]{1,20}>\s", r"\d|\[", r"\p{Lu}[.)]\s|[ivxIVX]{1,5}[.)]\s", r"[–—]\s|[-*+]|o\s",
-        r"§|\p{Lu}\p{L}+ \d+[\w.]{0,8}[:)]?\s",  # Article 1
+        r"[\w@-]{1,20}>\s", r"\d|\[", r"\p{Lu}{1,20}[.)]\s|[ivx]{1,5}[.)]\s",
+        r"[–—]\s|[-*+]|o\s", r"§|\p{Lu}\p{L}+ \d+[\w.]{0,8}[:)]?\s",  # Article 1
         r"at .{0,20}[(.:]\w|(?:import|using|export|return|let|const|var)\s",
     )},
 }
@@ -76,18 +76,19 @@ def ends_line(before: str, gap: str, after: str) -> bool:
 
 
 def stands_alone(line: str) -> bool:
-    """A heading, code, a line without letters, two columns, or a row of values."""
+    """A heading, code, a line without letters, or two columns."""
     if not any(map(str.isalpha, line)) or line[0] == "#" or line.endswith(CODE_ENDS):
         return True
     if ("(" in line or "=" in line or "import" in line) and CODE.match(line):
         return True
-    if ("\t" in line or "   " in line) and COLUMNS.match(line):
-        return True
-    return len(VALUES.findall(line)) > 1
+    return ("\t" in line or "   " in line) and COLUMNS.match(line) is not None
 
 
 def begins_alone(lines: list[str], after: str) -> bool:
-    """An item follows, or what begins like one of the lines."""
+    """An item or a row of values follows, or what begins like one of the lines."""
+    n_values = len(VALUES.findall(lines[-1]))
+    if n_values > 1 or n_values == 1 and VALUES.search(after):
+        return True
     if not MAY_STAND.match(after):
         return False
     return ITEM.match(after) is not None or any(
@@ -104,10 +105,11 @@ def is_wrapped(lines: list[str], after: str) -> bool:
     if has_room(line, after, RAGGED * width) and not (goes_on and len(line) >= 2 * SHORT):
         return False
     if not goes_on and any(other.lstrip()[:1].islower() for other in lines[1:]):
-        return True  # another line went on: this is prose, and a name or a number follows
+        return True  # in a text where lines go on, a name or a number follows
     pairs = unmarked_pairs(lines)
-    if goes_on:
-        return not any(b[0].islower() and has_room(a, b, RAGGED * width) for a, b in pairs)
+    if goes_on:  # a line below SHORT may be a title, or the role in a chat
+        return not any(len(a) >= SHORT and b[0].islower() and has_room(a, b, RAGGED * width)
+                       for a, b in pairs)
     pairs.append((line, after))
     return len(line) in COMMON and not any(has_room(a, b, width) for a, b in pairs)
 
