@@ -146,6 +146,7 @@ def test_what_ends_a_line(line_end):
         "[10:03] <ada> the wheel did not turn for weeks, the brook was dry\n|[10:04] <ben> why",
         "Ada Hill (00:01:12): the wheel did not turn as the brook was dry\n"
         "|Ben Mill (00:01:20): did nobody ask the miller of the next village\n",
+        "The Miller of the Old Village: the wheel did not turn for weeks\n|The King: why",
         # lists
         "We need\n|· two stones that are as large as those of the old mill\n|· a wheel of oak\n",
         "– two stones that are as large as those of the old mill\n|– a wheel of oak",
@@ -159,6 +160,7 @@ def test_what_ends_a_line(line_end):
         "Ada Hill;ada@example.org;Leeds;2021-03-04;two stones and a wheel\n|ben mill;b@example.org",
         "Ada Hill\tada@example.org\tLeeds\t2021-03-04\ttwo stones\n|ben mill\tb@example.org",
         "The wheel of oak              as large as that of the old mill\n|the stones       two",
+        "ada@example.org,the wheel did not turn for weeks\n|ben@example.org,why did nobody ask",
         # logs and traces
         "Nov  3 09:12:01 mill brook[12]: the wheel has been stopped for weeks\n|Nov  3 09:13",
         "INFO the wheel has been started again after the rain of May\n|ERROR the brook is dry",
