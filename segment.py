@@ -86,7 +86,7 @@ class SentenceStream:
         return [self._take(len(self.token_starts))] if self.token_starts else []
 
     def _take(self, n_tokens: int) -> int:
-        """Remove the first tokens, and the text that no rule looks at any more. Returns n_tokens."""
+        """Remove the first tokens, and the text that no rule looks at any more; return n_tokens."""
         rest = self.token_starts[n_tokens:]
         n_unused = max(0, (rest[0] if rest else len(self.text)) - BEFORE)
         self.text = self.text[n_unused:]
