@@ -13,10 +13,12 @@ from itertools import accumulate, pairwise
 
 import regex
 
+from support.lines import BEFORE, BULLETS, LINE_ENDS, ends_line
 from support.words import WORDS
 
-# A gap is where a sentence may end: white space, or nothing, as after `。`.
-BEFORE, AFTER = 200, 12  # the rules see this many characters before a gap and after it
+# A gap is where a sentence may end: white space, or nothing, as after `。`. The rules see at most
+# BEFORE = 400 characters before it, three lines of a wide page, and AFTER characters after it.
+AFTER = 40  # enough for the name of a speaker
 
 
 # Part 1: sentences of tokens.
@@ -39,7 +41,7 @@ class SentenceStream:
     sentence before it. If several tokens form one character, the last one has it as its piece. The
     others have "", and belong to the sentence of what follows.
 
-    `push` reports an end with the next token, or later if a rule needs the whole next word. Below,
+    `push` reports an end with the next token, or later if a rule needs more of what follows. Below,
     ` The` could become ` Theo`, which would not be a reason for an end. A line shows what `push`
     returns, then the stream's state. Rules look back at the text before the open sentence:
 
@@ -84,7 +86,7 @@ class SentenceStream:
         return [self._take(len(self.token_starts))] if self.token_starts else []
 
     def _take(self, n_tokens: int) -> int:
-        """Remove the first tokens, and the text that no rule looks at any more. Returns n_tokens."""
+        """Remove the first tokens, and the text that no rule looks at any more; return n_tokens."""
         rest = self.token_starts[n_tokens:]
         n_unused = max(0, (rest[0] if rest else len(self.text)) - BEFORE)
         self.text = self.text[n_unused:]
@@ -103,7 +105,8 @@ class SentenceStream:
 
 
 # Best after [,;:—], then after a line end, a space, anything. (?r) matches backwards from the end.
-CUTS = [regex.compile(f"(?r){cut}") for cut in (r"[,;:—]\s+|[，、；：]\s*", r"\n\s*", r"\s+", "")]
+CUTS = [regex.compile(f"(?r){cut}") for cut in (
+    r"[,;:—]\s+|[，、；：]\s*", rf"[{LINE_ENDS}]\s*", r"\s+", "")]
 
 
 # Part 2: sentences of a text.
@@ -118,18 +121,23 @@ def marked(text: str) -> str:
 
 
 def find_ends(text: str, start: int = 0) -> Iterator[int]:
-    """Offsets after `start` at which one sentence ends and another begins."""
-    for a, b in (gap.span() for gap in GAP.finditer(text, start)):
-        if is_end(text[max(0, a - BEFORE) : a], text[a:b], text[b : b + AFTER]):
+    """Offsets after `start` at which one sentence ends and another begins.
+
+    The rules see no more than the next gap: so nothing that decides about a gap comes after the
+    next one, and a stream finds the ends in their order."""
+    gaps = [*(gap.span() for gap in GAP.finditer(text, start)), (len(text), len(text))]
+    for (a, b), (_, next_b) in pairwise(gaps):
+        if is_end(text[max(0, a - BEFORE) : a], text[a:b], text[b : min(b + AFTER, next_b)]):
             yield b
 
 
 def is_end(before: str, gap: str, after: str) -> bool:
     """Whether a sentence ends at a gap. If `after` grows, a no can become a yes, but a yes stays.
 
-    Most conditions read only its first character. `NEXT_MARKER`, `ITEM` and `OPENING` read more:
-    once they match, they stay matched, and a match is a reason for an end. "Before what closes"
-    reads two: it can stop matching, and a match is a reason against an end.
+    Most conditions read only its first character. `NEXT_MARKER`, `OPENING` and the patterns of
+    `ends_line` read more: once they match, they stay matched, and a match is a reason for an end.
+    The rules "before what closes" and "before a bracketed or Roman number" read two characters or
+    more: they can stop matching, and a match is a reason against an end.
     """
     if starts_item(before, after) or ends_line(before, gap, after):
         return True
@@ -148,16 +156,6 @@ def starts_item(before: str, after: str) -> bool:
     return after[0] in BULLETS or NEXT_MARKER.match(f"{before} {after[:2]}") is not None
 
 
-def ends_line(before: str, gap: str, after: str) -> bool:
-    """An empty line ends a sentence. A line end does too, unless the line seems wrapped: as long as
-    a line of a book, no heading, no code, and no list item, quotation, code or log line follows."""
-    line = before.rpartition("\n")[2]
-    wrapped = (gap.count("\n") == 1 and 40 <= len(line) <= 100 and not line.startswith("#")
-               and not line.endswith(("{", "}", ":", "\\", ");", "];")) and not ITEM.match(after)
-               and not (line[0].isdigit() and after[0].isdigit()))
-    return "\n" in gap and not wrapped
-
-
 def one_holds(rules: dict, before: str, after: str) -> bool:
     patterns = (PATTERNS[name] for name in rules)
     return any(ends.match(before) and begins.match(after) for ends, begins in patterns)
@@ -167,9 +165,8 @@ def one_holds(rules: dict, before: str, after: str) -> bool:
 # Ll lowercase, N number, Pe and Pf closing bracket and quotation mark.
 
 # Most short words without a vowel are abbreviations: Ltd, pp, стр. But index.html and 5 kg are not.
-CONSONANT = "[b-df-hj-np-tv-xzб-джзй-нп-тф-щ]"
+CONSONANT = "[b-df-hj-np-tv-xzçćčďđğłńňñřśšşťžźżб-джзй-нп-тф-щ]"
 VOWELLESS = rf"(?<![^\s(\"“]|\p{{N}}\s)(?i:{CONSONANT}){CONSONANT}{{1,4}}"
-BULLETS = "•‣◦⁃▪"
 # Two markers of a list that follow each other, up to the second: `1. Tea 2.`
 NEIGHBOURS = [*pairwise("123456789"), *pairwise("abcdefg")]
 MARKERS = "|".join(rf"\b{a}[.)]{{1,2}}\s.{{1,150}}\s{b}[.)]" for a, b in NEIGHBOURS)
@@ -177,20 +174,20 @@ WIDE = "。！？｡؟۔।॥։።፧။។៕‼⁇⁈⁉"  # marks that need 
 # `;` is the Greek question mark; `:` and `|` are typed for the full stops of Armenian and Hindi.
 MARK = r"[.!?…]|\p{Greek};|\p{Armenian}:|\p{Devanagari} ?\||(?<!\S)[:;]-?[()]|[=*_~-]{5}|\*{3}"
 CLOSER = r"[\p{Pe}\p{Pf}\"']"
+REFERENCE = r"(?:\[[^\s\[\]][^\[\]]{0,20}\])"  # to a note or a book, as in `It failed.[3]`
 
 GAP = regex.compile(
     rf"[{WIDE}]{CLOSER}{{0,8}}+\K\s*+(?=\S)|(?<=\S)(?:"  # after a wide mark; \K: the gap begins
     r"(?<=[^\w\s,]|_)\s++|"  # after any other mark but a comma
-    r"[^\S\n]*+\n\s*+|"  # at a line end
+    rf"[^\S{LINE_ENDS}]*+[{LINE_ENDS}]\s*+|"  # at a line end
     rf"\s++(?=[{BULLETS}]|[2-9b-g][.)]))(?=\S)"  # before a bullet or a list marker
 )
 WIDE_END = regex.compile(rf"(?r)(?<!《[^》]{{0,40}})[{WIDE}]{CLOSER}{{0,8}}")  # no 《title！》
 GOES_ON = regex.compile(rf"{CLOSER}|[{WIDE}!?,:;，、；：—]")
-MARK_END = regex.compile(rf"(?r)(?:{MARK})(?:{CLOSER}|[“*_]){{0,8}}"
+MARK_END = regex.compile(rf"(?r)(?:{MARK})(?:{CLOSER}|[“*_]){{0,8}}{REFERENCE}{{0,4}}"
                          rf"(?:[ \xa0\u202f][\p{{Pe}}»›”]{CLOSER}{{0,8}})?")  # or `! »`
 OPENING = regex.compile(rf"(?i:{WORDS['first']})(?=[^\w.])|[\"'“‘](?=\p{{Lu}})")
 NEXT_MARKER = regex.compile(f"(?r)(?:{MARKERS})")
-ITEM = regex.compile(rf"[-*+#>|{{}}/@$`\[{BULLETS}]|[1-9]\.|[1-9a-z]\)")
 
 # A rule: what the text before a gap ends with, what the text after it begins with, an example.
 INSIDE = {  # no sentence ends
@@ -198,6 +195,9 @@ INSIDE = {  # no sentence ends
     "before a number": (
         rf"\b(?:\p{{Ll}}|(?i:{WORDS['numbered']})|{VOWELLESS}|(?<=\p{{N}}\s?)\p{{L}}{{1,3}})\.",
         r"\p{N}", "See p. 5 of Vol. 2. |He is 5 ft. 3 in. tall."),
+    "before a bracketed or Roman number": (
+        rf"\b(?i:{WORDS['numbered']})\.", r"[(\[](?!\P{N})|[IVXLC]+\Z|(?:[IVXLC]{2,}|[VX])(?!\w)",
+        "See ref. [4], sec. (2) and ch. IV. |It rose."),
     "after dots": (
         r"(?:[^.]\s|\[)(?:\.\s\.\s\.|\.\.\.|…)(?:\][^\s\w]{0,8})?", "",
         'Well ... I think so... |"He [...] agreed [...]" (Smith 55).'),
@@ -208,7 +208,8 @@ INSIDE = {  # no sentence ends
     "between a quotation and a lowercase letter": (
         r"[.!?…;][^\s\w.!?]{1,8}", r"[\p{Ll}—–]", '"Why?" he said. |"Why?" |He knew.'),
     "after the marker of a list item": (
-        rf"(?:^|[\n{BULLETS}])[^\S\n]{{0,20}}(?:\d{{1,3}}|\p{{L}}|[IVXivx]{{1,5}})[.)]{{1,2}}",
+        rf"(?:^|[{LINE_ENDS}{BULLETS}])[^\S\n]{{0,20}}"
+        r"(?:\d{1,3}(?:\.\d{1,2}){0,3}|\p{L}|[IVXivx]{1,5})[.)]{1,2}",
         "", "1.) Tea\n|IV. Milk\n|• 9. Salt"),
     "after the next marker": (rf"(?:{MARKERS})\)?", "", "1. The tea |2. The milk"),
 }
@@ -217,7 +218,7 @@ ABBREVIATED = {  # a sentence ends after these only before a quotation or a word
         r"(?<![^\s(\"'“‘])(?:\p{L}{1,2}\.)*\p{L}\.", "",
         "J. K. Li left the U.S. |He has a Ph.D. in law."),
     "an abbreviation": (
-        rf"\b(?:(?i:{WORDS['shortened']})|{VOWELLESS})\.", "",
+        rf"\b(?:{WORDS['shortened']}|{VOWELLESS})\.{REFERENCE}?", "",
         "Ax Inc. Bonn owns Li Ltd. Rome. |It pays."),
     "an ordinal": (r"\b\p{N}{1,2}\.", r"\p{Lu}", "Es war der 3. Mai. |Sie war 20. |Er kam."),
 }

@@ -1,13 +1,14 @@
 """Sentences: the rules, the stream against the whole, the limit, the work, and real tokens."""
 
 import doctest
+import textwrap
 import time
 from bisect import bisect_right
 from itertools import groupby, pairwise, product
 
 import pytest
 import regex
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import segment
@@ -88,9 +89,104 @@ def test_every_other_rule_has_a_true_example_that_needs_it(name, example, monkey
         "См. стр. 5 и гл. 3. |Он ушёл.",
         "Ես Արամն եմ: |Լավ:",
         "看《摔跤吧！爸爸》好吗？|好！",
+        "It rose [see Fig. [2] and ref. [4]].[3] |It fell.[5–7] |He left.[note a] |So it goes.",
+        "See Eqs. (3) and (4), Vol. IV, Ch. II and sec. [2.1]. |He said no. |(He meant yes.)",
+        "Ax v. Li, 12 F.3d 4 (5th Cir. 2005), Cal. Civ. Code 7 and Fed. R. Evid. 403. |It holds.",
+        "Take 2 tabs. 3 times a day at a temp. of 37. |Then rest in the sun. |Bob will.",
+        "Los EE. UU. Mexicanos y la Sra. Gil. |El fin.",
+        "Na os. Długim, przy ul. Krótkiej, np. Ax. |Ona wie.",
+        "MUDr. Malá bydlí na nám. Míru. |Он на просп. Мира, кв. 7. |Она тоже.",
+        "Prof. Öz ve Doç. Dr. Ak, vgl. Abb. 3 und Bd. IV. |Er kam.",
+        "डॉ. शर्मा की कं. लि. बड़ी है। |वे गए।",
+        "I had a pet. |Rex was fed. |Bob was ill. |I am ok. |Oh my god. |Ann left.",
     ],
 )
 def test_sentences(example):
+    assert marked(example.replace("|", "")) == example
+
+
+PROSE = (
+    "The mill stood where the brook left the wood, and in a dry summer its wheel did not turn for "
+    "weeks. Nobody in the village knew who had built it; some said a monk, others that a miller "
+    "from the north had brought the stones on a cart, one by one, and had asked nobody. When my "
+    "uncle bought it he found a door behind the oven, and behind the door a room with a table, a "
+    "chair and a shelf of jars. He opened one. It smelled of pepper, although it must have stood "
+    "there for a hundred years or more, as the paper on it was of the time of the old king. "
+)
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\u2028"])
+@pytest.mark.parametrize("width", [26, 34, 45, 62, 72, 88, 104, 118, 132, 150])
+def test_wrapped_prose_has_the_sentences_of_its_paragraphs(width, line_end):
+    """A title above it, and a second paragraph whose first line is judged by the first's."""
+    lines = textwrap.wrap(PROSE, width, break_on_hyphens=False)
+    wrapped = "The Mill" + line_end + (line_end.join(lines) + 2 * line_end) * 2
+    expected = sentences(PROSE)
+    assert [" ".join(sentence.split()) for sentence in sentences(wrapped)] == [
+        "The Mill", *(sentence.strip() for sentence in expected * 2)]
+
+
+@pytest.mark.parametrize(
+    "line_end", ["\n", "\r", "\r\n", "\v", "\f", "\x85", "\u2028", "\u2029"]
+)
+def test_what_ends_a_line(line_end):
+    text = "The mill was closed\n|Nobody knew\n\n|why it was.".replace("\n", line_end)
+    assert marked(text.replace("|", "")) == text
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        # speakers
+        "Ada: the wheel did not turn for weeks as the brook was dry\n"
+        "|Dr. Ben Hill: did nobody ask the miller of the next village\n"
+        "|Ada: he was away in the north for a week or two and the\nmill was closed\n"
+        "|Dr. Ben Hill: so what",
+        "ada: the wheel did not turn for weeks as the brook was dry\n|ben: did nobody ask him",
+        "[10:03] <ada> the wheel did not turn for weeks, the brook was dry\n|[10:04] <ben> why",
+        "Ada Hill (00:01:12): the wheel did not turn as the brook was dry\n"
+        "|Ben Mill (00:01:20): did nobody ask the miller of the next village\n",
+        "The Miller of the Old Village: the wheel did not turn for weeks\n|The King: why",
+        # lists
+        "We need\n|· two stones that are as large as those of the old mill\n|· a wheel of oak\n",
+        "– two stones that are as large as those of the old mill\n|– a wheel of oak",
+        "(i) the stones that were left in the mill by the monk;\n|(ii) the wheel itself;",
+        "4.1 The tenant shall keep the wheel and the brook in order\n|4.2 The owner pays",
+        "Article 1 The mill shall be open to all who live in the town\n|Article 2 The owner pays",
+        "Parts: |● the wheel |● the stones |● the brook",
+        "two cups of flour\n|three large eggs\n|a pinch of salt",
+        # tables
+        "name,town,year,what\n|Ada Hill,Leeds,2021,two stones\n|ben mill,Oslo,2020,a wheel\n",
+        "Ada Hill;ada@example.org;Leeds;2021-03-04;two stones and a wheel\n|ben mill;b@example.org",
+        "Ada Hill\tada@example.org\tLeeds\t2021-03-04\ttwo stones\n|ben mill\tb@example.org",
+        "The wheel of oak              as large as that of the old mill\n|the stones       two",
+        "ada@example.org,the wheel did not turn for weeks\n|ben@example.org,why did nobody ask",
+        # logs and traces
+        "Nov  3 09:12:01 mill brook[12]: the wheel has been stopped for weeks\n|Nov  3 09:13",
+        "INFO the wheel has been started again after the rain of May\n|ERROR the brook is dry",
+        'Traceback (most recent call last):\n  |File "mill.py", line 3, in turn of the old wheel\n'
+        "    |wheel.turn(brook.water, hours=12)\n|ValueError: the brook is dry since the spring",
+        "java.lang.IllegalStateException: the brook is dry since the spring\n"
+        "\t|at org.mill.Brook.flow(Brook.java:31)\n\t|at org.mill.Wheel.turn(Wheel.java:3)",
+        # code
+        "from collections.abc import Iterable, Iterator, Mapping\n|from itertools import pairwise",
+        "    total = sum(value * weight for value, weight in pairs)\n    |return total / max(1, n)",
+        '{\n  |"name": "Ada Hill of the village of the old mill",\n  |"town": "Leeds"\n|}',
+        "DATABASE_URL=postgres://ada@localhost:5432/mill_and_brook\n|key=0123456789abcdef",
+        # other lines
+        "Shall I compare thee to a summer's day\n|Thou art more lovely and more temperate\n|Rough",
+        "1\n|00:00:01,000 --> 00:00:04,000\n|the wheel did not turn for weeks\nas it was dry\n\n|2",
+        "Ada Hill\n|12 Mill Lane\n|Leeds",
+        "> The wheel did not turn for weeks as the brook was dry in that\n|> summer",
+        # prose
+        "It cost the old man who had bought it without a word no less than\n$3,000 and it was dry.",
+        "He had a wheel, two stones, and a shelf of jars that smelled of the\n[rare] pepper of.",
+        "Der Müller hatte das Rad und die Steine auf einem Karren aus dem hohen\nNorden gebracht, "
+        "und niemand wusste, warum er die Arbeit in dem alten\nHaus so bald verlassen hatte.",
+        "水车在干燥的夏天里好几个星期都不转动而且村里没有人知道\n它是谁建的。|有人说是一个和尚。",
+    ],
+)
+def test_lines(example):
     assert marked(example.replace("|", "")) == example
 
 
@@ -110,6 +206,8 @@ ATOMS = [
     *"..!?…。？।؟;:,-*#=()[]\"'“”«»「」•15abiSUε你नि😀",
     *[" ", "  ", "\n", "\r", "\n\n", "\t", "\u3000", "\u2029", "\x85", "\x1c", " " * 12, "====="],
     *["Dr", "Inc", "How", "the", "no", "Ph", "\u200b", "https://x", "a word of many letters " * 2],
+    *["\v", "\f", "\u2028", "\nAda: ", "\nben: ", "\n[", "\n<a> ", "\nat a.b(", "\n4.2 ", "\n– "],
+    *["\nx = 1", "\nINFO ", "\nNov 3 10:10", "a,b,c", ", and of the old mill", "Fig", "[3]", "IV"],
 ]
 TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(ATOMS), max_size=40).map("".join))
 
@@ -135,6 +233,7 @@ def expected_lengths(pieces):
 
 @settings(max_examples=400, deadline=None)
 @given(pieces())
+@example([*"a word of many letters \n。Ada(4.2 :-"])  # `Ada(4.2 ` is no word of the first gap
 def test_the_stream_finds_the_sentences_of_the_whole(pieces):
     stream = SentenceStream(UNLIMITED)
     lengths = [n for piece in pieces for n in stream.push(piece)] + stream.finish()
@@ -142,8 +241,12 @@ def test_the_stream_finds_the_sentences_of_the_whole(pieces):
 
 
 BEFORE_GAPS = ["1. Tea", "a) Milk!", "2.", "• 9.", "A line of a book that is as long as this one",
-               "see p.", "He left the U.S.", "am 3.", "so...", "so?", "so!»", 'so."', "so;", "好。"]
-AFTER_GAPS = [*'abé1269.):;-*•#"”»“，好', "2. b", "b) c", "The ", "no,", "However ", "https:", "\n"]
+               "a line of this width or so\nand another of this", "Ada: yes", "[1] yes", "see p.",
+               "[1] A line of a book that is as long as this one is,", "see Fig.", "Then, no.",
+               "He left the U.S.", "am 3.", "so...", "so?", "so!»", 'so."', "so;", "好。"]
+AFTER_GAPS = [*'abé1269.):;-*•#"”»“，好', "2. b", "b) c", "The ", "no,", "However ", "https:", "\n",
+              "Ben: ", "Dr. Li", "ben: ", "[10:10", "4.2 T", "(5", "[5", "IV ", "x = ", "at a.b",
+              "INFO "]
 
 
 @settings(max_examples=300, deadline=None)
@@ -152,7 +255,7 @@ def test_more_text_after_a_gap_never_takes_an_end_back(parts):
     """`SentenceStream` reports an end at once, and the text goes on."""
     after = "".join(parts)[: segment.AFTER]
     assume(not after[0].isspace())
-    for before, gap in product(BEFORE_GAPS, ["", " ", "\n", "\n\n"]):
+    for before, gap in product(BEFORE_GAPS, ["", " ", "\n", "\r\n", "\f", "\n\n"]):
         answers = [segment.is_end(before, gap, after[:n]) for n in range(1, len(after) + 1)]
         assert answers == sorted(answers), (before, gap)  # no, no, ..., yes, yes
 
@@ -163,6 +266,9 @@ def test_more_text_after_a_gap_never_takes_an_end_back(parts):
         ("1. Tea", " ", "2", "2."),  # NEXT_MARKER
         ("A line of a book that is as long as this one", "\n", "a", "a)"),  # ITEM
         ("He left the U.S.", " ", "The", "The "),  # OPENING
+        ("Ada: a line of a book that is as long as this one,", "\n", "Ben", "Ben: "),  # SHAPES
+        ("A line of a book that is as long as this\none and then", "\n", "I", "I "),  # has_room
+        ("See sec.", " ", "I", "I "),  # before a bracketed or Roman number
         ("Is it?", " ", "”", "”a"),  # before what closes
     ],
 )
@@ -251,7 +357,9 @@ ADVERSARIES = {
     "stop and space": ". ", "initials": "A. ", "glued initials": "a.", "items": "a) b) ",
     "ellipses": ". . . ", "doctors": "Dr. ", "closers": ".) ) ", "smileys": ":) ", "empty": "",
     "markers": "1. 2. ", "blank lines": "\n ", "rules": "=", "bullets": "• ",
-    "full lines": "a" * 70 + "\n",
+    "full lines": "a" * 70 + "\n", "speakers": "A: b\n", "rows": "a,b\n", "commas": "a,",
+    "tabs": "a\t", "pages": "\f", "wrapped lines": "a word and another of the book\n",
+    "references": "no. [", "roman": "I",
 }  # fmt: skip
 
 
