@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from model import Llama, LlamaConfig
+from model import FullCache, Llama, LlamaConfig
 from weights.checkpoint import checkpoint_names, load_model
 from weights.download import download
 
@@ -58,6 +58,18 @@ def checkpoint(model) -> dict:
         weight = model.get_parameter(name)
         weights |= zip(parts, weight.split([shape[0] for shape in parts.values()]))
     return weights
+
+
+def greedy(model, ids: list[int], n_new: int) -> tuple:
+    """The logits after the ids (1, V), and the tokens that the full cache goes on with."""
+    cache = FullCache(model.config, len(ids) + n_new, "cpu", torch.float32)
+    first = logits = model.logits(model.prefill(torch.tensor(ids), cache)[-1:])
+    written = []
+    for _ in range(n_new):
+        token = logits.argmax(dim=-1)
+        written.append(token.item())
+        logits = model.logits(model.decode(token, cache))
+    return first, written
 
 
 @pytest.fixture

@@ -8,11 +8,10 @@ import pytest
 import test_cache
 import test_model
 import torch
-from conftest import REFERENCE, TEXT, TINY, random_llama, write_tiny_folder
+from conftest import REFERENCE, TEXT, TINY, greedy, random_llama, write_tiny_folder
 from test_compile import Compiled
 
 import generate
-from model import FullCache
 from sentencekv import SentenceKVConfig, find_secondary_sinks
 from weights.checkpoint import load_model
 from weights.config import load_config
@@ -62,14 +61,7 @@ NEAR = [name for name in sorted(path.parent.name for path in REFERENCE.glob("*/e
 def test_greedy_tokens_equal_an_independent_implementation(name):
     expected = json.loads((REFERENCE / name / "expected.json").read_text())
     model = load_model(REFERENCE / name, CPU, torch.float32)
-    cache = FullCache(model.config, 320, CPU, torch.float32)
-    logits = model.logits(model.prefill(torch.tensor(expected["ids"]), cache)[-1:])
-    written = []
-    for _ in expected["greedy"]:
-        token = logits.argmax(dim=-1)
-        written.append(token.item())
-        logits = model.logits(model.decode(token, cache))
-    assert written == expected["greedy"]
+    assert greedy(model, expected["ids"], len(expected["greedy"]))[1] == expected["greedy"]
 
 
 def test_keys_of_one_length_have_no_secondary_sinks():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import (REFERENCE, ROOT, TEXT, checkpoint, random_ids, random_llama,
+from conftest import (REFERENCE, ROOT, TEXT, checkpoint, greedy, random_ids, random_llama,
                       write_tiny_folder)
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
@@ -663,16 +663,9 @@ def test_the_second_model_computes_what_the_reference_says(second):
     folder, expected = second
     model = load_model(folder, torch.device("cpu"), torch.float32)
     for case in expected["greedy"]:
-        cache = FullCache(model.config, len(case["ids"]) + len(case["continuation"]), "cpu",
-                          torch.float32)
-        logits = model.logits(model.prefill(torch.tensor(case["ids"]), cache)[-1:])
+        logits, written = greedy(model, case["ids"], len(case["continuation"]))
         for token, value in case["top8"]:
             assert logits[0, token].item() == pytest.approx(value, abs=2e-3)
-        written = []
-        for _ in case["continuation"]:
-            token = logits.argmax(dim=-1)
-            written.append(token.item())
-            logits = model.logits(model.decode(token, cache))
         assert written == case["continuation"]
     text = (REFERENCE / "walden_passage.txt").read_text(encoding="utf-8")
     ids = torch.tensor(Tokenizer(folder).encode(text, add_bos=False)[:1024])

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REFERENCE, TINY, random_ids, random_llama
+from conftest import REFERENCE, TINY, greedy, random_ids, random_llama
 
 from model import FullCache
 from support.attention import causal_attention
@@ -74,15 +74,9 @@ def test_a_token_alone_is_what_it_is_among_others(dtype, atol, n_threads):
 
 def test_default_model_continues_like_the_reference(default_model, reference):
     for case in reference["greedy"]:
-        cache = full_cache(default_model, len(case["ids"]) + len(case["continuation"]))
-        logits = default_model.logits(default_model.prefill(torch.tensor(case["ids"]), cache)[-1:])
+        logits, written = greedy(default_model, case["ids"], len(case["continuation"]))
         for token, value in case["next_logits_top8"]:
             assert logits[0, token].item() == pytest.approx(value, abs=1e-3)
-        written = []
-        for _ in case["continuation"]:
-            token = logits.argmax(dim=-1)
-            written.append(token.item())
-            logits = default_model.logits(default_model.decode(token, cache))
         assert written == case["continuation"]
 
 
