@@ -119,7 +119,7 @@ class Plan:
         self.n_select.fill_(n_select)
         self.select_end.fill_(select_end)
         self.next_slot.fill_(self.n_row_slots + row % self.n_window_slots)
-        age = (row - self.window_index) % self.n_window_slots  # (R,) of each slot's row; 14: 3
+        age = (row - self.window_index) % self.n_window_slots  # (R,): of row 14 it is 3
         self.in_window.copy_(age < n_window)
 
 
@@ -138,9 +138,9 @@ class LayerCache:
     that it takes no share of the scores. The slots:
 
     slots         (H_kv, B + R, 2, D)  rows
-    slot_row      (H_kv, B)            of a slot for selected rows: which row, or else NO_ROW, which
-    slot_place    (H_kv, B)            its place                    is greater than all rows
-    slot_missing  (H_kv, B)            whether it must be loaded
+    slot_row      (H_kv, B)            the row in a slot for selected rows, or NO_ROW, a high number
+    slot_place    (H_kv, B)            the row's place
+    slot_missing  (H_kv, B)            whether the row must be loaded
     `host.read(a, b)` brings the rows from a up to b from the host to the device, (H_kv, n, 2, D).
     Each stage is a method: `support/timer.py` measures it.
     """
@@ -171,13 +171,14 @@ class LayerCache:
         if self.text_kv is None and plan.n_rows > 0:
             self.text_kv = self.host.read(0, plan.n_rows)
         self.text_kv = kv if self.text_kv is None else torch.cat((self.text_kv, kv), dim=1)
-        self.last_queries.append(q[:, -plan.config.observation_window :].clone())  # not all of q
+        self.last_queries.append(q[:, -plan.config.observation_window :].clone())  # q is freed
         return self.text_kv.unbind(dim=2)
 
     def keep(self):
         """The layer has read a text: give its sentences their places, and offload its rows. All
         rows of a later text are kept, and those of the first text as the keep factor says."""
-        plan, kv, first_row = self.plan, self.text_kv, self.plan.n_rows  # `advance` follows later
+        plan, kv = self.plan, self.text_kv
+        first_row = plan.n_rows  # `advance` has not counted this text yet
         if plan.is_first_text:
             kv = self.keep_first_text(kv)
         else:
@@ -258,7 +259,7 @@ class LayerCache:
         self.scores[:, 0] = math.inf  # after the sum: with a decay of 0, 0 * inf would be NaN
         # The number of rows of each place before the window (H_kv, P): 5, 6, 3 in the example.
         available = plan.select_end.clamp(self.starts, self.ends) - self.starts
-        # How many are selected, always the first ones: 5, 4, 3. The best B places have B rows.
+        # How many are selected, always the first ones: 5, 4, 3. The best B places are enough.
         selected = select_rows(self.scores, available, plan.n_select, plan.n_row_slots)
         # Of each place the first `n_resident` rows are in slots. Selected rows beyond them are
         # missing. In the example, the next token selects 5, 3, 4 rows. So row 14, which has left
@@ -304,8 +305,7 @@ class SentenceKVCache:
      1. The rows of a head are all its sinks, and then the rest of its sentences, without gaps.
      2. Row r of the window is in slot B + r % R.
      3. Of the rows of a place, the first `n_resident` are in slots, from `starts` on.
-     4. Each head selects `n_select` rows before the window, all sinks among them. With the window
-        these are at most `token_budget` tokens.
+     4. A head selects `n_select` rows, all sinks among them. With its window they are at most τ.
      5. Only `truncate` moves the window back, and fills it again: older rows were overwritten.
      6. Slots that the mask hides are finite: attention gives them weight 0, and 0 times NaN is NaN.
      7. Tensors are reallocated between tokens, in all layers at once: `decode` can be a CUDA graph.

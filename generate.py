@@ -13,6 +13,7 @@ if __name__ == "__main__":
 import math
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
@@ -123,7 +124,7 @@ class Session:
 
     def start_after(self, document: Document):
         """Note that this document was read, and nothing written yet. The cache is not changed."""
-        self.ids, self.spans = document.ids, document.spans  # of all texts; ids of answers, too
+        self.ids, self.spans = document.ids, document.spans  # all tokens; the texts' sentences
         self.written = []  # the tokens of the answer
         self.sample = sampler(self.args.temperature, self.args.top_p, self.args.seed, self.device)
 
@@ -149,6 +150,7 @@ class Session:
         """Print an answer from its first token on, add its tokens to `self.written`, and return its
         text. `stopped()` is 0, or the signal that ends it."""
         n_most = min(self.args.max_new_tokens, self.max_tokens - len(self.ids))
+        # With --raw the answer goes on from the prompt: a space before its first word stays.
         detokenize = self.tokenizer.detokenizer(self.ids[-1:] if self.args.raw else ())
         pairs = generate(
             self.model, self.cache, first, detokenize, self.choose_token,
@@ -183,11 +185,10 @@ def main(arguments: list[str]) -> int:
     # Which model, and what to read: a prompt, or a document that was read before and saved.
     folder, dtype = model_folder(args.model), pick_dtype(args.dtype, device)
     tokenizer, model_config = Tokenizer(folder, args.special_tokens), load_config(folder)
-    fingerprint_of_model = lambda: fingerprint(folder)  # computed for --save and --load only
-    saved = SavedDocument(args, fingerprint_of_model, config, model_config, device, dtype)
+    saved = SavedDocument(args, partial(fingerprint, folder), config, model_config, device, dtype)
     prompts = Prompts(tokenizer, saved.document or read_text(args.prompt), args)
-    # Prompts that do not fit are refused before the weights are read, which takes longest. The
-    # cache has to hold at most so many tokens.
+    # Prompts that do not fit are refused before the weights are read, which takes longest.
+    # `max_tokens` is the most that the cache will have to hold.
     max_tokens = prompts.check(args.max_new_tokens, args.chat, model_config)
     model = load_model(folder, device, dtype)
     if args.compile:

@@ -19,7 +19,7 @@ from torch.nn.attention import sdpa_kernel
 from support.attention import BACKENDS  # which of PyTorch's kernels attend for one token
 from support.attention import causal_attention  # of several tokens
 from support.linear import Linear  # an nn.Linear that is faster for one token on a CPU
-from support.rope import attention_scale, scaled  # for models that later learned longer contexts
+from support.rope import attention_scale, scaled  # for models adapted to longer contexts
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def rope_table(config: LlamaConfig, positions: torch.Tensor, dtype) -> tuple:
     angles = positions[:, None].float() * rope_frequencies(config, positions.device)  # (T, D/2)
     cos, sin = angles.cos(), angles.sin()
     if config.rope_scaling is not None:
-        cos, sin = (x * attention_scale(config.rope_scaling) for x in (cos, sin))
+        scale = attention_scale(config.rope_scaling)
+        cos, sin = cos * scale, sin * scale
     cos, sin = cos.to(dtype), sin.to(dtype)
     # (a, b) becomes (a cos - b sin, b cos + a sin). The sine table holds the minus sign.
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

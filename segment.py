@@ -123,8 +123,8 @@ def marked(text: str) -> str:
 def find_ends(text: str, start: int = 0) -> Iterator[int]:
     """Offsets after `start` at which one sentence ends and another begins.
 
-    The rules see no more than the next gap: so nothing that decides about a gap comes after the
-    next one, and a stream finds the ends in their order."""
+    The rules see the text up to the end of the next gap, and no further. So what decides about a
+    gap is there before the next gap is decided, and a stream finds the ends in order."""
     gaps = [*(gap.span() for gap in GAP.finditer(text, start)), (len(text), len(text))]
     for (a, b), (_, next_b) in pairwise(gaps):
         if is_end(text[max(0, a - BEFORE) : a], text[a:b], text[b : min(b + AFTER, next_b)]):

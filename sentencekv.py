@@ -128,7 +128,7 @@ def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. It ends where the next one begins.
 
     Sentences of which a head keeps nothing go to the end of its list, so that the table can be cut
-    there. Hence index s can be different sentences in two heads.
+    there. Hence index s can mean different sentences in two heads.
 
     marked (H_kv, N) from `order_rows`, ends (S,), the position after each sentence -> (H_kv, S + 1)
 
@@ -140,7 +140,7 @@ def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """
     starts_and_end = F.pad(ends, (1, 0)).expand(len(marked), -1).contiguous()  # 0, 4, 7, 10
     bounds = torch.searchsorted(marked, starts_and_end)  # rows before each: 1, 3, 3, 5
-    repeated = F.pad(bounds.diff(dim=-1) == 0, (1, 0))  # the second 3: becomes N
+    repeated = F.pad(bounds.diff(dim=-1) == 0, (1, 0))  # the second 3, which becomes N
     return bounds.masked_fill(repeated, marked.shape[-1]).sort(dim=-1).values  # 1, 3, 5, 5
 
 
@@ -156,7 +156,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
     (tensor([[[2., 0.]]]), tensor([[0.5000]]))
     """
     keys, dtype = keys.float(), keys.dtype
-    # Lengths add up to N: rows before the first sentence are a group, which `[:, 1:]` drops.
+    # Lengths must add up to N. So rows before the first sentence are a group: `[:, 1:]` drops it.
     lengths = torch.cat((bounds[:, :1], bounds.diff(dim=-1)), dim=-1)  # (H_kv, 1 + S)
 
     def mean(x):  # of the rows of each sentence, (H_kv, N, n) -> (H_kv, S, n)
@@ -173,7 +173,7 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
 def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
     """The paper's score (Section 4.2): the sentence vector times the mean query of the open
     sentence. This is the score for one token, with the mean query of the group's heads. The cache
-    adds up those of all tokens: with a decay of 1, they are in the order of the paper's mean.
+    adds up those of all tokens: with a decay of 1, the sums rank sentences as the means do.
 
     q (H_kv, G, D) of one token, vectors (H_kv, S, D), variances and lengths unused -> (H_kv, S)
     """

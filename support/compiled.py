@@ -64,8 +64,8 @@ class GraphedDecode:
 
 
 def reallocated(cache) -> tuple:
-    """The tensors of a cache that are others after it needed room, in its first layer: it gives
-    room to all layers, and to all tables of a layer, at once."""
+    """Tensors of the first layer that are reallocated when a cache needs more room. All layers are
+    given room at once, and all tables of a layer, so these stand for all."""
     layer = cache.layers[0]
     return layer.vectors, layer.host.first, layer.host.later
 

@@ -46,9 +46,9 @@ def yarn_kept(frequency: torch.Tensor, scaling: dict) -> torch.Tensor:
     return 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
 
 
-def attention_scale(scaling: dict | None) -> float:
+def attention_scale(scaling: dict) -> float:
     """YaRN's factor of cosines and sines: q · k grows by its square. Otherwise 1."""
-    if scaling is None or scaling["rope_type"] != "yarn":
+    if scaling["rope_type"] != "yarn":
         return 1.0
     if scaling.get("attention_factor") is not None:
         return scaling["attention_factor"]

@@ -96,22 +96,15 @@ def read_tensors(files: list[Path], config: LlamaConfig, read) -> dict:
     return tensors
 
 
-def with_own_head(files: list[Path], config: LlamaConfig) -> LlamaConfig:
-    """The config, not tied if the files hold a head that differs from the embeddings: that head is
-    used, and a line says so."""
-    if not config.tie_word_embeddings:
-        return config
+def has_own_head(files: list[Path]) -> bool:
+    """Whether the files, which are whole, hold a head that differs from the embeddings."""
     with ExitStack() as stack:
         places = {}
         for path in files:
             file = stack.enter_context(safe_open(path, framework="pt"))
             places |= {name.removeprefix("model."): file.get_slice(name) for name in file.keys()}
         head, embeddings = places.get("lm_head.weight"), places.get("embed_tokens.weight")
-        if not head or not embeddings or equal(head, embeddings):
-            return config
-    say("config.json ties the head to the embeddings, but lm_head.weight differs from them: it is"
-        " used as it is stored")
-    return replace(config, tie_word_embeddings=False)
+        return bool(head and embeddings) and not equal(head, embeddings)
 
 
 def equal(a, b, n_rows: int = 1024) -> bool:
@@ -151,16 +144,19 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
     """Load the Llama in `folder`, its weights as `dtype` on `device`.
 
     Joined projections are copied one at a time, so the weights are never held twice. Of several
-    ranks, each loads its part. Raises
-    ValueError with the missing, unexpected and wrongly shaped tensors, up to four names each.
+    ranks, each loads its part. Raises ValueError with the missing, unexpected and wrongly shaped
+    tensors, up to four names each.
     """
     config, files = load_config(folder), weight_files(folder)
     if unknown := unknown_fields(read_json(folder / "config.json")):
         say("config.json has fields that are not known, and may change what is computed:"
             f" {unknown}")
-    read_tensors(files, config, stored_shape)  # they are whole
-    config = with_own_head(files, config)
     stored = read_tensors(files, config, stored_shape)
+    if config.tie_word_embeddings and has_own_head(files):
+        say("config.json ties the head to the embeddings, but lm_head.weight differs from them: it"
+            " is used as it is stored")
+        config = replace(config, tie_word_embeddings=False)
+        stored = read_tensors(files, config, stored_shape)
     if config.num_hidden_layers > len(stored):  # a module a layer would take long to make
         raise ValueError(f"the weights do not fit config.json: {config.num_hidden_layers} layers,"
                          f" and {len(stored)} tensors")

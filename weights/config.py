@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from model import LlamaConfig
-from weights.folder import check, need, read_json, shown
+from weights.folder import check, need, plain, read_json, shown
 
 MOST = 2**24
 LIMITS = {  # what a value may be, see `weights.folder.check`
@@ -118,9 +118,9 @@ def refuse_unsupported(raw: dict, where):
     if method := raw.get("quantization_config"):
         raise ValueError(f"quantised checkpoints ({shown(method.get('quant_method'))}) are not"
                          " supported")
-    for name, plain in PLAIN.items():
-        if raw.get(name) is not None and raw[name] != plain:
-            raise ValueError(f"{where}: {name} {shown(raw[name])} is not supported, only {plain!r}")
+    for name, usual in PLAIN.items():
+        if raw.get(name) is not None and raw[name] != usual:
+            raise ValueError(f"{where}: {name} {shown(raw[name])} is not supported, only {usual!r}")
     for kind in raw.get("layer_types") or []:
         if kind != "full_attention":
             raise ValueError(f"{where}: layer_types has {shown(kind)}, only 'full_attention' is"
@@ -131,8 +131,8 @@ def check_heads(config: LlamaConfig, where):
     if config.head_dim < 2 or config.head_dim % 2:
         raise ValueError(f"{where}: head_dim is {config.head_dim}, must be even: RoPE turns pairs")
     if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"num_attention_heads {config.num_attention_heads} is not a multiple of"
-                         f" num_key_value_heads {config.num_key_value_heads}")
+        raise ValueError(f"{where}: num_attention_heads {config.num_attention_heads} is not a"
+                         f" multiple of num_key_value_heads {config.num_key_value_heads}")
 
 
 def rope_settings(raw: dict, where) -> dict:
@@ -183,7 +183,7 @@ def unknown_fields(raw: dict) -> str:
     'mup_width (8)'
     """
     unknown = raw.keys() - LIMITS.keys() - PLAIN.keys() - HARMLESS
-    return ", ".join(f"{shown(name).strip(chr(39))} ({shown(raw[name])})"
+    return ", ".join(f"{plain(name)} ({shown(raw[name])})"
                      for name in sorted(unknown) if holds_number(raw[name]))
 
 

@@ -18,12 +18,12 @@ from gguf import GGMLQuantizationType as Kind
 from tqdm import tqdm
 
 from support.rope import scaled
+from weights.config import TYPES
 from weights.folder import check, one_line, shown
 from weights.gguf_reader import Tensor, read_gguf
 from weights.gguf_tokenizer import check_tokenizer, stop_ids, token_id, write_tokenizer
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM",
-                 "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF calls a Mistral model `llama`
 MOST = 2**24
 LIMITS = {  # of the numbers of the model, see `weights.folder.check`; their names follow `llama.`
     "context_length": (1, 2**31), "embedding_length": (1, MOST), "feed_forward_length": (1, MOST),
@@ -146,7 +146,7 @@ def read_config(metadata: dict, tensors: dict) -> dict:
     check_tokenizer(metadata)
     heads = numbers["attention.head_count"]
     config = {
-        "architectures": [ARCHITECTURES[architecture]],
+        "architectures": [TYPES[architecture]],
         "model_type": architecture,
         "vocab_size": vocabulary_size(metadata, numbers, tensors),
         "hidden_size": numbers["embedding_length"],
@@ -172,7 +172,7 @@ def read_config(metadata: dict, tensors: dict) -> dict:
     if window := numbers.get("attention.sliding_window"):
         if architecture != "llama":
             raise ValueError(f"{architecture}.attention.sliding_window is not supported")
-        config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral",
+        config |= {"architectures": [TYPES["mistral"]], "model_type": "mistral",
                    "sliding_window": window}
     return {name: value for name, value in config.items() if value is not None}
 

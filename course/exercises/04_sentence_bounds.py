@@ -6,7 +6,7 @@ def sentence_bounds(marked: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """The row at which each sentence begins. It ends where the next one begins.
 
     Sentences of which a head keeps nothing go to the end of its list, so that the table can be cut
-    there. Hence index s can be different sentences in two heads.
+    there. Hence index s can mean different sentences in two heads.
 
     marked (H_kv, N) from `order_rows`, ends (S,), the position after each sentence -> (H_kv, S + 1)
 
