@@ -18,6 +18,7 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from model import FullCache, Llama, LlamaConfig
@@ -118,6 +119,13 @@ def write_tiny_folder(folder: Path, model_config=TINY) -> Path:
 
 
 TEXT = "It was late. Mr. Fox slept, dreaming of 3.14 geese! Where had they gone? " * 6
+
+
+def library_tokenizer(folder: Path):
+    """The tokenizer of a folder as its own library has it."""
+    if (path := folder / "tokenizer.json").exists():
+        return Tokenizer.from_file(str(path))
+    return SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
 def write_llama2_tokenizer(folder: Path) -> Path:

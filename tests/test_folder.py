@@ -10,7 +10,7 @@ import torch
 from conftest import write_llama2_tokenizer
 
 from weights.checkpoint import load_model
-from weights.folder import MOST_JSON, find
+from weights.folder import MOST_BYTES, find
 from weights.tokenizer import Tokenizer
 
 
@@ -133,8 +133,8 @@ def test_a_link_to_another_file_of_the_folder_is_followed(folder):
 
 def test_a_json_file_without_end_is_not_read(folder):
     with open(folder / "config.json", "wb") as file:
-        file.truncate(MOST_JSON + 1)
-    with pytest.raises(ValueError, match=f"config.json has {MOST_JSON + 1} bytes, at most"):
+        file.truncate(MOST_BYTES + 1)
+    with pytest.raises(ValueError, match=f"config.json has {MOST_BYTES + 1} bytes, at most"):
         load(folder)
 
 

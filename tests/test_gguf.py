@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import (REFERENCE, ROOT, TEXT, checkpoint, greedy, random_ids, random_llama,
-                      write_tiny_folder)
+from conftest import (REFERENCE, ROOT, TEXT, checkpoint, greedy, library_tokenizer, random_ids,
+                      random_llama, write_tiny_folder)
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -398,7 +398,7 @@ def tokenizer_of(tmp_path, folder, **changes) -> Tokenizer:
 
 def words(tokenizer: Tokenizer, text: str) -> list[str]:
     """How the text is split before the merges."""
-    model = tokenizer.tokens.model
+    model = library_tokenizer(tokenizer.folder)
     text = model.normalizer.normalize_str(text) if model.normalizer else text
     return [text[start:end] for _, (start, end) in model.pre_tokenizer.pre_tokenize_str(text)]
 
@@ -501,7 +501,7 @@ def write_spm(tmp_path, folder, original, **changes) -> Tokenizer:
     "▁ ▁▁▁"])
 def test_sentencepiece_encodes_like_the_original(tmp_path, folder, original, text):
     tokenizer = write_spm(tmp_path, folder, original)
-    made = tokenizer.tokens.model
+    made = library_tokenizer(folder)
     assert not (folder / "tokenizer.json").exists()
     assert made.encode(text) == original.encode(text)
     assert made.decode(made.encode(text)) == original.decode(original.encode(text))

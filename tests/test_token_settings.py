@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import tokenizers
+from conftest import library_tokenizer
 
 from weights.token_settings import read_settings
 from weights.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ def spm(llama2_folder, tmp_path):
 def test_flags_put_tokens_around_a_text_for_sentencepiece(spm, flags, before, after):
     write(spm, tokenizer_config=flags)
     tokenizer = Tokenizer(spm)
-    own = tokenizer.tokens.model.encode("It was")
+    own = library_tokenizer(spm).encode("It was")
     assert tokenizer.prompt_ids("It was", raw=True) == [*before, *own, *after]
 
 
@@ -94,7 +95,7 @@ def test_tokenizer_json_says_itself_what_is_around_a_text(tiny_folder, flags):
 @pytest.mark.parametrize("where", ["added_tokens_decoder", "added_tokens.json", "tokenizer.json"])
 def test_a_token_is_added_and_the_end_that_is_named_ends_an_answer(spm, tiny_folder, where):
     folder = tiny_folder if where == "tokenizer.json" else spm
-    n = 257 if where == "tokenizer.json" else Tokenizer(spm).tokens.model.vocab_size()
+    n = 257 if where == "tokenizer.json" else library_tokenizer(spm).vocab_size()
     names = {"eos_token": "<|im_end|>", "chat_template": CHATML}
     added = {str(n): {"content": "<|im_start|>"}, str(n + 1): {"content": "<|im_end|>"}}
     if where == "added_tokens.json":

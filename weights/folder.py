@@ -9,10 +9,10 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-MOST_JSON = 2**26  # bytes of a JSON file that is read here
+MOST_BYTES = 2**26  # of a file that is read as a whole
 SAMPLE = 2**16  # bytes, of which 64 samples are read of a file that is recognised
 UNFINISHED = ".unfinished-"  # how the name of a folder begins that is being made
 POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has in place of a large one
@@ -57,10 +57,15 @@ def need(folder: Path, name: str) -> Path:
     return path
 
 
+def refuse_large(path: Path) -> None:
+    """ValueError if a file that is read as a whole is larger than any model's."""
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{path} has {size} bytes, at most {MOST_BYTES} are read")
+
+
 def text_of(path: Path) -> str:
     """The text of a file of the folder, which must not be large."""
-    if (size := path.stat().st_size) > MOST_JSON:
-        raise ValueError(f"{path} has {size} bytes, at most {MOST_JSON} are read")
+    refuse_large(path)
     try:
         return path.read_text(encoding="utf-8")
     except ValueError as error:
@@ -120,6 +125,15 @@ def plain(name: str) -> str:
 def one_line(error: BaseException) -> str:
     """What a library says of a strange file, which may spell the file's own line breaks."""
     return " ".join(f"{error}".split())
+
+
+@contextmanager
+def one_line_for(what: str):
+    """What a library raises in here is a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {one_line(error)}") from None
 
 
 def make_whole(target: Path, make, is_whole) -> Path:

@@ -5,44 +5,43 @@ from Python, but not from an endless loop or from all memory: the limits of a pr
 """
 
 import json
-import subprocess
-import sys
+from datetime import datetime
 from functools import lru_cache
 
-SECONDS, MOST_MEMORY, MOST_TEXT = 10, 2**30, 2**26  # seconds, bytes, characters
+from support.worker import Worker
+
+MOST_TEXT = 2**24  # characters
 PROBE = "7350926184"  # a text that no filter changes
+WORKER = Worker("weights.template", "Renderer")
 
 
 @lru_cache(maxsize=16)
 def render(template: str, values: str, now: str) -> str:
     """The template's text. `values` is a JSON object of its variables, `now` a time in ISO format.
     ValueError if it fails, or exceeds a limit."""
-    job = json.dumps({"template": template, "values": json.loads(values), "now": now})
     try:
-        done = subprocess.run([sys.executable, "-I", __file__], input=job.encode(),
-                              capture_output=True, timeout=SECONDS)
-        result = json.loads(done.stdout)
-    except subprocess.TimeoutExpired:
-        result = {"error": f"it takes more than {SECONDS} seconds"}
-    except ValueError:  # it was killed, or ran out of memory outside of Python
-        result = {"error": "it was stopped"}
-    if error := result.get("error"):
-        raise ValueError(f"the model's chat template failed: {error}")
-    return result["text"]
+        return WORKER.call("render", template, json.loads(values), now)
+    except ValueError as error:
+        raise ValueError(f"the model's chat template failed: {error}") from None
 
 
-def render_here(template: str, values: dict, now: str) -> str:
+class Renderer:
     """What the other process does. It may raise anything."""
-    template, problem = environment(now).from_string(template), None
-    for shape in (str, in_parts):
-        try:
-            if PROBE in template.render(**with_content(values, shape, probe=True)):
-                return checked(template.render(**with_content(values, shape)))
-        except (MemoryError, OverflowError):
-            raise
-        except Exception as error:
-            problem = error if shape is str else problem  # the usual shape says what is wrong
-    raise problem or ValueError("it leaves out the user's text")
+
+    def __init__(self):
+        import jinja2.sandbox  # the program itself needs none of it
+
+    def render(self, template: str, values: dict, now: str) -> str:
+        template, problem = environment(now).from_string(template), None
+        for shape in (str, in_parts):
+            try:
+                if PROBE in template.render(**with_content(values, shape, probe=True)):
+                    return checked(template.render(**with_content(values, shape)))
+            except (MemoryError, OverflowError):
+                raise
+            except Exception as error:
+                problem = error if shape is str else problem  # the usual shape says what is wrong
+        raise problem or ValueError("it leaves out the user's text")
 
 
 def with_content(values: dict, shape, probe: bool = False) -> dict:
@@ -68,8 +67,6 @@ def checked(text: str) -> str:
 
 def environment(now: str):
     """What a template can use, as transformers has it."""
-    from datetime import datetime
-
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -97,24 +94,3 @@ def environment(now: str):
     made.globals["strftime_now"] = datetime.fromisoformat(now).strftime
     made.filters["tojson"] = tojson
     return made
-
-
-def main():
-    try:
-        import resource  # not on Windows
-
-        resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
-        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    except ImportError:
-        pass
-    try:
-        result = {"text": render_here(**json.load(sys.stdin))}
-    except MemoryError:
-        result = {"error": "it needs too much memory"}
-    except Exception as error:  # it is somebody else's program
-        result = {"error": " ".join(f"{error}".split())[:300] or type(error).__name__}
-    json.dump(result, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

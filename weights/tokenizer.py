@@ -5,13 +5,16 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
 
-from weights.folder import find, plain, read_optional, shown
-from weights.template import render
+from tokenizers import AddedToken
+
+from weights import template
+from weights.folder import one_line_for, plain, read_optional, shown
+from weights.names import Names
 from weights.token_settings import CONTROL, MOST_ID, read_settings
-from weights.vocabulary import HuggingFaceTokens, SentencePieceTokens, names_in, one_line_for
+from weights.tokens import Tokens
 
 
 # A placeholder is a number in characters that are never assigned, as 16 digits between two edges.
@@ -33,38 +36,40 @@ class Tokenizer:
         """Raises ValueError if `folder` holds no tokenizer, or one that cannot be read."""
         self.folder, self.now, self.spelled = folder, datetime.now(), spelled
         with one_line_for(f"no tokenizer in {folder}"):
-            self.load(folder)
+            self.settings = read_settings(folder)
+            self.chat_template = self.settings.template
+            if self.chat_template:
+                template.WORKER.start()  # while the tokens are read
+            self.tokens = Tokens(folder)
         self.find_special()
 
-    def load(self, folder: Path):
-        self.settings = read_settings(folder)
-        self.chat_template = self.settings.template
-        if path := find(folder, "tokenizer.json"):
-            self.tokens = HuggingFaceTokens(path, self.settings)
-        elif path := find(folder, "tokenizer.model"):
-            self.tokens = SentencePieceTokens(path, self.settings)
-        else:
-            raise ValueError("neither tokenizer.json nor tokenizer.model is there")
-
     def find_special(self):
-        """Which added tokens are special: those that are marked so, those that the settings name or
+        """Which tokens are special: added ones that are marked so, those that the settings name or
         number, and those of control that the template writes."""
         added, names = self.tokens.added, {token.content for token in self.settings.special}
+        stop = self.stop_ids()
+        for index in stop - added.keys():  # of the vocabulary, or of none
+            name = self.tokens.token_of(index) if 0 <= index < MOST_ID else None
+            if CONTROL.match(name or ""):
+                added[index] = AddedToken(name)
         self.special = {index for index, token in added.items()
-                        if token.special or token.content in names}
-        self.special |= {i for i in self.stop_ids() if i in added or 0 <= i < MOST_ID
-                         and CONTROL.match(self.tokens.token_of(i) or "")}
+                        if token.special or token.content in names or index in stop}
         others = {index: token.content for index, token in added.items()
                   if index not in self.special and CONTROL.match(token.content)}
         written, source = self.written() if others else ("", "")
         self.special |= {index for index, name in others.items() if name in written}
         # What the template writes elsewhere is guarded as well, but in an answer it is text.
-        guards = self.special & added.keys() | {i for i, name in others.items() if name in source}
-        self.tokens.make_special(guards)
-        self.special_names = names_in(added[index] for index in guards)
-        self.to_guard = re.compile(f"{self.special_names.pattern}|[{EDGE}{PLACES}]")
-        unknown = self.settings.named.get("unk_token")  # which any text may have
-        self.guards = guards - {unknown and self.tokens.id_of(unknown.content)}
+        self.guard(self.special | {index for index, name in others.items() if name in source})
+
+    def guard(self, indices: set[int]):
+        """Have no text spell these tokens. The unknown token stands for any text."""
+        tokens, unknown = self.tokens.added, self.settings.named.get("unk_token")
+        unknown = unknown and self.tokens.id_of(unknown.content)
+        self.tokens.make_special({index: tokens[index].content for index in indices}, unknown)
+        self.guards = {tokens[index].content: index for index in indices - {unknown}}
+        self.names = Names(tokens[index] for index in indices)
+        self.to_guard = Names([*self.names.tokens.values(), *map(AddedToken, EDGE + PLACES)])
+        self.other, _ = self.guarded("?")  # a text that spells none of them
 
     def written(self) -> tuple[str, str]:
         """What the template writes of a conversation, and all of the template."""
@@ -76,20 +81,9 @@ class Tokenizer:
 
     def encode(self, text: str, add_bos: bool, spelled: bool = True) -> list[int]:
         """Token ids of a text. Unless `spelled`, the names of special tokens in it are text."""
-        ids = self.tokens.encode(text, spelled) if spelled else self.plain_ids(text)
         before, after = self.tokens.around
+        ids = self.tokens.encode(text, spelled)
         return [*before, *ids, *after] if add_bos else ids
-
-    def plain_ids(self, text: str) -> list[int]:
-        """Token ids of text, whatever it spells. Where a model finds the name of a special token
-        among its own pieces, also of text that it normalises, the name is encoded in halves."""
-        ids = self.tokens.encode(text, spelled=False)
-        if self.guards.isdisjoint(ids) or len(text) < 2:
-            return ids
-        parts = [part for part in self.special_names.split(text) if part]
-        half = len(text) // 2
-        parts = parts if len(parts) > 1 else [text[:half], text[half:]]
-        return [index for part in parts for index in self.plain_ids(part)]
 
     def render_chat(self, *turns: str) -> str:
         """The turns of user and model, and the beginning of the model's next. ValueError if it
@@ -103,7 +97,7 @@ class Tokenizer:
                          for role, turn in zip(cycle(("user", "assistant")), turns)],
             "add_generation_prompt": True, "tools": None, "documents": None,
             **{name: token.content for name, token in self.settings.named.items()}}
-        return render(self.chat_template, json.dumps(values), self.now.isoformat())
+        return template.render(self.chat_template, json.dumps(values), self.now.isoformat())
 
     def prompt_ids(self, text: str, raw: bool = False, prefix: str = "") -> list[int]:
         """Token ids of the prompt, and of a `prefix`, the beginning of the model's answer.
@@ -116,7 +110,8 @@ class Tokenizer:
             ids = self.encode(text, add_bos=True, spelled=self.spelled)
         else:
             text, names = self.guarded(text)
-            ids = self.rendered_ids(self.render_chat(text) + prefix, names)
+            usual, text = (self.render_chat(turn) + prefix for turn in (self.other, text))
+            ids = self.rendered_ids(text, names, usual)
         if not ids:
             raise ValueError("the prompt has no tokens")
         return ids
@@ -127,33 +122,40 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError(f"{self.folder} has no chat template: there can be no second question")
         question, names = self.guarded(question)
-        before, answer, after = self.render_chat("?", ANSWER, question).partition(ANSWER)
-        if not answer:
+        usual, after = (self.render_chat("?", ANSWER, turn).partition(ANSWER)[2]
+                        for turn in (self.other, question))
+        if not after:
             raise ValueError("the model's chat template leaves out its answers")
-        return self.rendered_ids(after, names)
+        return self.rendered_ids(after, names, usual)
 
     def guarded(self, text: str) -> tuple[str, list]:
         """The text with a placeholder for each special token that it spells, and their names."""
         names = []
 
-        def place(found):
-            names.append(found[0])
+        def place(name: str) -> str:
+            names.append(name)
             return f"{EDGE}{len(names) - 1:x}{EDGE}".translate(TO_PLACE)
 
-        return (text if self.spelled else self.to_guard.sub(place, text)), names
+        return (text if self.spelled else self.to_guard.replace(text, place)), names
 
-    def rendered_ids(self, text: str, names: list) -> list[int]:
-        """Token ids of a template's text. A name that has a placeholder is ordinary text."""
+    def rendered_ids(self, text: str, names: list, usual: str) -> list[int]:
+        """Token ids of a template's text. A name that has a placeholder is ordinary text. `usual`
+        is what the template makes of other words: a template can write names with a user's text."""
+        written, as_usual = ([name for _, name in self.names.find(x)] for x in (text, usual))
+        if written != as_usual and not self.spelled:
+            raise ValueError("the model's chat template makes special tokens of this text: "
+                             + shown(written))
         ids = [] if names else self.encode(text, add_bos=False)
+        special, expected = {*self.guards.values()}, map(self.guards.get, written)
         # A tokenizer that normalises text can find more than the template wrote.
-        if ids and sum(i in self.guards for i in ids) <= len(self.special_names.findall(text)):
+        if ids and [i for i in ids if i in special] == [i for i in expected if i is not None]:
             return ids
         if len(PLACE.findall(text)) < len(names):
             raise ValueError("the model's chat template changes the special tokens that the text"
                              f" spells, such as {shown(names[0])}")
         ids = []
-        for i, part in enumerate(self.special_names.split(text)):  # every second is the template's
-            part = PLACE.sub(lambda found: names[int(found[1].translate(FROM_PLACE), 16)], part)
+        for i, part in enumerate(self.names.split(text)):  # every second is the template's
+            part = PLACE.sub(lambda found: name_at(found, names), part)
             ids += self.encode(part, add_bos=False, spelled=i % 2 == 1) if part else []
         return ids
 
@@ -194,4 +196,15 @@ class Tokenizer:
         return piece
 
     def pieces(self, ids: list[int]) -> list[str]:
-        return list(map(self.detokenizer(), ids))
+        """Those of a whole text."""
+        pieces = []
+        for special, run in groupby(ids, self.special.__contains__):
+            run = list(run)
+            pieces += ["\n\n"] * len(run) if special else self.tokens.pieces(run)
+        return pieces
+
+
+def name_at(place: re.Match, names: list) -> str:
+    """The name that a placeholder stands for. The template may have written another one itself."""
+    number = int(place[1].translate(FROM_PLACE), 16)
+    return names[number] if number < len(names) else place[0]

@@ -1,31 +1,94 @@
 """The tokens of a `tokenizer.json` or a `tokenizer.model`, each with what is added to them.
 
 Both have the same methods. An *added* token is found in a text before the rest of it is split. The
-name of one that is special is found only if `encode` is told that it is `spelled`.
+name of one that is special is found only if `encode` is told that it is `spelled`. All this runs in
+a process of its own (`support/worker.py`), to which `weights/tokenizer.py` talks.
 """
 
 import json
-import re
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import sentencepiece
 import tokenizers
 
-from weights.folder import one_line, plain, shown
+from weights.folder import find, plain, shown
+from weights.names import Names
 from weights.pieces import (FIRST_SPACE, byte_level, is_byte_level, is_sentence_piece, joined,
                             sentence_piece, steps_of, windowed)
-from weights.token_settings import TokenSettings
+from weights.token_settings import TokenSettings, read_settings
+
+MOST_PIECE = 2**12  # characters of a token
 
 
-class HuggingFaceTokens:
+def read_tokens(folder: str):
+    """ValueError if `folder` holds no tokenizer, or one that cannot be read."""
+    folder = Path(folder)
+    settings = read_settings(folder)
+    if path := find(folder, "tokenizer.json"):
+        return HuggingFaceTokens(path, settings)
+    return SentencePieceTokens(find(folder, "tokenizer.model"), settings)
+
+
+class Tokens:
+    """What both kinds share. Each sets `added` (id -> token), `around` (the ids that are put before
+    and after each text) and `token_of`, and has `find(text, spelled)` and `stream(before)`."""
+
+    def __init__(self):
+        self.streams = []
+
+    def about(self) -> dict:
+        return {"added": {index: token.__getstate__() for index, token in self.added.items()},
+                "around": self.around}
+
+    def make_special(self, contents: dict, unknown: int | None):
+        """Have `encode` guard these tokens, id -> content, but for the unknown one."""
+        contents = {int(index): content for index, content in contents.items()}
+        added = {index: tokenizers.AddedToken(content) for index, content in contents.items()}
+        self.added = added | self.added
+        self.guarded = [self.added[index] for index in contents]
+        self.names, self.special = Names(self.guarded), contents.keys() - {unknown}
+
+    def encode(self, text: str, spelled: bool) -> list[int]:
+        """Token ids of a text. Unless `spelled`, none of them is special.
+
+        Where a model finds the name of a special token among its own pieces, also of text that it
+        normalises, the name is encoded in halves. ValueError if it is a single character.
+        """
+        ids = self.find(text, spelled)
+        if spelled or self.special.isdisjoint(ids):
+            return ids
+        if len(text) < 2:
+            raise ValueError(f"{shown(text)} in a text becomes a special token")
+        parts = [part for part in self.names.split(text) if part]
+        half = len(text) // 2
+        parts = parts if len(parts) > 1 else [text[:half], text[half:]]
+        return [index for part in parts for index in self.encode(part, False)]
+
+    def begin(self, before: list[int]) -> int:
+        """Begin a text that goes on from these ids. Returns its number, for `piece`."""
+        self.streams.append(self.stream(before))
+        return len(self.streams) - 1
+
+    def piece(self, number: int, index: int) -> str:
+        """The text that a token adds to that of this number."""
+        return checked(self.streams[number](index))
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """Those of a whole text."""
+        stream = self.stream(())
+        return [checked(stream(index)) for index in ids]
+
+
+class HuggingFaceTokens(Tokens):
     """The tokens of a `tokenizer.json`."""
 
     def __init__(self, path: Path, settings: TokenSettings):
+        super().__init__()
         self.model = tokenizers.Tokenizer.from_file(str(path))
         self.model.no_truncation()  # which a file may have been saved with
         self.model.no_padding()
+        for index in range(self.model.get_vocab_size()):
+            checked(self.model.id_to_token(index) or "")
         self.token_of, self.id_of = self.model.id_to_token, self.model.token_to_id
         self.add_tokens(settings)
         self.added = self.model.get_added_tokens_decoder()
@@ -58,13 +121,14 @@ class HuggingFaceTokens:
         n_after = mask[::-1].index(0) if 0 in mask else 0
         return encoded.ids[:n], encoded.ids[len(mask) - n_after :]
 
-    def make_special(self, indices: set[int]):
-        tokens = [self.added[index] for index in indices if not self.added[index].special]
+    def make_special(self, contents: dict, unknown: int | None):
+        super().make_special(contents, unknown)
+        tokens = [token for token in self.guarded if not token.special]
         for token in tokens:
             token.special = True
         self.model.add_special_tokens(tokens)
 
-    def encode(self, text: str, spelled: bool) -> list[int]:
+    def find(self, text: str, spelled: bool) -> list[int]:
         self.model.encode_special_tokens = not spelled
         return self.model.encode(text, add_special_tokens=False).ids
 
@@ -82,16 +146,18 @@ class HuggingFaceTokens:
         return sentence_piece(self.token_of(index) or "")
 
     def decode(self, ids: list[int]) -> str:
-        with one_line_for("the decoder of tokenizer.json"):
-            return self.model.decode(ids, skip_special_tokens=False)
+        return self.model.decode(ids, skip_special_tokens=False)
 
 
-class SentencePieceTokens:
+class SentencePieceTokens(Tokens):
     """The tokens of a Llama 2 style `tokenizer.model`."""
 
     def __init__(self, path: Path, settings: TokenSettings):
+        import sentencepiece  # takes as long as all other imports here
+
+        super().__init__()
         self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        pieces = list(map(self.model.id_to_piece, range(len(self.model))))
+        pieces = list(map(checked, map(self.model.id_to_piece, range(len(self.model)))))
         ids = dict(zip(pieces, range(len(pieces))))
         control = set(filter(self.model.is_control, range(len(pieces))))
         self.added = {index: tokenizers.AddedToken(pieces[index]) for index in control}
@@ -99,13 +165,12 @@ class SentencePieceTokens:
         self.added |= settings.added
         for index in control:
             self.added[index].special = True
-        self.pieces = dict(enumerate(pieces)) | {i: t.content for i, t in self.added.items()}
-        self.token_of = self.pieces.get
+        self.texts = dict(enumerate(pieces)) | {i: t.content for i, t in self.added.items()}
+        self.token_of = self.texts.get
         self.id_of = (ids | {token.content: index for index, token in self.added.items()}).get
         self.around = self.around_a_text(settings)
         # Whether it puts a space before each text.
         self.strips = "".join(self.model.encode("a", out_type=str)).startswith("▁")
-        self.special = set()
 
     def around_a_text(self, settings: TokenSettings) -> tuple[list, list]:
         """The ids before and after each text, as the flags say it; without any, BOS alone."""
@@ -118,15 +183,16 @@ class SentencePieceTokens:
             around.append([index] if wanted else [])
         return tuple(around)
 
-    def make_special(self, indices: set[int]):
-        self.special = indices
-
-    def encode(self, text: str, spelled: bool) -> list[int]:
+    def make_special(self, contents: dict, unknown: int | None):
+        super().make_special(contents, unknown)
         # The library does not look for added tokens and those of control, which templates write.
-        tokens = [token for index, token in self.added.items()
-                  if token.content and (spelled or index not in self.special)]
+        self.all_names = Names(self.added.values())
+        self.others = Names(token for token in self.added.values()
+                            if token.content not in contents.values())
+
+    def find(self, text: str, spelled: bool) -> list[int]:
         encoded = []
-        for i, part in enumerate(names_in(tokens).split(text)):
+        for i, part in enumerate((self.all_names if spelled else self.others).split(text)):
             index = self.id_of(part, self.id_of(part.strip())) if i % 2 else None
             encoded += self.model.encode(part) if index is None else [index]
         return encoded
@@ -138,20 +204,8 @@ class SentencePieceTokens:
         return sentence_piece(self.token_of(index) or "")
 
 
-def names_in(tokens: Iterable) -> re.Pattern:
-    """What finds them in a text. A token can take the white space around it."""
-    space = r"\s*"
-    patterns = [space * token.lstrip + re.escape(token.content) + space * token.rstrip
-                for token in tokens if token.content]
-    return re.compile(f"({'|'.join(sorted(patterns, key=len, reverse=True)) or '(?!)'})")
-
-
-@contextmanager
-def one_line_for(what: str):
-    """What a library raises in here is a ValueError of one line, also when it panics."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise ValueError(f"{what}: {one_line(error)}") from None
+def checked(text: str) -> str:
+    """ValueError for a token that would make a long text of a few ids."""
+    if len(text) > MOST_PIECE:
+        raise ValueError(f"a token has {len(text)} characters, at most {MOST_PIECE} are read")
+    return text
