@@ -10,6 +10,7 @@ Cases run in a process of their own, with limits of memory and time. pytest runs
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -142,6 +143,98 @@ def text_case(choose: random.Random, tokenizers: list):
         assert all(x[1] == y[0] for x, y in zip(spans, spans[1:]))
 
 
+NAMES = ["<end>", "<|im_end|>", "<END>", "</s>", "<", ">", "a", "  ", "", "\n", "é", "user", "<x",
+         "<x>", "x>", "\ufde0", "▁", "Ġ", "<0x41>", "日本", "<" * 40]
+PATTERNS = [{"String": "a"}, {"String": " "}, {"String": "<"}, {"String": ""}, {"Regex": "\\s+"},
+            {"Regex": "(a+)+$"}, {"Regex": "(?:a|a){22}[b-c]"}, {"Regex": "."}, {"Regex": "("},
+            {"Regex": "(?=e)"}, {"Regex": "\\p{L}+|\\d"}, {"Regex": "(.*)\\1"}, {"Regex": "[<>]"}]
+SPLITS = ["Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"]
+
+
+def any_normalizer(choose: random.Random) -> dict:
+    kind = choose.choice(["Replace"] * 3 + ["Lowercase", "NFKC", "NFD", "StripAccents", "Strip",
+                                            "Prepend", "Nmt", "ByteLevel", "Sequence",
+                                            "BertNormalizer", "Precompiled"])
+    return {"type": kind, "pattern": choose.choice(PATTERNS), "content": choose.choice(NAMES),
+            "normalizers": [any_normalizer(choose) for _ in range(choose.choice([1, 2, 30]))
+                            if kind == "Sequence" and choose.random() < 0.6],
+            "prepend": choose.choice(NAMES), "strip_left": True, "strip_right": True,
+            "clean_text": True, "handle_chinese_chars": True, "strip_accents": None,
+            "lowercase": True, "precompiled_charsmap": choose.choice(["", "AAAA", "/////w=="])}
+
+
+def any_pre_tokenizer(choose: random.Random) -> dict:
+    kind = choose.choice(["Split"] * 3 + ["ByteLevel"] * 2 + [
+        "Whitespace", "WhitespaceSplit", "Punctuation", "Digits", "Metaspace", "Sequence",
+        "CharDelimiterSplit", "BertPreTokenizer", "UnicodeScripts"])
+    return {"type": kind, "pattern": choose.choice(PATTERNS), "behavior": choose.choice(SPLITS),
+            "invert": choose.random() < 0.3, "add_prefix_space": choose.random() < 0.3,
+            "trim_offsets": True, "use_regex": choose.random() < 0.7, "individual_digits": True,
+            "replacement": choose.choice("▁_a"), "prepend_scheme": choose.choice(
+                ["always", "never", "first"]), "split": True, "delimiter": choose.choice("ae "),
+            "pretokenizers": [any_pre_tokenizer(choose) for _ in range(2) if kind == "Sequence"]}
+
+
+def any_added_token(choose: random.Random, index: int) -> dict:
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return {"id": choose.choice([index, index, index, 0, 65, 10**6]),
+            "content": choose.choice(NAMES)} | {name: choose.random() < 0.4 for name in flags}
+
+
+def any_model(choose: random.Random, model: dict) -> dict:
+    """Its own BPE, with merges that make names, or another kind of model with its vocabulary."""
+    vocabulary = dict(model["vocab"])
+    for name in choose.sample(NAMES, choose.choice([0, 2, 6])):
+        vocabulary.setdefault(name, len(vocabulary))
+    kind = choose.choice(["BPE"] * 3 + ["WordLevel", "WordPiece", "Unigram"])
+    if kind == "Unigram":
+        pieces = [[token, -choose.random()] for token in vocabulary]
+        return {"type": kind, "vocab": pieces, "unk_id": choose.choice([0, None, 10**6]),
+                "byte_fallback": choose.random() < 0.3}
+    if kind == "BPE":
+        letters = [c for c in vocabulary if len(c) == 1]
+        merges = [[choose.choice(letters), choose.choice(letters)] for _ in range(9)]
+        vocabulary |= {a + b: len(vocabulary) + i for i, (a, b) in enumerate(merges)
+                       if a + b not in vocabulary}
+        return model | {"vocab": vocabulary, "merges": merges + [["<", "x"], ["<x", ">"]] * (
+            "<x" in vocabulary and "<x>" in vocabulary)}
+    return {"type": kind, "vocab": vocabulary, "unk_token": choose.choice(["<", "<x>", "absent"]),
+            "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+
+
+def tokenizer_case(choose: random.Random, base: Path, folder: Path):
+    """A strange tokenizer in the process that the program gives it. No text becomes special."""
+    from weights.token_settings import CONTROL
+    from weights.tokenizer import Tokenizer
+
+    shutil.copytree(base, folder)
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    if config.exists():  # whose numbers may be others here
+        settings = json.loads(config.read_text())
+        config.write_text(json.dumps(settings | {"added_tokens_decoder": None}))
+    if choose.random() < 0.6:
+        values["normalizer"] = any_normalizer(choose)
+    if choose.random() < 0.4:
+        values["pre_tokenizer"] = any_pre_tokenizer(choose)
+    if choose.random() < 0.3:
+        values["decoder"] = choose.choice([None, any_normalizer(choose), {"type": "Fuse"}])
+    if choose.random() < 0.4:
+        values["model"] = any_model(choose, values["model"])
+    values["added_tokens"] += [any_added_token(choose, 257 + i)
+                               for i in range(choose.choice([0, 1, 3]))]
+    path.write_text(json.dumps(spoil_json(values, choose) if choose.random() < 0.1 else values))
+    tokenizer = Tokenizer(folder)
+    text = "".join(choose.choice(PIECES + NAMES) * choose.choice([1, 1, 20]) for _ in range(20))
+    guards = {index for name, index in tokenizer.guards.items() if CONTROL.match(name)}
+    for raw in (True, False):
+        ids, own = tokenizer.prompt_ids(text, raw), tokenizer.prompt_ids("x", raw)
+        spelled, own = ([i for i in found if i in guards] for found in (ids, own))
+        assert spelled == own, "a special token of the text is none of the template's"
+        pieces, piece = tokenizer.pieces(ids), tokenizer.detokenizer()
+        assert [piece(index) for index in ids[:20]] == pieces[:20]
+
+
 def write_folders(place: Path) -> list[Path]:
     """Whole model folders to be spoiled: with and without a template, in shards, sentencepiece,
     and the architectures beside Llama."""
@@ -182,9 +275,13 @@ def worker(kind: str, first: int, last: int):
 
     import torch
 
+    from support import worker
     from weights import tokenizer
 
-    tokenizer.render = render
+    if kind == "tokenizer":
+        worker.SECONDS = 1
+    else:  # a process for each tokenizer would take most of the time
+        worker.Worker.start, worker.Worker.call = lambda self: None, call_here
     torch.set_num_threads(1)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MOST_MEMORY,) * 2)
@@ -197,6 +294,8 @@ def worker(kind: str, first: int, last: int):
             try:
                 if kind == "text":
                     text_case(choose, tokenizers)
+                elif kind == "tokenizer":
+                    tokenizer_case(choose, choose.choice(folders[:2]), folder)
                 else:
                     folder_case(choose, choose.choice(folders), folder)
                 outcome = "done", ""
@@ -209,14 +308,21 @@ def worker(kind: str, first: int, last: int):
             print(json.dumps([number, outcome[0], outcome[1][:300]]), flush=True)
 
 
-def render(text: str, values: str, now: str) -> str:
-    """A process for each template would take most of the time: test_tokenizer.py has those."""
-    from weights.template import render_here
+def call_here(worker, method: str, *args):
+    """`Worker.call` without a process."""
+    from support.worker import outcome
 
-    try:
-        return render_here(text, json.loads(values), now)
-    except Exception as error:
-        raise ValueError(f"template: {' '.join(str(error).split())}") from None
+    module, make, *values = worker.made_of
+    if worker.process is None:
+        make = getattr(importlib.import_module(module), make)
+        worker.process, error = outcome(lambda: make(*values))
+        if error:
+            raise ValueError(error)
+    method, args = getattr(worker.process, method), json.loads(json.dumps(args))
+    result, error = outcome(lambda: json.dumps(method(*args)))
+    if error:
+        raise ValueError(error)
+    return json.loads(result)
 
 
 def run(kind: str, first: int, n_cases: int, report=print) -> Counter:
@@ -302,7 +408,7 @@ def main():
     parser.add_argument("--cases", type=int, default=1000, help="of each kind")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=["folder", "text"],
-                        help="folder, text; long: one answer of so many tokens")
+                        help="folder, text, tokenizer; long: one answer of so many tokens")
     args = parser.parse_args()
     if "long" in args.kinds:
         sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

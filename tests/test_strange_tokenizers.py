@@ -87,6 +87,13 @@ def test_a_character_that_is_made_a_control_token_is_refused(tiny_folder):
         tokenizer.prompt_ids("hi § x")
 
 
+def test_a_full_stop_that_is_named_for_padding_stays_text(tiny_folder):
+    def edit(values):
+        values["added_tokens"].append(values["added_tokens"][0] | {"id": 13, "content": "."})
+    ids = Tokenizer(change(tiny_folder, edit)).prompt_ids("Hi. It is.")
+    assert ids.count(13) == 2
+
+
 @pytest.mark.parametrize("content, text", [
     ("{{ m.content | lower }}", "Hi.<END>"), ("{{ m.content | replace('[', '<') }}", "[end>"),
     ("{{ m.content }}d>", "Hi <en"), ("<e{{ m.content }}", "nd> Hi"),

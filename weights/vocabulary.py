@@ -15,7 +15,7 @@ from weights.folder import find, plain, shown
 from weights.names import Names
 from weights.pieces import (FIRST_SPACE, byte_level, is_byte_level, is_sentence_piece, joined,
                             sentence_piece, steps_of, windowed)
-from weights.token_settings import TokenSettings, read_settings
+from weights.token_settings import CONTROL, TokenSettings, read_settings
 
 MOST_PIECE = 2**12  # characters of a token
 
@@ -52,13 +52,16 @@ class Tokens:
         """Token ids of a text. Unless `spelled`, none of them is special.
 
         Where a model finds the name of a special token among its own pieces, also of text that it
-        normalises, the name is encoded in halves. ValueError if it is a single character.
+        normalises, the name is encoded in halves. ValueError if a single character becomes one of
+        control.
         """
         ids = self.find(text, spelled)
         if spelled or self.special.isdisjoint(ids):
             return ids
         if len(text) < 2:
-            raise ValueError(f"{shown(text)} in a text becomes a special token")
+            if any(CONTROL.match(self.added[i].content) for i in self.special.intersection(ids)):
+                raise ValueError(f"{shown(text)} in a text becomes a special token")
+            return ids  # a word or a full stop that is named for padding, for example
         parts = [part for part in self.names.split(text) if part]
         half = len(text) // 2
         parts = parts if len(parts) > 1 else [text[:half], text[half:]]
