@@ -64,7 +64,7 @@ class Tokenizer:
     def guard(self, indices: set[int]):
         """Have no text spell these tokens. The unknown token stands for any text."""
         tokens, unknown = self.tokens.added, self.settings.named.get("unk_token")
-        unknown = unknown and self.tokens.id_of(unknown.content)
+        self.unknown = unknown = unknown and self.tokens.id_of(unknown.content)
         self.tokens.make_special({index: tokens[index].content for index in indices}, unknown)
         self.guards = {tokens[index].content: index for index in indices - {unknown}}
         self.names = Names(tokens[index] for index in indices)
@@ -154,9 +154,12 @@ class Tokenizer:
             raise ValueError("the model's chat template changes the special tokens that the text"
                              f" spells, such as {shown(names[0])}")
         ids = []
-        for i, part in enumerate(self.names.split(text)):  # every second is the template's
-            part = PLACE.sub(lambda found: name_at(found, names), part)
-            ids += self.encode(part, add_bos=False, spelled=i % 2 == 1) if part else []
+        for i, part in enumerate(self.names.split(text)):
+            if i % 2:  # a name that the template writes
+                ids.append(self.guards.get(part, self.guards.get(part.strip(), self.unknown)))
+            elif part:
+                part = PLACE.sub(lambda found: name_at(found, names), part)
+                ids += self.encode(part, add_bos=False, spelled=False)
         return ids
 
     def stop_tokens(self) -> set[int]:
