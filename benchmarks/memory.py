@@ -24,7 +24,7 @@ from generate import generate, prefill, sampler
 from support.prompts import split_at_sentences
 from sentencekv import SentenceKVConfig
 from support.document import (Document, identity_of, load_document, restore, save_document,
-                              snapshot)
+                              snapshot, want_positions)
 from weights.checkpoint import fingerprint, load_model
 from weights.models import model_folder
 
@@ -54,6 +54,7 @@ def read(model, config, n_tokens: int, chunk: int):
     """The cache after so many random tokens."""
     spans = sentences(n_tokens)
     cache = SentenceKVCache(config, model.config, n_tokens + 100, CPU, torch.float32)
+    want_positions(cache)
     cache.expect(spans)
     prefill(model, cache, random_ids(n_tokens), greedy(),
             part_ends=split_at_sentences(spans, chunk))
@@ -83,9 +84,9 @@ def measure_reading(folder: Path, n_tokens: int, chunk: int, document: Path | No
 def measure_loading(folder: Path, document: Path):
     model, config = load_model(folder, CPU, torch.float32), SentenceKVConfig(token_budget=512)
     read(model, config, 100, 100)
+    identity = identity_of(fingerprint(folder), config, torch.float32)
     before, start = resident(), time.perf_counter()
-    loaded = load_document(document, identity_of(fingerprint(folder), config, torch.float32),
-                           config.protected_tokens, model.config.kv_shape, CPU)
+    loaded = load_document(document, identity, config.protected_tokens, model.config, CPU)
     cache = SentenceKVCache(config, model.config, len(loaded.ids) + 100, CPU, torch.float32)
     restore(cache, loaded.kept, loaded.release)
     print(f"file: {document.stat().st_size / 2**20:.0f} MiB")

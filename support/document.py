@@ -6,33 +6,31 @@ settings made it. Whoever saves and loads gives an `identity`, which must be the
 
 Checksums cover every byte. They are for damage, not against attackers, so they are CRC-32: it finds
 each flipped bit, and is fast without special hardware. All are compared when the file is loaded:
-the first question attends to every row, so that comparing them later would save no time.
+the first question attends to every row, so that comparing them later would save no time. Whoever
+changes a file on purpose can change them, too: `support/schema.py` checks what is held, and whoever
+loads compares the tokens with those of the text.
 """
 
-import json
-import mmap
 import os
+import re
 import sys
-import zlib
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from support.mapped import OTHERS, SUMS, MappedFile, add_checksums, check_regular
+from support.schema import TABLE, check_header, check_values, shown
 from support.table import make_room
 
-FORMAT = "sentencekv document 4"
+FORMAT = "sentencekv document 5"
 SAME = ("keep_factor", "sink_tokens", "secondary_sinks", "secondary_ratio", "sentence_limit")
-TABLE = ("vectors", "variances", "lengths", "starts", "ends")  # of a layer: all sentences
-SUMS = "checksums"  # a tensor (L + 1): of the rows of each layer, then of all OTHERS
-OTHERS = "text and tables"  # and the header: all bytes but rows and checksums
-BLOCK = 2**20  # bytes that are read at a time
 
 
 @dataclass
@@ -43,6 +41,7 @@ class Document:
     now: datetime | None = None  # when it was read: some chat templates print the date
     kept: dict | None = None  # of a file: the tensors of `snapshot`
     release: Callable[[str], None] | None = None  # gives back the memory of a layer's rows
+    check_unchanged: Callable[[], None] = lambda: None  # raises OSError for a file that is in use
 
     def rest(self, ids: list[int]) -> list[int]:
         """The tokens of a prompt that begins with the document, without those of the document."""
@@ -87,26 +86,31 @@ class SavedDocument:
             self.identity = identity_of(fingerprint(), config, dtype)
         if args.load:
             self.document = load_document(args.load, self.identity, self.protected_tokens,
-                                          model_config.kv_shape, device)
+                                          model_config, device)
 
     def save(self, document: Document, cache):
         """If --save asks for it. Nothing may have been read or written after the document."""
         if self.path:
+            document.check_unchanged()
             save_document(self.path, document, snapshot(cache), self.identity,
                           self.protected_tokens)
 
 
+def want_positions(cache):
+    """Before a text is read that will be saved: a trace of what is loaded needs its positions."""
+    for layer in cache.layers:
+        layer.host.wants_positions = True
+
+
 def snapshot(cache) -> dict:
-    """What a cache keeps of its first text, in tensors that are not copied. Nothing may have been
-    read or written since."""
+    """What a cache keeps of its first text, in tensors that are not copied. It was to
+    `want_positions`, and nothing may have been read or written since."""
     plan = cache.plan
     assert cache.first_text == (plan.num_tokens, plan.n_places) and plan.n_rows == plan.open_row
     tensors = {"num_tokens": torch.tensor(plan.num_tokens)}
     for i, layer in enumerate(cache.layers):
         tensors |= {f"{i}.{name}": getattr(layer, name)[:, : plan.n_places] for name in TABLE}
-        tensors[f"{i}.rows"] = layer.host.first
-        if layer.host.positions is not None:
-            tensors[f"{i}.positions"] = layer.host.positions
+        tensors |= {f"{i}.rows": layer.host.first, f"{i}.positions": layer.host.positions}
     return tensors
 
 
@@ -122,7 +126,7 @@ def restore(cache, tensors: dict, release=None):
     make_room(cache.layers, n_places)
     for i, layer in enumerate(cache.layers):
         layer.host.hold(tensors[f"{i}.rows"], release and partial(release, f"{i}.rows"))
-        layer.host.positions = tensors.get(f"{i}.positions")
+        layer.host.positions = tensors.get(f"{i}.positions")  # a benchmark has none
         for name in TABLE:
             getattr(layer, name)[:, :n_places] = tensors[f"{i}.{name}"]
     cache.truncate(n_tokens)
@@ -151,141 +155,79 @@ def save_document(path: Path, document: Document, kept: dict, identity: dict,
         part.unlink(missing_ok=True)
 
 
-def load_document(path: Path, identity: dict, protected_tokens: int, kv_shape: tuple,
+def load_document(path: Path, identity: dict, protected_tokens: int, model_config,
                   device: torch.device) -> Document:
-    """The document in a file, for a cache whose rows have `kv_shape` (L, H_kv, D). The rows are
-    mapped: they are read from disk when they are asked for. For a GPU they are read and pinned.
+    """The document in a file, for a cache of a model with this configuration. The rows are mapped:
+    they are read from disk when they are asked for. For a GPU they are read and pinned.
 
     ValueError for a file that is no whole document, or one of another model or other settings.
     """
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             check_identity(path, metadata, {"format": FORMAT})
             mapped = MappedFile(path)
             mapped.check([OTHERS])  # first: damage may look like another model
             check_identity(path, metadata, identity)
-            mapped.check(mapped.layers)
-            kept = {name: file.get_tensor(name) for name in mapped.places if ".rows" not in name}
-            shapes = {name: file.get_slice(name).get_shape() for name in mapped.places}
+            check_metadata(path, metadata, identity, protected_tokens)
+            kept = checked_tensors(file, mapped, model_config, identity)
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a saved document: {error}") from None
+        raise ValueError(f"{path} is not a saved document: {shown(error)}") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
+    text, ids, spans = (kept.pop(name).tolist() for name in ("text", "ids", "spans"))
+    document = Document(bytes(text).decode(), ids, [tuple(span) for span in spans],
+                        datetime.fromisoformat(metadata["now"]), kept)
+    if device.type == "cuda":
+        kept |= {name: kept[name].pin_memory() for name in mapped.layers}
+    else:
+        document.release, document.check_unchanged = mapped.release, mapped.check_unchanged
+    return document
+
+
+def checked_tensors(file, mapped: MappedFile, model_config, identity: dict) -> dict:
+    """The tensors of an open document, not copied, once all are as they must be."""
+    slices = {name: file.get_slice(name) for name in mapped.places}
+    found = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+    dtype = identity["dtype"]
+    with whole(mapped.path):
+        check_header(found, mapped.places, model_config, dtype)
+    mapped.check(mapped.layers)
+    kept = {name: file.get_tensor(name) for name in found if name not in mapped.layers}
+    with whole(mapped.path):
+        check_values(kept, model_config, identity)
+    del kept[SUMS]
+    return kept | mapped.rows(getattr(torch, dtype), found["0.rows"][1])
+
+
+@contextmanager
+def whole(path: Path):
+    """What is wrong in here was changed by others: damage would have been found."""
     try:
-        check_tensors(kept, shapes, kv_shape)
-        rows = mapped.rows(getattr(torch, identity["dtype"]), shapes)
-        saved, now = int(metadata["protected"]), datetime.fromisoformat(metadata["now"])
-    except (KeyError, ValueError, IndexError, RuntimeError) as error:  # others have changed it
-        raise ValueError(f"{path} is not a whole document: {error}") from None
-    if protected_tokens > saved:  # the other settings are the same, so it is the recent window
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole document: {shown(error)}") from None
+
+
+def check_metadata(path: Path, metadata: dict, identity: dict, protected_tokens: int):
+    """ValueError for metadata that no document has, and for one with fewer protected tokens."""
+    saved, now = metadata.get("protected", ""), metadata.get("now", "")
+    with whole(path):
+        if datetime.fromisoformat(now).isoformat() != now:
+            raise ValueError("wrong now")
+        if not re.fullmatch("[0-9]{1,9}", saved):
+            raise ValueError("wrong protected")
+        if other := metadata.keys() - identity.keys() - {"format", "protected", "now"}:
+            raise ValueError(f"unknown {min(other)}")
+    if protected_tokens > int(saved):  # the other settings are the same: it is the recent window
         raise ValueError(f"recent_window is {protected_tokens}, and {path} was saved with"
                          f" {saved} last tokens: at most these")
-    ids, spans, text, _ = (kept.pop(name).tolist() for name in ("ids", "spans", "text", SUMS))
-    release = mapped.release
-    if device.type == "cuda":
-        rows, release = {name: layer.pin_memory() for name, layer in rows.items()}, None
-    return Document(bytes(text).decode(), ids, [tuple(span) for span in spans], now, kept | rows,
-                    release)
-
-
-def check_tensors(tensors: dict, shapes: dict, kv_shape: tuple):
-    """Compare the shapes of a document's tensors, and what they hold but for the rows. ValueError
-    names those that are wrong, KeyError one that is absent."""
-    layers, heads, dim = kv_shape
-    (n_rows, *_), n_places = shapes["0.rows"], shapes["0.starts"][1]
-    n_tokens, spans = tensors["num_tokens"].item(), tensors["spans"].long()
-    table = [heads, n_places]
-    expected = {"ids": [n_tokens], "spans": [len(spans), 2], "text": [tensors["text"].numel()],
-                "num_tokens": [], SUMS: [layers + 1]}
-    for layer in range(layers):
-        expected |= {f"{layer}.{name}": table for name in TABLE}
-        expected |= {f"{layer}.vectors": [*table, dim], f"{layer}.rows": [n_rows, heads, 2, dim]}
-        if f"{layer}.positions" in shapes:
-            expected[f"{layer}.positions"] = [heads, n_rows]
-    wrong = [name for name, shape in expected.items() if shapes[name] != shape]
-    wrong += shapes.keys() - expected.keys()
-    if not 0 < n_rows <= n_tokens:
-        wrong.append("rows")
-    ends = [0, *spans.flatten()[1::2].tolist()]
-    tiles = spans.flatten()[::2].tolist() == ends[:-1] and ends[-1] == n_tokens
-    if not tiles or any(a >= b for a, b in pairwise(ends)):
-        wrong.append("spans")
-    if not wrong:  # the sentences of a head, with its sinks before them, tile its rows
-        for layer in range(layers):
-            starts, ends = tensors[f"{layer}.starts"], tensors[f"{layer}.ends"]
-            bounds = torch.cat((starts[:, :1] * 0, ends), dim=1)
-            if (bounds[:, :-1] != starts).any() or (bounds[:, -1] != n_rows).any() or (
-                    bounds.diff(dim=-1) < 0).any():
-                wrong.append(f"{layer}.starts")
-    if wrong:
-        raise ValueError(f"wrong {', '.join(wrong)}")
 
 
 def check_identity(path: Path, found: dict, expected: dict):
     for name, value in expected.items():
         if found.get(name) != value:
-            what = f"{name} {found.get(name)}, not {value}"
+            what = f"{name} {shown(found.get(name))}, not {value}"
             what = "another model" if name == "model" else what
             raise ValueError(f"{path} was saved with {what}")
-
-
-class MappedFile:
-    """A document's file. Its rows are mapped: they are read from disk when they are asked for."""
-
-    def __init__(self, path: Path):
-        with open(path, "rb") as file:
-            self.path, self.mapping = path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        data = 8 + int.from_bytes(self.mapping[:8], "little")  # where they begin
-        header = json.loads(self.mapping[8:data])
-        header.pop("__metadata__", None)
-        self.places = {name: tuple(data + offset for offset in tensor["data_offsets"])
-                       for name, tensor in header.items()}  # of the tensors, (begin, end)
-        self.layers = [name for name in self.places if name.endswith(".rows")]
-        self.sums = self.places.get(SUMS, (0, 0))
-
-    def parts(self, name: str) -> list:
-        """The bytes that have a checksum together, as (begin, end): a layer's rows, or OTHERS."""
-        if name != OTHERS:
-            return [self.places[name]]
-        ends = sorted(chain(self.sums, *(self.places[layer] for layer in self.layers)))
-        return [*zip([0, *ends[1::2]], [*ends[::2], len(self.mapping)])]
-
-    def checksum(self, name: str) -> bytes:
-        """Read, not mapped: a disk that fails raises an error, and does not end the process."""
-        total = 0
-        with open(self.path, "rb") as file:
-            for begin, end in self.parts(name):
-                file.seek(begin)
-                while block := file.read(min(BLOCK, end - begin)):
-                    total, begin = zlib.crc32(block, total), begin + len(block)
-        return total.to_bytes(8, "little")
-
-    def check(self, names):
-        """Compare the checksums of these parts. ValueError names the first one that is wrong."""
-        for name in names:
-            place = self.sums[0] + 8 * [*self.layers, OTHERS].index(name)
-            if self.mapping[place : place + 8] != self.checksum(name):
-                raise ValueError(f"{self.path} is damaged: the checksum of {name} is wrong")
-
-    def rows(self, dtype: torch.dtype, shapes: dict) -> dict:
-        """The rows of each layer (N, H_kv, 2, D), by name."""
-        return {name: torch.frombuffer(memoryview(self.mapping)[slice(*self.places[name])],
-                                       dtype=dtype).view(shapes[name]) for name in self.layers}
-
-    def release(self, name: str):
-        """Give the memory of a layer's rows back. They are read again when they are asked for."""
-        begin, end = self.places[name]
-        start = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
-        size = end // mmap.PAGESIZE * mmap.PAGESIZE - start
-        if size > 0:
-            self.mapping.madvise(mmap.MADV_DONTNEED, start, size)
-
-
-def add_checksums(path: Path):
-    """Write into a document's file the checksums of its parts."""
-    mapped = MappedFile(path)
-    sums = [mapped.checksum(name) for name in (*mapped.layers, OTHERS)]
-    with open(path, "r+b") as file:
-        file.seek(mapped.sums[0])
-        file.write(b"".join(sums))

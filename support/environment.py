@@ -4,6 +4,7 @@ A variable that is set already stays as it is.
 """
 
 import _signal as signal  # built in. The module `signal` takes longer to import
+import _thread
 import os
 
 # Waiting CPU threads sleep early. Busy waiting can delay the thread that they wait for.
@@ -11,6 +12,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Eight threads pin the host memory that a GPU reads. One thread would take longer.
 os.environ.setdefault("PYTORCH_ALLOC_CONF",
                       "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
+
+KEPT = []  # functions that the system calls
 
 
 def end_at_interrupt():
@@ -24,3 +27,22 @@ def raise_at_interrupt():
     """Ctrl-C raises KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def end_at_bus_error():
+    """A file that is mapped into memory, as weights and saved documents are, can be cut by another
+    program, or its disk can fail. Then the system sends SIGBUS to whoever reads it, also to a
+    thread of torch. It can only be told: Python's own handlers would come too late."""
+    import ctypes  # takes longer than the modules above
+
+    if not hasattr(signal, "SIGBUS"):  # Windows
+        return
+    one_thread = _thread.allocate_lock()
+
+    def tell(number):
+        one_thread.acquire()  # for good: several threads can read the file
+        os.write(2, b"generate.py: a file was cut while it was in use, or its disk failed\n")
+        os._exit(2)
+
+    KEPT.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(tell))
+    ctypes.CDLL(None).signal(signal.SIGBUS, KEPT[-1])

@@ -6,7 +6,7 @@ import signal
 import sys
 from functools import wraps
 
-from support.environment import raise_at_interrupt
+from support.environment import end_at_bus_error, raise_at_interrupt
 from support.report import say
 
 MEMORY = "out of memory|can't allocate|not enough memory|unable to mmap"  # in a RuntimeError
@@ -15,6 +15,7 @@ MEMORY = "out of memory|can't allocate|not enough memory|unable to mmap"  # in a
 def start(rank: int = 0):
     """For a program of its own: prepare signals and streams. Only rank 0 prints."""
     raise_at_interrupt()
+    end_at_bus_error()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` is still run
     if rank > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")

@@ -6,7 +6,7 @@ A `session` is that of generate.py: it reads tokens, and writes an answer.
 import signal
 from contextlib import contextmanager
 
-from support.document import Document, SavedDocument, restore
+from support.document import Document, SavedDocument, restore, want_positions
 from support.prompts import Prompts, clean
 from support.ranks import agreed
 from support.report import describe, finish, printer, say
@@ -26,7 +26,9 @@ def interrupts():
 
 
 def go_back(session, document: Document):
-    """Forget what was read and written after a document that the cache holds."""
+    """Forget what was read and written after a document that the cache holds. OSError if that is
+    of a file which was changed."""
+    document.check_unchanged()
     session.start_after(document)
     session.cache.truncate(len(document.ids))
 
@@ -38,6 +40,8 @@ def answer_all(session, prompts: Prompts, saved: SavedDocument) -> int:
     if document:
         restore(session.cache, document.kept, document.release)
     else:
+        if saved.path:
+            want_positions(session.cache)
         document = read_shared_prefix(session, prompts)
     saved.save(document, session.cache)
     return (chat if session.args.chat else ask)(session, document, prompts)
@@ -65,6 +69,7 @@ def ask(session, document: Document, prompts: Prompts) -> int:
         first = session.read(ids)
         with interrupts() as stopped:
             text = session.write(first, stopped)
+        document.check_unchanged()
         report = describe(session, text, stopped(), question)
         if status := finish(report, session.trace, session.args):
             return status
@@ -80,7 +85,9 @@ def chat(session, document: Document, prompts: Prompts) -> int:
         try:
             question = clean(typed(session.args.json)).strip()
             if question:
+                document.check_unchanged()
                 report = answer_turn(session, question, tokenize)
+                document.check_unchanged()
                 tokenize = prompts.tokenizer.turn_ids  # of all later ones
                 finish(report, session.trace, session.args)
         except KeyboardInterrupt:

@@ -2,9 +2,10 @@
 
 Each case is a number: its random choices follow from it, so a failure can be repeated with
 `--first N --cases 1`. Folders are copies of tiny models with a few spoiled values or bytes; they
-are read, and a short text is answered. Texts go through segmentation and the tokenizers. Good
-outcomes are `done` and `refused` (one ValueError, in one line). Bad ones are `error`, `died` and
-`slow`, with the case.
+are read, and a short text is answered. Texts go through segmentation and the tokenizers. Saved
+documents are spoiled, half of them with checksums that fit again; they are loaded, and a question
+is answered. Good outcomes are `done` and `refused` (one ValueError, in one line). Bad ones are
+`error`, `died` and `slow`, with the case.
 
 Cases run in a process of their own, with limits of memory and time. pytest runs a small part.
 """
@@ -105,22 +106,184 @@ def answer(model, tokenizer, ids: list):
     import torch
 
     import generate
-    from segment import token_spans
     from sentencekv import SentenceKVConfig
     from support.prompts import check_prompt
 
     check_prompt(ids, 0, 3, model.config)
     config = SentenceKVConfig(token_budget=64)
-    spans = token_spans(tokenizer.pieces(ids), config.sentence_limit)
     cache = generate.make_cache("sentencekv", config, model.config, len(ids) + 3, "cpu",
                                 torch.float32)
-    cache.expect(spans)
+    read_and_write(model, tokenizer, cache, ids)
+
+
+def read_and_write(model, tokenizer, cache, ids: list):
+    """Read a first or later text into the cache, and write three tokens."""
+    import generate
+    from segment import token_spans
+
+    cache.expect(token_spans(tokenizer.pieces(ids), cache.config.sentence_limit))
     try:
         sample = generate.sampler(0.0, 1.0, 0, "cpu")
         first = generate.prefill(model, cache, ids, sample)
         list(generate.generate(model, cache, first, tokenizer.detokenizer(), sample, set(), 3, 16))
     except FloatingPointError:
         raise ValueError("numbers that are not finite") from None
+
+
+def spoil_document(data: bytes, tensors: dict, others: list[dict], metadata: dict,
+                   choose: random.Random) -> bytes:
+    """The bytes of a document's file, of which these are the tensors, in which bytes, the header,
+    a tensor or a value of the metadata is another. `others` are tensors of other documents."""
+    from safetensors.torch import save
+
+    kind = choose.random()
+    if kind < 0.3:
+        return spoil_bytes(data, choose)
+    if kind < 0.5:
+        size = 8 + int.from_bytes(data[:8], "little")
+        header = json.dumps(spoil_json(json.loads(data[8:size]), choose)).encode()
+        header += b" " * choose.choice([0, -len(header) % 8])
+        return len(header).to_bytes(8, "little") + header + data[size:]
+    tensors, metadata = {**tensors}, {**metadata}
+    for _ in range(choose.choice([1, 1, 2])):
+        if choose.random() < 0.15:
+            metadata = spoil_metadata(metadata, choose)
+        else:
+            spoil_tensors(tensors, others, choose)
+    return save({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def spoil_metadata(metadata: dict, choose: random.Random) -> dict:
+    name = choose.choice([*metadata, "more"])
+    value = choose.choice([None, *VALUES, "9" * 5000, "-1", " 32", "\u0663", "2024-02-30"])
+    text = str(value).encode(errors="replace").decode() if value is not None else None
+    return {k: v for k, v in (metadata | {name: text}).items() if v is not None}
+
+
+def spoil_tensors(tensors: dict, others: list[dict], choose: random.Random):
+    """Change one of these tensors: its place, its type and shape, or its values."""
+    import torch
+
+    name, other = choose.choice([*tensors]), choose.choice([*tensors])
+    tensor, kind = tensors[name], choose.random()
+    if kind < 0.1:
+        del tensors[name]
+    elif kind < 0.2:
+        tensors[choose.choice(["x", "2.rows", "0.rows.rows", "00.rows", "\n", ""])] = tensor
+    elif kind < 0.35:
+        tensors[name], tensors[other] = tensors[other], tensor
+    elif kind < 0.5:
+        tensors[name] = choose.choice(others).get(name, tensor)
+    elif kind < 0.6:
+        tensors[name] = tensor.to(getattr(torch, choose.choice(
+            "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split())))
+    elif kind < 0.75:
+        tensors[name] = choose.choice([
+            lambda t: t.flatten(), lambda t: t[None], lambda t: t.T, lambda t: t.flatten()[:0],
+            lambda t: t.flatten()[:1], lambda t: t[:-1] if t.dim() else t,
+            lambda t: torch.cat([t, t]) if t.dim() else t, lambda t: t.flatten()[0]])(tensor)
+    else:
+        tensors[name] = with_other_values(tensor, choose)
+
+
+def with_other_values(tensor, choose: random.Random):
+    """The tensor with one value, or all of them, changed."""
+    import torch
+
+    tensor = tensor.clone()
+    if tensor.dtype == torch.bool:  # changed before
+        return tensor.logical_not()
+    if choose.random() < 0.3:
+        return choose.choice([lambda t: t + 1, lambda t: t * 0, lambda t: t - 1, lambda t: t * 2,
+                              lambda t: t.flip(-1) if t.dim() else t])(tensor)
+    limits = torch.finfo if tensor.is_floating_point() else torch.iinfo
+    low, high = limits(tensor.dtype).min, limits(tensor.dtype).max
+    values = [0, 1, 2, 3, 255, 300, low, high, high // 2 if isinstance(high, int) else math.nan]
+    value = min(max(choose.choice(values), low), high)
+    flat = tensor.view(-1)
+    for _ in range(choose.choice([1, 1, 3]) if len(flat) else 0):
+        flat[choose.randrange(len(flat))] = value
+    return tensor
+
+
+def write_documents(place: Path) -> tuple:
+    """A tiny model, its tokenizer, and documents that were saved: the bytes of the file, its
+    tensors, its metadata, and the settings."""
+    import torch
+    from conftest import TEXT, write_tiny_folder
+    from safetensors import safe_open
+    from safetensors.torch import load
+
+    from sentencekv import SentenceKVConfig
+    from weights.checkpoint import load_model
+    from weights.tokenizer import Tokenizer
+
+    folder, documents = write_tiny_folder(place / "model"), []
+    model, tokenizer = load_model(folder, torch.device("cpu"), torch.float32), Tokenizer(folder)
+    for text in (TEXT, TEXT[50:200], TEXT * 2, "A"):
+        for keep_factor in (math.inf, 2):
+            config, path = SentenceKVConfig(64, keep_factor=keep_factor), place / "document"
+            write_document(path, text, model, tokenizer, config)
+            data = path.read_bytes()
+            with safe_open(path, "pt") as file:
+                documents.append((data, load(data), file.metadata(), config))
+    return model, tokenizer, documents
+
+
+def write_document(path: Path, text: str, model, tokenizer, config):
+    from datetime import datetime
+
+    import torch
+
+    import generate
+    from segment import token_spans
+    from support.document import (Document, identity_of, save_document, snapshot, want_positions)
+
+    ids = tokenizer.prompt_ids(text, raw=True)
+    spans = token_spans(tokenizer.pieces(ids), config.sentence_limit)
+    cache = generate.make_cache("sentencekv", config, model.config, len(ids) + 100, "cpu",
+                                torch.float32)
+    want_positions(cache)
+    cache.expect(spans)
+    model.prefill(torch.tensor(ids), cache)
+    save_document(path, Document(text, ids, spans, datetime(2024, 2, 29)), snapshot(cache),
+                  identity_of("model", config, torch.float32), config.protected_tokens)
+
+
+def document_case(choose: random.Random, made: tuple, folder: Path):
+    import torch
+
+    import generate
+    from support.document import identity_of, load_document, restore
+
+    model, tokenizer, documents = made
+    data, tensors, metadata, config = choose.choice(documents)
+    spoilt = spoil_document(data, tensors, [tensors for _, tensors, *_ in documents], metadata,
+                            choose)
+    folder.mkdir()
+    path = folder / "document"
+    path.write_bytes(spoilt)
+    fits = choose.random() < 0.5 and fit_checksums(path)
+    document = load_document(path, identity_of("model", config, torch.float32),
+                             config.protected_tokens, model.config, torch.device("cpu"))
+    assert fits or spoilt == data, "a change that was not found"
+    rest = document.rest(tokenizer.prompt_ids(f"{document.text}\n\nWho slept?", raw=True))
+    cache = generate.make_cache("sentencekv", config, model.config, len(document.ids) + 30, "cpu",
+                                torch.float32)
+    restore(cache, document.kept, document.release)
+    read_and_write(model, tokenizer, cache, rest)
+    document.check_unchanged()
+
+
+def fit_checksums(path: Path) -> bool:
+    """Make the checksums of a spoiled document fit. False if it has no place for them."""
+    from support.mapped import add_checksums
+
+    try:
+        add_checksums(path)
+    except Exception:
+        return False
+    return True
 
 
 def text_case(choose: random.Random, tokenizers: list):
@@ -286,18 +449,21 @@ def worker(kind: str, first: int, last: int):
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MOST_MEMORY,) * 2)
     with tempfile.TemporaryDirectory() as place:
-        folders = write_folders(Path(place))
-        tokenizers = [tokenizer.Tokenizer(folder) for folder in folders] if kind == "text" else []
+        made = (write_documents if kind == "document" else write_folders)(Path(place))
+        if kind == "text":
+            made = [tokenizer.Tokenizer(folder) for folder in made]
         for number in range(first, last):
             choose, folder = random.Random(number), Path(place) / "case"
             print(json.dumps([number, "begun", ""]), flush=True)
             try:
                 if kind == "text":
-                    text_case(choose, tokenizers)
+                    text_case(choose, made)
+                elif kind == "document":
+                    document_case(choose, made, folder)
                 elif kind == "tokenizer":
-                    tokenizer_case(choose, choose.choice(folders[:2]), folder)
+                    tokenizer_case(choose, choose.choice(made[:2]), folder)
                 else:
-                    folder_case(choose, choose.choice(folders), folder)
+                    folder_case(choose, choose.choice(made), folder)
                 outcome = "done", ""
             except ValueError as error:
                 line = f"{error}"
@@ -408,7 +574,8 @@ def main():
     parser.add_argument("--cases", type=int, default=1000, help="of each kind")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", default=["folder", "text"],
-                        help="folder, text, tokenizer; long: one answer of so many tokens")
+                        help="folder, text, tokenizer, document; long: an answer of so many"
+                        " tokens")
     args = parser.parse_args()
     if "long" in args.kinds:
         sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

@@ -26,7 +26,8 @@ from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig, select_rows
 from support import host_rows, slots, table
 from support.compiled import GraphedDecode, reallocated, same
-from support.document import Document, load_document, restore, save_document, snapshot
+from support.document import (Document, identity_of, load_document, restore, save_document,
+                              snapshot, want_positions)
 from weights.tokenizer import Tokenizer
 
 N_NEW = 90
@@ -313,6 +314,7 @@ def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tm
     expected = default_model.logits(torch.cat(states))
     for budget in (1024, 96):
         cache = expecting(new_cache(budget), spans)
+        want_positions(cache)
         default_model.prefill(prompt, cache, part_ends=(100, 250))
         kept, first = snapshot(cache), answer(cache)
         if budget == 1024:
@@ -324,12 +326,12 @@ def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tm
                       kept, IDENTITY, 32)
         loaded = new_cache(budget)
         document = load_document(tmp_path / "document", IDENTITY, 32,
-                                 default_model.config.kv_shape, device)
+                                 default_model.config, device)
         restore(loaded, document.kept, document.release)
         assert torch.equal(answer(loaded), first)
 
 
-IDENTITY = {"dtype": "float32"}
+IDENTITY = identity_of("", SentenceKVConfig(), torch.float32)
 
 
 class Traced(GraphedDecode):

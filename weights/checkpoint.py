@@ -17,17 +17,22 @@ from support.ranks import RANKS, connect, own_part, own_slice, read_part
 from support.report import say
 from weights.config import load_config, unknown_fields
 from weights.contents import weight_files
-from weights.folder import add_samples, one_line, read_json
+from weights.folder import one_line, read_json
 
+BLOCK = 2**20  # bytes that are read at a time
 # The model's joined projections, and their parts in a checkpoint, in their order.
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the model's configuration and of 64 samples of every file of weights."""
+    """A hash of the model's configuration and weights, of all bytes: 0.2 s for the default model's
+    269 MB on two cores of an AMD EPYC."""
     digest = hashlib.sha256()
     for path in (folder / "config.json", *weight_files(folder)):
-        add_samples(digest, path)
+        digest.update(f"{path.name} {path.stat().st_size} ".encode())
+        with open(path, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
     return digest.hexdigest()
 
 

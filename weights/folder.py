@@ -169,7 +169,8 @@ def make_whole(target: Path, make, is_whole) -> Path:
 
 
 def add_samples(digest, path: Path):
-    """Add to a hash a file's name, its size, and 64 samples of what it holds."""
+    """Add to a hash a file's name, its size, and 64 samples of what it holds: that is quick, and
+    misses a change between them."""
     size = path.stat().st_size
     digest.update(f"{path.name} {size} ".encode())
     with open(path, "rb") as file:
