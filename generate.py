@@ -94,7 +94,8 @@ def sampler(temperature: float, top_p: float, seed: int, device):
             raise FloatingPointError
         if temperature == 0:
             return token
-        probabilities, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
+        logits = (logits.float() - greatest) / temperature  # at most 0: none is too large
+        probabilities, order = logits.softmax(-1).sort(descending=True)
         before = probabilities.cumsum(-1) - probabilities  # of all more likely tokens together
         probabilities[1:][before[1:] >= top_p] = 0  # the most likely one always stays
         return order[probabilities.multinomial(1, generator=generator)].item()
@@ -170,7 +171,7 @@ class Session:
 
 def parse(arguments: list[str]):
     """Options as a namespace. ValueError for what is refused."""
-    return options.parse(arguments, __doc__.splitlines()[0], SentenceKVConfig, SCORES, RANKS)
+    return options.parse(arguments, __doc__, SentenceKVConfig, SCORES, RANKS)
 
 
 @process.with_exit_status
@@ -183,7 +184,7 @@ def main(arguments: list[str]) -> int:
     device = pick_device(join_ranks(args.device) if RANKS > 1 else args.device)
     compiled.check(args, device)
     # Which model, and what to read: a prompt, or a document that was read before and saved.
-    folder, dtype = model_folder(args.model), pick_dtype(args.dtype, device)
+    folder, dtype = model_folder(args.model, args.outputs), pick_dtype(args.dtype, device)
     tokenizer, model_config = Tokenizer(folder, args.special_tokens), load_config(folder)
     saved = SavedDocument(args, partial(fingerprint, folder), config, model_config, device, dtype)
     prompts = Prompts(tokenizer, saved.document or read_text(args.prompt), args)
@@ -201,12 +202,8 @@ def main(arguments: list[str]) -> int:
     first = session.read(ids)
     with questions.interrupts() as stopped:
         text = session.write(first, stopped)
-    return report.finish(report.describe(session, text, stopped()), session.trace, args)
+        return report.finish(report.describe(session, text, stopped()), session.trace, args)
 
 
 if __name__ == "__main__":
-    process.start(RANK)
-    status = main(sys.argv[1:])
-    if RANKS > 1:
-        leave_ranks(status)
-    sys.exit(status)
+    process.run(main, RANK, leave_ranks if RANKS > 1 else sys.exit)

@@ -94,5 +94,18 @@ def check_compiler(device: torch.device):
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except Exception as error:  # of PyTorch, of Triton or of the machine
-        problem = f"{error}".partition("\n")[0] or type(error).__name__
-        raise ValueError(f"--compile needs a compiler: {problem}") from None
+        raise ValueError(f"--compile needs a compiler: {reason(error)}") from None
+
+
+def is_compilers(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, is of PyTorch's compiler."""
+    while error is not None:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            return True
+        error = error.__cause__
+    return False
+
+
+def reason(error: Exception) -> str:
+    """What a compiler's error says, without the advice after it."""
+    return f"{error}".partition("Set TORCHDYNAMO_VERBOSE")[0].strip() or type(error).__name__

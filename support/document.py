@@ -11,7 +11,6 @@ changes a file on purpose can change them, too: `support/schema.py` checks what 
 loads compares the tokens with those of the text.
 """
 
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from support.mapped import OTHERS, SUMS, MappedFile, add_checksums, check_regular
+from support.outputs import replacing
 from support.schema import TABLE, check_header, check_values, shown
 from support.table import make_room
 
@@ -134,8 +134,8 @@ def restore(cache, tensors: dict, release=None):
 
 def save_document(path: Path, document: Document, kept: dict, identity: dict,
                   protected_tokens: int):
-    """Write beside `path` and rename, so that the file is whole, or what it was. ValueError if it
-    cannot be written. Of the document, the last `protected_tokens` have all been kept; `kept` is a
+    """Write the file whole, or leave what it was. ValueError if it cannot be written. Of the
+    document, the last `protected_tokens` have all been kept; `kept` is a
     `snapshot` of the cache that has read it."""
     tensors = {name: tensor.contiguous() for name, tensor in kept.items()}
     tensors |= {"ids": torch.tensor(document.ids), "spans": torch.tensor(document.spans),
@@ -144,15 +144,12 @@ def save_document(path: Path, document: Document, kept: dict, identity: dict,
     tensors[SUMS] = torch.zeros(n_layers + 1, dtype=torch.long)
     metadata = {"format": FORMAT, **identity, "protected": str(protected_tokens),
                 "now": document.now.isoformat()}
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, part, metadata)
+    with replacing(path) as part:
+        try:
+            save_file(tensors, part, metadata)
+        except SafetensorError as error:  # of the disk
+            raise OSError(f"{error}") from None
         add_checksums(part)
-        os.replace(part, path)
-    except (SafetensorError, OSError) as error:  # of the disk
-        raise ValueError(f"cannot write {path}: {error}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_document(path: Path, identity: dict, protected_tokens: int, model_config,

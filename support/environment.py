@@ -23,12 +23,6 @@ def end_at_interrupt():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def raise_at_interrupt():
-    """Ctrl-C raises KeyboardInterrupt again."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def end_at_bus_error():
     """A file that is mapped into memory, as weights and saved documents are, can be cut by another
     program, or its disk can fail. Then the system sends SIGBUS to whoever reads it, also to a

@@ -1,9 +1,11 @@
 """The options of the command line: what --help says, and which values and pairs are refused."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
+
+from support.outputs import check_outputs
+from support.ranks import check_environment
 
 SETTINGS = {  # of the method: the flags, and what --help says
     "token_budget": "tokens that a KV head attends to while decoding",
@@ -31,14 +33,21 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):  # argparse would print the usage and exit
         raise ValueError(message)
 
+    def print_help(self, file=None):  # argparse would not say that it cannot be written
+        print(self.format_help(), end="", file=file, flush=True)
 
-def parse(arguments: list[str], description: str, defaults, scores, n_ranks: int):
-    """The options as a namespace, those of the method also as a dict `settings`.
 
-    `defaults` has the default of each setting as an attribute, `scores` are the names that --score
-    can have, `n_ranks` the processes that share the model. ValueError for what is refused.
+def parse(arguments: list[str], description: str | None, defaults, scores, n_ranks: int):
+    """The options as a namespace, those of the method also as a dict `settings`, and the files that
+    will be written as `outputs`, by their options.
+
+    --help has the first line of `description`. `defaults` has the default of each setting as an
+    attribute, `scores` are the names that --score can have, `n_ranks` the processes that share the
+    model. ValueError for what is refused.
     """
-    args = parser(description, defaults, scores).parse_args(arguments)
+    check_environment()
+    first_line = (description or "").partition("\n")[0]  # Python can leave docstrings out
+    args = parser(first_line, defaults, scores).parse_args(arguments)
     args.settings = {name: getattr(args, name) for name in SETTINGS}
     check_numbers(args)
     check_questions(args)
@@ -116,12 +125,7 @@ def check_files(args):
     """Before an hour of reading, not after it."""
     if args.cache == "full" and (args.save or args.load):
         raise ValueError("--save and --load need --cache sentencekv")
-    for path in (args.save, args.trace):
-        if path and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise ValueError(f"cannot write {path}")
-    others = (args.prompt, args.save, args.load)
-    if args.trace and str(args.trace) in map(str, others):
-        raise ValueError(f"--trace would replace {args.trace}")
+    args.outputs = check_outputs(args)
 
 
 def check_pairs(args):

@@ -6,17 +6,38 @@ import signal
 import sys
 from functools import wraps
 
-from support.environment import end_at_bus_error, raise_at_interrupt
-from support.report import say
+from support.compiled import is_compilers, reason
+from support.environment import end_at_bus_error
+from support.ranks import RankLost
+from support.report import complain
+from support.signals import handle, raise_again, stop_once
 
-MEMORY = "out of memory|can't allocate|not enough memory|unable to mmap"  # in a RuntimeError
+MEMORY = ("out of memory|can't allocate|not enough memory|unable to mmap|can't start new thread"
+          "|Resource temporarily unavailable")  # in a RuntimeError
 
 
-def start(rank: int = 0):
-    """For a program of its own: prepare signals and streams. Only rank 0 prints."""
-    raise_at_interrupt()
-    end_at_bus_error()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` is still run
+def run(main, rank: int = 0, leave=sys.exit):
+    """Run `main()` as a program of its own, and end it by `leave(status)`. Only rank 0 prints.
+
+    Ctrl-C and SIGTERM raise an exception once. After `main` they are ignored.
+    """
+    try:
+        try:
+            handle(stop_once())
+            end_at_bus_error()
+            sys.unraisablehook = raise_again
+            open_streams(rank)
+            status = main()
+        finally:
+            handle(signal.SIG_IGN)
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as end:
+        status = end.code
+    leave(flushed(status))
+
+
+def open_streams(rank: int):
     if rank > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
     for name in ("stdout", "stderr", "stdin"):
@@ -25,6 +46,28 @@ def start(rank: int = 0):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character
         elif name != "stdin":  # it is closed: what is printed is lost, but nothing fails
             setattr(sys, name, open(os.devnull, "w"))
+
+
+def flushed(status: int) -> int:
+    """The exit status, once all that was printed has been written: Python itself would complain if
+    it cannot be. After a signal nothing is left to write, but what nobody reads."""
+    try:
+        if status < 128:
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:
+        status = status or 141
+    except OSError as error:
+        if status == 0:
+            complain(error)
+        status = status or 2
+    discard_output()
+    return status
+
+
+def discard_output():
+    """What is still to be written to standard output goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def with_exit_status(main):
@@ -43,7 +86,7 @@ def with_exit_status(main):
         try:
             return main(arguments)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
             return 141
         except KeyboardInterrupt:
             status, problem = 130, "interrupted"
@@ -51,21 +94,25 @@ def with_exit_status(main):
             status, problem = explained(error)
             if status == 1 and "--debug" in arguments:
                 raise
-        say(f"generate.py: {problem}")
+            if isinstance(error, RankLost):  # rank 0 may be the one that is lost
+                sys.stderr = sys.__stderr__ or sys.stderr
+        complain(problem)
         return status
 
     return guarded
 
 
 def explained(error: Exception) -> tuple[int, str]:
-    """The exit status of an error, and the line that says what went wrong."""
+    """The exit status of an error, and what went wrong."""
+    text = f"{error}" or type(error).__name__
+    if is_compilers(error):
+        return 2, f"--compile: the compiler failed: {reason(error)}"
     if isinstance(error, (ValueError, OSError)):
-        return 2, str(error)
-    first_line = f"{error}".partition("\n")[0]
+        return 2, text
+    first_line = text.partition("\n")[0]
     # Of the GPU, of pinned memory or of the CPU.
     out_of_memory = isinstance(error, RuntimeError) and re.search(MEMORY, first_line)
     if out_of_memory or isinstance(error, MemoryError):
         return 2, ("out of memory: a shorter prompt, a lower --token-budget or --dtype bfloat16"
                    f" needs less ({first_line})")
-    line = f"{type(error).__name__}: {error} (an error of this program: --debug shows where)"
-    return 1, line
+    return 1, f"{type(error).__name__}: {error} (an error of this program: --debug shows where)"

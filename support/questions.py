@@ -9,20 +9,17 @@ from contextlib import contextmanager
 from support.document import Document, SavedDocument, restore, want_positions
 from support.prompts import Prompts, clean
 from support.ranks import agreed
-from support.report import describe, finish, printer, say
+from support.report import complain, describe, finish, printer, say, tried
+from support.signals import handled, noted, stop, stop_once
 
 
 @contextmanager
 def interrupts():
     """In here Ctrl-C and SIGTERM raise nothing: the function that this yields gives the signal that
-    came first, or 0. Several ranks agree on one, as it may reach them between different tokens."""
-    came, kinds = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(kind, lambda number, _: came.append(number)) for kind in kinds]
-    try:
-        yield lambda: agreed(came[0] if came else 0)
-    finally:
-        for kind, handler in zip(kinds, before):
-            signal.signal(kind, handler)
+    came, or 0; SIGTERM if both did. Several ranks agree on one, as it may reach them between
+    different tokens."""
+    with noted() as came:
+        yield lambda: agreed(max(came, default=0))
 
 
 def go_back(session, document: Document):
@@ -43,8 +40,8 @@ def answer_all(session, prompts: Prompts, saved: SavedDocument) -> int:
         if saved.path:
             want_positions(session.cache)
         document = read_shared_prefix(session, prompts)
-    saved.save(document, session.cache)
-    return (chat if session.args.chat else ask)(session, document, prompts)
+    status = tried(saved.save, document, session.cache)
+    return (chat if session.args.chat else ask)(session, document, prompts) or status
 
 
 def read_shared_prefix(session, prompts: Prompts) -> Document:
@@ -60,6 +57,7 @@ def read_shared_prefix(session, prompts: Prompts) -> Document:
 
 def ask(session, document: Document, prompts: Prompts) -> int:
     """Answer each question as if it were the only one. Returns the exit status."""
+    worst = 0
     for question in prompts.questions:
         go_back(session, document)
         if question:
@@ -69,49 +67,62 @@ def ask(session, document: Document, prompts: Prompts) -> int:
         first = session.read(ids)
         with interrupts() as stopped:
             text = session.write(first, stopped)
-        document.check_unchanged()
-        report = describe(session, text, stopped(), question)
-        if status := finish(report, session.trace, session.args):
-            return status
-    return 0
+            document.check_unchanged()
+            report = describe(session, text, stopped(), question)
+            worst = max(worst, finish(report, session.trace, session.args))
+            if number := stopped():
+                return 128 + number
+    return worst
 
 
 def chat(session, document: Document, prompts: Prompts) -> int:
     """Answer questions from the terminal. All earlier ones and their answers stay in the cache.
     Ctrl-C ends an answer, or drops the question that is being typed. Returns the exit status."""
     go_back(session, document)
-    tokenize = lambda question: document.rest(prompts.ids(question))  # of the first question
-    while True:
-        try:
-            question = clean(typed(session.args.json)).strip()
-            if question:
-                document.check_unchanged()
-                report = answer_turn(session, question, tokenize)
-                document.check_unchanged()
-                tokenize = prompts.tokenizer.turn_ids  # of all later ones
-                finish(report, session.trace, session.args)
-        except KeyboardInterrupt:
-            pass
-        except EOFError:
-            printer(session.args.json)()
-            return 0
-        except ValueError as error:  # there is no room left
-            say(f"generate.py: {error}")
-            session.timer.totals()  # the times of what was refused
+    tokenize, worst = lambda question: document.rest(prompts.ids(question)), 0  # the first one
+    with handled(at_sigterm):
+        while True:
+            try:
+                question = clean(typed(session.args.json)).strip()
+                if question:
+                    document.check_unchanged()
+                    worst = max(worst, answer_turn(session, question, tokenize))
+                    document.check_unchanged()
+                    tokenize = prompts.tokenizer.turn_ids  # of all later ones
+            except KeyboardInterrupt:  # while one is typed
+                pass
+            except EOFError:
+                printer(session.args.json)()
+                return worst
+            except ValueError as error:  # there is no room left
+                complain(error)
+                session.timer.totals()  # the times of what was refused
+
+
+def at_sigterm(number: int, _):
+    """Ctrl-C does nothing."""
+    if number == signal.SIGTERM:
+        stop(number)
 
 
 def typed(as_json: bool) -> str:
-    """A line from the terminal. `input` could print its prompt among the JSON."""
+    """A line from the terminal. Ctrl-C raises KeyboardInterrupt. `input` could print its prompt
+    among the JSON."""
     if as_json:
-        say("\n> ", end="")
-    return input("" if as_json else "\n> ")
+        say("", "> ", end="")
+    with handled(stop_once()):
+        return input("" if as_json else "\n> ")
 
 
-def answer_turn(session, question: str, tokenize) -> dict:
-    """Answer one question of a conversation. A signal at any moment of it ends the answer only.
-    Returns the report."""
+def answer_turn(session, question: str, tokenize) -> int:
+    """Answer one question of a conversation. Ctrl-C at any moment of it ends the answer only.
+    Returns the exit status."""
     with interrupts() as stopped:
         with session.timer("tokenize"):
             ids = tokenize(question)
         text = session.write(session.read(ids), stopped)
-        return describe(session, text, stopped(), question)
+        report = describe(session, text, stopped(), question)
+        status = finish(report, session.trace, session.args)
+        if stopped() == signal.SIGTERM:
+            stop(signal.SIGTERM)
+    return 0 if report["interrupted"] else status

@@ -8,6 +8,9 @@ token; rank 0 prints.
 """
 
 import os
+import re
+import signal
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -16,17 +19,73 @@ import torch
 import torch.distributed as dist
 
 from support.linear import Linear
+from support.signals import handled
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+class RankLost(ValueError):
+    """Another rank has ended before this one."""
+
+
+def number(name: str, default: int) -> int:
+    """What an environment variable says. ValueError if that is no number."""
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError(f"{name} is {text!r} in the environment, must be a number")
+    return int(text)
+
+
+def place() -> tuple[int, int]:
+    """This process's rank, and how many there are. A RANK counts only among several, and nothing
+    counts that `check_environment` refuses."""
+    try:
+        rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
+    except ValueError:
+        return 0, 1
+    return (rank, ranks) if rank < ranks else (0, max(ranks, 1))
+
+
+def check_environment():
+    """ValueError for what a launcher such as torchrun would not set."""
+    rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
+    if ranks == 0:
+        raise ValueError("WORLD_SIZE is 0 in the environment, must be at least 1")
+    if ranks == 1:
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise ValueError(f"WORLD_SIZE is {ranks} in the environment, which has no"
+                         f" {' and no '.join(missing)}: torchrun sets all of them")
+    for name, limit in (("RANK", ranks), ("MASTER_PORT", 2**16), ("LOCAL_RANK", 2**16)):
+        if number(name, rank) >= limit:
+            raise ValueError(f"{name} is {os.environ[name]} in the environment, must be less than"
+                             f" {limit}")
+
+
+RANK, RANKS = place()
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head")  # parts of the output
 COLUMNS = ("o_proj", "down_proj")  # parts of the input: their outputs are summed
 
 
 def join_ranks(device: str) -> str:
-    """Join the other ranks. Returns the name of this one's device, of its own if there are GPUs."""
+    """Join the other ranks. Returns the name of this one's device, of its own if there are GPUs.
+    ValueError if they cannot meet."""
     cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
-    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # PyTorch would ask for half an hour
+        with handled(signal.SIG_DFL):  # while C++ waits, no handler of Python's is called
+            dist.init_process_group("nccl" if cuda else "gloo")
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ValueError(f"the ranks cannot meet: {error}") from None
     return f"cuda:{os.environ.get('LOCAL_RANK', RANK)}" if cuda else device
+
+
+def met(operation, *arguments):
+    """Call an operation in which all ranks meet. RankLost if one does not come."""
+    try:
+        return operation(*arguments)
+    except RuntimeError as error:
+        problem = f"{error}".partition(". ")[0]  # then comes advice
+        raise RankLost(f"another rank has ended: {problem}") from None
 
 
 def leave_ranks(status: int):
@@ -68,7 +127,7 @@ def read_part(file, name: str) -> torch.Tensor:
 
 def summed(x: torch.Tensor) -> torch.Tensor:
     """The sum of all ranks' x, in its place."""
-    dist.all_reduce(x)
+    met(dist.all_reduce, x)
     return x
 
 
@@ -85,7 +144,7 @@ class JoinedLinear(Linear):
     def forward(self, x):
         part = super().forward(x)
         parts = [torch.empty_like(part) for _ in range(RANKS)]
-        dist.all_gather(parts, part.contiguous())
+        met(dist.all_gather, parts, part.contiguous())
         return torch.cat(parts, dim=-1)
 
 
@@ -113,7 +172,7 @@ def agreed(number: int) -> int:
     if RANKS == 1:
         return number
     greatest = torch.tensor(number, device=here())
-    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    met(dist.all_reduce, greatest, dist.ReduceOp.MAX)
     return int(greatest)
 
 

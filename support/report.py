@@ -7,7 +7,6 @@ line for each report and nothing else, and the answer goes to standard error, to
 import json
 import os
 import sys
-from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -15,18 +14,46 @@ from tqdm import tqdm
 from support.ranks import added_up
 from support.timer import OTHER, times
 
+MOST = 1000  # characters in a line for people
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+PICTURES |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+
 
 def say(*lines, end="\n"):
-    """Print for people, on standard error. Where that is closed or full, the answer is not lost."""
+    """Print lines for people, on standard error."""
+    show("\n".join(map(one_line, lines)), end)
+
+
+def complain(problem):
+    """Print what went wrong, an exception or its text."""
+    say(f"generate.py: {problem}")
+
+
+def one_line(text: str) -> str:
+    """A text in one line of at most `MOST` characters: its middle is left out."""
+    line = " ".join(text.splitlines())
+    return line if len(line) <= MOST else f"{line[: MOST // 2]} … {line[3 - MOST // 2 :]}"
+
+
+def show(text: str = "", end: str = "\n"):
+    """Print on standard error. Where that is closed or full, the answer is not lost."""
     try:
-        print(*lines, sep="\n", end=end, file=sys.stderr, flush=True)
+        print(visible(text), end=end, file=sys.stderr, flush=True)
     except (OSError, ValueError):
         sys.stderr = open(os.devnull, "w")
 
 
+def visible(text: str) -> str:
+    """A text whose control characters are pictures: a terminal would obey them."""
+    return text.translate(PICTURES)
+
+
 def printer(as_json: bool):
-    """What prints an answer: with --json, `say`."""
-    return say if as_json else partial(print, flush=True)
+    """What prints an answer: on standard error with --json. A file gets it as it is."""
+    if as_json:
+        return show
+    shown = visible if sys.stdout.isatty() else str
+    return lambda text="", end="\n": print(shown(text), end=end, flush=True)
 
 
 def progress(layers):
@@ -37,17 +64,19 @@ def progress(layers):
 def printed(pairs, written: list, special: set, stopped, as_json: bool) -> str:
     """Print the pieces of (token, piece) as they come, until `stopped()`, and add the tokens to
     `written`. Special tokens are not printed. Returns the text."""
-    text, show = "", printer(as_json)
+    text, put = "", printer(as_json)
     try:
         for token, piece in pairs:
             written.append(token)
             if token not in special:
                 text += piece
-                show(piece, end="")
+                put(piece, end="")
             if stopped():
                 break
-    finally:
-        show()
+    except Exception:
+        put()
+        raise
+    put()
     return text
 
 
@@ -74,7 +103,8 @@ def describe(session, text: str, signal: int, question: str | None = None) -> di
 
 
 def finish(report: dict, trace, args) -> int:
-    """Print times and memory, and write the trace. Returns the exit status."""
+    """Print times and memory, and write the trace. Returns the exit status: the answer is there
+    even if the trace cannot be written."""
     if "question" in report:
         say("{ttft_ms:.0f} ms to the first token, {decode_ms_per_token:.1f} ms/token".format(
             **report))
@@ -83,15 +113,25 @@ def finish(report: dict, trace, args) -> int:
     if args.show_sentences:
         print_sentences(report["most_attended"])
     if args.json:
-        print(json.dumps(report), flush=True)
-    if args.trace:
-        trace.write(args.trace)
-        say(f"\n{args.trace} shows what the answer attended to")
-    return 128 + report["signal"] if report["interrupted"] else 0
+        printer(False)(json.dumps(report))
+    status = 0
+    if args.trace and not (status := tried(trace.write, args.trace)):
+        say("", f"{args.trace} shows what the answer attended to")
+    return 128 + report["signal"] if report["interrupted"] else status
+
+
+def tried(write, *arguments) -> int:
+    """Write a file. Returns the exit status: 2, after a line, if it cannot be written."""
+    try:
+        write(*arguments)
+    except ValueError as error:
+        complain(error)
+        return 2
+    return 0
 
 
 def print_sentences(sentences: list[dict]):
-    say("\nattention  place  sentences of the text that received most")
+    say("", "attention  place  sentences of the text that received most")
     for sentence in sentences:
         say("{share:9.1%} {place:6.0%}  {text}".format(**sentence))
     if not sentences:
@@ -99,11 +139,11 @@ def print_sentences(sentences: list[dict]):
 
 
 def print_tables(report: dict):
-    rows = [*time_rows(report), *memory_rows(report)]
-    say("\n{prompt_tokens} prompt tokens in {sentences} sentences of at most {sentence_limit}"
-        " tokens, {new_tokens} new tokens\n"
-        "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}\n".format(**report),
-        *("{:<26}{:>14}{:>20}".format(*row) for row in rows))
+    rows = [*time_rows(report), ("", "", ""), *memory_rows(report)]
+    say("", "{prompt_tokens} prompt tokens in {sentences} sentences of at most {sentence_limit}"
+        " tokens, {new_tokens} new tokens".format(**report),
+        "{cache} cache, {device}, {dtype}, torch {torch}, timed by {clock}".format(**report), "",
+        *("{:<26}{:>14}{:>20}".format(*row).rstrip() for row in rows))
     if report["hit_rate"] is not None:
         say(f"{report['hit_rate']:.1%} of the selected rows were on the device")
 
@@ -127,7 +167,7 @@ def memory_rows(report: dict) -> list[tuple]:
     sizes |= {"device: everything": report["device_kv_bytes"], "host": report["host_kv_bytes"],
               "full cache": report["full_kv_bytes"], "selected in all": report["selected_bytes"],
               "loaded in all": report["loaded_bytes"]}
-    rows = [("\nmemory", "MiB", "of the full cache")]
+    rows = [("memory", "MiB", "of the full cache")]
     rows += [(name, f"{size / 2**20:.2f}", f"{size / report['full_kv_bytes']:.1%}")
              for name, size in sizes.items()]
     return rows

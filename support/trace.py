@@ -33,7 +33,6 @@ the answer. Prefill chooses token 0, and attends to everything.
 import base64
 import json
 import math
-import os
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -41,6 +40,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from support.outputs import replacing
 
 TEMPLATE = Path(__file__).with_name("page.html")
 MOST_NUMBERS = 2**27  # in `rows`, for a browser to unpack; later steps are left out
@@ -123,20 +124,13 @@ class Trace:
                  "text": one_line("".join(pieces[starts[s] : ends[s]]))} for s in best]
 
     def write(self, path: Path):
-        """Write a page, or JSON if the name ends in .json. Write another file first and rename it,
-        so that the file is never half written. ValueError if it cannot be written."""
+        """Write a page, or JSON if the name ends in .json. ValueError if it cannot be written."""
         text = json.dumps(self.data)
         if path.suffix != ".json":  # a "<" could end the element that the data are in
             data = text.replace("<", r"\u003c")
             text = TEMPLATE.read_text(encoding="utf-8").replace("{{trace}}", data)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as part:
             part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}") from None
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def number_places(starts, positions, ends, n_first: int) -> torch.Tensor:

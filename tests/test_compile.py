@@ -2,8 +2,10 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
+
 import pytest
 import test_cache
 import torch
@@ -88,3 +90,23 @@ def test_without_a_compiler_one_line_says_so(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("generate.py: --compile needs a compiler: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler on this machine")
+@pytest.mark.parametrize("end", ["kill -9 $$", "echo no space >&2; echo left >&2; exit 1"])
+def test_a_compiler_that_fails_later_is_one_line(tiny_folder, tmp_path, end):
+    """After what is tried before anything is read: the prompt is a pipe, so the test knows when."""
+    compiler, prompt, broken = (tmp_path / name for name in ("cxx", "prompt", "broken"))
+    compiler.write_text(f'#!/bin/bash\n[ -e {broken} ] && {{ {end}; }}\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    os.mkfifo(prompt)
+    running = subprocess.Popen(
+        [sys.executable, "generate.py", "--prompt", prompt, "--model", tiny_folder, "--device",
+         "cpu", "--raw", "--compile"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")})
+    with open(prompt, "w") as pipe:  # which waits until it is read
+        broken.touch()
+        pipe.write(TEXT)
+    _, err = running.communicate()
+    assert running.returncode == 2 and err.count("\n") == 1, err
+    assert err.startswith("generate.py: --compile: the compiler failed: ") and len(err) < 1002

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -87,6 +90,95 @@ def test_heads_that_cannot_be_divided_are_one_line(tmp_path):
     done = answer(write_tiny_folder(tmp_path / "tiny"), 3)
     line = "generate.py: 3 ranks cannot share this model: num_key_value_heads is 2"
     assert done.stderr.count(line) == 1 and not done.stdout and done.returncode != 0
+
+
+def rank(folder, number, port, **how):
+    """One of two ranks, which writes for a long time."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("eos_token_id", None)  # the model never stops by itself
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "prompt.txt").write_text(TEXT)
+    return subprocess.Popen(
+        [sys.executable, "generate.py", "--prompt", folder / "prompt.txt", "--model", folder,
+         "--device", "cpu", "--max-new-tokens", "1500"], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {
+            "OMP_NUM_THREADS": "1", "RANK": str(number), "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | how)
+
+
+@pytest.fixture
+def listening():
+    with socket.socket() as server:
+        server.bind(("0.0.0.0", 0))
+        server.listen()
+        yield server
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_ends_the_other(tmp_path, listening, victim):
+    folder = write_tiny_folder(tmp_path / "tiny")
+    port = listening.getsockname()[1]
+    listening.close()
+    both = [rank(folder, number, port) for number in range(2)]
+    both[0].stdout.read(5)  # it answers
+    both[victim].kill()
+    _, err = both[1 - victim].communicate(timeout=20)
+    both[victim].communicate()
+    assert both[1 - victim].returncode == 2 and err.count("\n") == 1, err
+    assert err.startswith("generate.py: another rank has ended: ")
+
+
+def test_ranks_that_cannot_meet_say_so_in_a_line(tmp_path, listening):
+    folder, port = write_tiny_folder(tmp_path / "tiny"), listening.getsockname()[1]
+    for how in ({}, {"MASTER_ADDR": "nowhere.invalid"}):
+        running = rank(folder, 0, port, **how)
+        _, err = running.communicate(timeout=60)
+        assert running.returncode == 2 and err.startswith("generate.py: the ranks cannot meet: ")
+        assert err.count("\n") == 1
+
+
+def test_a_rank_that_waits_for_the_others_ends_at_sigterm(tmp_path, listening):
+    """Those who listen here never answer."""
+    running = rank(write_tiny_folder(tmp_path / "tiny"), 1, listening.getsockname()[1])
+    connection, _ = listening.accept()  # it waits
+    time.sleep(1)
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=10)
+    connection.close()
+    assert (running.returncode, err) == (-signal.SIGTERM, "")
+
+
+MEETING = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("environment, message", [
+    ({"RANK": "one"}, "RANK is 'one' in the environment, must be a number"),
+    ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE is '2.0' in the environment, must be a number"),
+    ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2' in the environment, must be a number"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0 in the environment, must be at least 1"),
+    ({"WORLD_SIZE": "2"}, "no RANK and no MASTER_ADDR and no MASTER_PORT"),
+    ({"WORLD_SIZE": "2", "RANK": "2", **MEETING}, "RANK is 2 in the environment, must be less"),
+    ({"WORLD_SIZE": "2", "RANK": "0", **MEETING, "MASTER_PORT": "99999"}, "less than 65536"),
+    ({"WORLD_SIZE": "2", "RANK": "0", **MEETING, "LOCAL_RANK": "a"}, "LOCAL_RANK is 'a'")])
+def test_what_no_launcher_sets_is_refused(monkeypatch, environment, message):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *MEETING):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        generate.parse(["--prompt", "file.txt"])
+    assert ranks.place()[0] == 0  # so that the line is printed
+
+
+@pytest.mark.parametrize("environment, place", [
+    ({"RANK": "1"}, (0, 1)), ({"RANK": "1", "WORLD_SIZE": "1"}, (0, 1)),
+    ({"RANK": "", "WORLD_SIZE": ""}, (0, 1)),
+    ({"RANK": "1", "WORLD_SIZE": "3", **MEETING}, (1, 3))])
+def test_a_rank_counts_among_several_only(monkeypatch, environment, place):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ranks.check_environment()
+    assert ranks.place() == place
 
 
 def test_what_needs_a_single_process_is_refused(monkeypatch):

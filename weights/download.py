@@ -16,6 +16,8 @@ from typing import NamedTuple
 if __name__ == "__main__":  # a script finds its own folder, not the one above it
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from support.report import visible
+from support.signals import handle, stop_once
 from weights.folder import make_whole, one_line
 from weights.gguf_file import convert
 
@@ -110,12 +112,13 @@ def main(name: str = DEFAULT, target: Path | None = None):
     try:
         if name not in MODELS:
             raise ValueError(f"{name} is not one of {', '.join(MODELS)}")
-        print(download(name, target))
+        print(download(name, target), flush=True)
     except (ValueError, OSError) as error:
-        sys.exit(f"download.py: {error}")
+        sys.exit(f"download.py: {visible(one_line(error))}")
     except KeyboardInterrupt:
         sys.exit("download.py: interrupted; nothing was left behind")
 
 
 if __name__ == "__main__":
+    handle(stop_once())
     main(*sys.argv[1:2])

@@ -5,7 +5,8 @@ import json
 import re
 from pathlib import Path
 
-from weights.contents import check_folder
+from support.outputs import refuse, refuse_inside
+from weights.contents import check_folder, weight_files
 from weights.download import DEFAULT, MODELS, download
 from weights.folder import add_samples, make_whole, read_optional, refuse_pointer
 from weights.gguf_file import convert
@@ -15,11 +16,23 @@ ORIGIN = "gguf.json"  # in a folder: which file it was converted from
 HUB = re.compile(r"(?:https?:/+)?(?:huggingface\.co/|hf\.co/|hf:/+)?([\w.-]+/[\w.-]+)")  # org/name
 
 
-def model_folder(name: Path | None) -> Path:
+def model_folder(name: Path | None, outputs: dict = {}) -> Path:
     """A folder, a GGUF file, or a name of `weights.download.MODELS`; None is the default model.
 
-    What is on the disk goes before a name. ValueError if it is none of these.
+    What is on the disk goes before a name. ValueError if it is none of these, or if one of
+    `outputs`, option -> file, would be written over a file of the model or into its folder.
     """
+    if name:
+        refuse(outputs, name)
+    folder = found(name)
+    if outputs:
+        refuse_inside(outputs, folder)
+        refuse(outputs, *weight_files(folder))
+    return folder
+
+
+def found(name: Path | None) -> Path:
+    """The folder that a name stands for, once it is there."""
     if name is None:
         return download(DEFAULT)
     if name.is_dir():
