@@ -1,7 +1,6 @@
 """Token ids become text one at a time as the tokenizer's own decoder makes it of all of them."""
 
 import doctest
-import json
 import random
 
 import pytest
