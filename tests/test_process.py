@@ -233,8 +233,8 @@ def test_sigterm_ends_an_answer_that_nobody_reads(endless, prompt):
     os.close(theirs), os.close(ours)
 
 
-def chatting(prompt, folder):
-    running = start(prompt, folder, "--chat", stdin=subprocess.PIPE)
+def chatting(prompt, folder, *options):
+    running = start(prompt, folder, "--chat", *options, stdin=subprocess.PIPE)
     assert running.stdout.read(3) == b"\n> "
     return running
 
@@ -259,14 +259,14 @@ def test_sigterm_ends_a_chat(endless, prompt):
 
 @pytest.mark.slow
 def test_ctrl_c_that_is_held_down_does_not_end_a_chat(endless, prompt):
-    running = chatting(prompt, endless)
-    for _ in range(2):
-        running.stdin.write(b"Who slept?\n")
-        running.stdin.flush()
-        running.stdout.read(20)
-        for _ in range(300):
-            running.send_signal(signal.SIGINT)
-            time.sleep(0.001)
-    time.sleep(0.5)
-    status, _, err = ended(running)  # which closes its standard input
+    running = chatting(prompt, endless, "--max-new-tokens", "300")
+    running.stdin.write(b"Who slept?\n")
+    running.stdin.flush()
+    running.stdout.read(20)
+    for _ in range(500):
+        running.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    time.sleep(0.5)  # a question that is typed meanwhile would be dropped
+    running.stdin.write(b"Where?\n")
+    status, _, err = ended(running)
     assert status == 0 and err.count("ms/token") == 2 and "Traceback" not in err
