@@ -8,6 +8,7 @@ end its process, and no exception tells of it. A process can be stopped.
 import importlib
 import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -16,9 +17,10 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-SECONDS, MEMORY = 10, 2**31  # of one call; seconds, bytes. Besides, for each byte of its arguments:
-MORE_SECONDS, MORE_MEMORY = 1e-5, 256
+# Limits of one call, in seconds and bytes. Each byte of its arguments adds:
+SECONDS, MEMORY, MORE_SECONDS, MORE_MEMORY = 10, 2**31, 1e-5, 256
 MOST_RESULT = 2**28  # bytes
+SECONDS_TO_START = 60  # also on a busy machine
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -28,15 +30,22 @@ class Worker:
 
     def __init__(self, module: str, make: str, *args):
         self.made_of = [module, make, *args]
-        self.process = self.end = None
+        self.process, self.ready = None, False
 
     def call(self, method: str, *args):
         """What the method returns. ValueError if it fails, or exceeds a limit."""
-        request = json.dumps([method, *args]).encode() + b"\n"
+        request = json.dumps([method, *args]).encode()
+        seconds, memory = SECONDS + MORE_SECONDS * len(request), MEMORY + MORE_MEMORY * len(request)
+        limits = f"{seconds} {int(memory)} {MOST_RESULT} ".encode()
         try:
             self.start()
-            reply = self.exchange(request, SECONDS + MORE_SECONDS * len(request),
-                                  MEMORY + MORE_MEMORY * len(request))
+            if not self.ready:  # it waits for calls, so that it reads a request at once
+                self.reply(SECONDS_TO_START)
+                self.ready = True
+            with suppress(BrokenPipeError):  # it has ended, and there is no reply
+                self.process.stdin.write(limits + request + b"\n")
+                self.process.stdin.flush()
+            reply = self.reply(seconds)
         except BaseException:  # also of a signal: the reply to this call is not that to the next
             self.stop()
             raise
@@ -53,20 +62,16 @@ class Worker:
         self.process = subprocess.Popen(  # a session of its own: Ctrl-C in a terminal is not for it
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             start_new_session=True)
-        self.end = weakref.finalize(self, end, self.process)  # also at the end of the program
+        weakref.finalize(self, end, self.process)  # also at the end of the program
 
     def stop(self):
         if self.process:
-            self.end()
-        self.process = self.end = None
+            end(self.process)
+        self.process, self.ready = None, False
 
-    def exchange(self, request: bytes, seconds: float, memory: int) -> dict:
-        """ValueError if there is no reply in time, or the process has ended."""
-        with suppress(BrokenPipeError):  # it has ended, and the reply is empty
-            self.process.stdin.write(f"{seconds} {memory} ".encode() + request)
-            self.process.stdin.flush()
-        replies = [self.process.stdout]
-        in_time = os.name == "nt" or select.select(replies, [], [], seconds)[0]
+    def reply(self, seconds: float) -> dict:
+        """ValueError if there is none in time, or if the process has ended."""
+        in_time = select.select([self.process.stdout], [], [], seconds)[0]
         line = self.process.stdout.readline() if in_time else b""
         if line.endswith(b"\n"):
             return json.loads(line)
@@ -76,6 +81,7 @@ class Worker:
 
 
 def end(process: subprocess.Popen):
+    """Twice is as good as once."""
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
@@ -83,41 +89,49 @@ def end(process: subprocess.Popen):
             pipe.close()
 
 
-def limit(seconds: float, memory: int):
-    """Limit this process until its next call. Its time on the processor is limited, too: nobody
-    would stop it if the program were killed."""
-    try:
-        import resource
-    except ImportError:  # Windows has none of these limits
-        return
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    set_limit(resource, resource.RLIMIT_AS, memory)
-    set_limit(resource, resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1)
-
-
-def set_limit(resource, kind: int, most: int):
-    """Or leave it at what the user has set, if that is less."""
-    hard = resource.getrlimit(kind)[1]
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    with suppress(ValueError, OSError):  # macOS refuses some
-        resource.setrlimit(kind, (most, hard))
-
-
 def serve(module: str, make: str, *args):
-    """Answer calls, a line each, until standard input is closed."""
+    """Answer calls, a line each, until standard input is closed. The first line says that the
+    object is made."""
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a library may print
-    limit(SECONDS, MEMORY)
+    allowed = {kind: least(resource.getrlimit(kind))
+               for kind in (resource.RLIMIT_AS, resource.RLIMIT_CPU)}
+    limit(allowed, SECONDS, MEMORY)
     target, problem = outcome(lambda: getattr(importlib.import_module(module), make)(*args))
+    replies.write(b"{}\n")
+    replies.flush()
     for line in sys.stdin.buffer:
-        seconds, memory, request = line.split(b" ", 2)
-        limit(float(seconds), int(memory))
-        method, *values = json.loads(request)
-        result, error = problem and (None, problem) or outcome(
-            lambda: checked(json.dumps(getattr(target, method)(*values))))
-        reply = json.dumps({"error": error}) if error else f'{{"result": {result}}}'
-        replies.write(reply.encode() + b"\n")
+        seconds, memory, most, request = line.split(b" ", 3)
+        limit(allowed, float(seconds), int(memory))
+        replies.write(answer(target, problem, request, int(most)).encode() + b"\n")
         replies.flush()
+
+
+def least(limits: tuple) -> int:
+    """Of a soft and a hard limit."""
+    return min((x for x in limits if x != resource.RLIM_INFINITY), default=resource.RLIM_INFINITY)
+
+
+def limit(allowed: dict, seconds: float, memory: int):
+    """Limit this process until its next call, but no higher than what the user allows. Processor
+    time is limited, too: if the program is killed, nobody else stops an endless loop."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = {resource.RLIMIT_AS: memory,
+            resource.RLIMIT_CPU: int(used.ru_utime + used.ru_stime + seconds) + 1}
+    for kind, value in most.items():
+        hard = resource.getrlimit(kind)[1]
+        with suppress(ValueError, OSError):  # macOS refuses some
+            resource.setrlimit(kind, (least((value, allowed[kind])), hard))
+
+
+def answer(target, problem: str | None, request: bytes | str, most: int = MOST_RESULT) -> str:
+    """The reply to a request, as JSON. `problem` says why there is no `target`."""
+    method, *values = json.loads(request)
+    call = lambda: checked(json.dumps(getattr(target, method)(*values)), most)
+    result, problem = (None, problem) if problem else outcome(call)
+    if problem:
+        return json.dumps({"error": problem})
+    return f'{{"result": {result}}}'  # which is JSON already: `outcome` caught what cannot be
 
 
 def outcome(function) -> tuple:
@@ -130,8 +144,8 @@ def outcome(function) -> tuple:
         return None, " ".join(f"{error}".split())[:300] or type(error).__name__
 
 
-def checked(result: str) -> str:
-    if len(result) > MOST_RESULT:
+def checked(result: str, most: int) -> str:
+    if len(result) > most:
         raise ValueError("it makes too much text")
     return result
 

@@ -2,10 +2,10 @@
 
 Each case is a number: its random choices follow from it, so a failure can be repeated with
 `--first N --cases 1`. Folders are copies of tiny models with a few spoiled values or bytes; they
-are read, and a short text is answered. Texts go through segmentation and the tokenizers. Saved
-documents are spoiled, half of them with checksums that fit again; they are loaded, and a question
-is answered. Good outcomes are `done` and `refused` (one ValueError, in one line). Bad ones are
-`error`, `died` and `slow`, with the case.
+are read, and a short text is answered. Texts go through segmentation and the tokenizers. Strange
+tokenizers encode a text and make it text again. Saved documents are spoiled, half of them with
+checksums that fit again; they are loaded, and a question is answered. Good outcomes are `done` and
+`refused` (one ValueError, in one line). Bad ones are `error`, `died` and `slow`, with the case.
 
 Cases run in a process of their own, with limits of memory and time. pytest runs a small part.
 """
@@ -438,13 +438,13 @@ def worker(kind: str, first: int, last: int):
 
     import torch
 
-    from support import worker
+    from support import worker as others
     from weights import tokenizer
 
     if kind == "tokenizer":
-        worker.SECONDS = 1
+        others.SECONDS = 1
     else:  # a process for each tokenizer would take most of the time
-        worker.Worker.start, worker.Worker.call = lambda self: None, call_here
+        others.Worker.start, others.Worker.call = lambda self: None, call_here
     torch.set_num_threads(1)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MOST_MEMORY,) * 2)
@@ -476,19 +476,16 @@ def worker(kind: str, first: int, last: int):
 
 def call_here(worker, method: str, *args):
     """`Worker.call` without a process."""
-    from support.worker import outcome
+    from support.worker import answer, outcome
 
     module, make, *values = worker.made_of
     if worker.process is None:
         make = getattr(importlib.import_module(module), make)
-        worker.process, error = outcome(lambda: make(*values))
-        if error:
-            raise ValueError(error)
-    method, args = getattr(worker.process, method), json.loads(json.dumps(args))
-    result, error = outcome(lambda: json.dumps(method(*args)))
-    if error:
-        raise ValueError(error)
-    return json.loads(result)
+        worker.process = outcome(lambda: make(*values))
+    reply = json.loads(answer(*worker.process, json.dumps([method, *args])))
+    if "error" in reply:
+        raise ValueError(reply["error"])
+    return reply["result"]
 
 
 def run(kind: str, first: int, n_cases: int, report=print) -> Counter:
@@ -573,7 +570,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", type=int, default=1000, help="of each kind")
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--kinds", nargs="+", default=["folder", "text"],
+    parser.add_argument("--kinds", nargs="+", default=["folder", "text", "tokenizer", "document"],
                         help="folder, text, tokenizer, document; long: an answer of so many"
                         " tokens")
     args = parser.parse_args()

@@ -438,13 +438,13 @@ def test_a_bad_option_is_one_line(capfd, tiny_folder, prompt, arguments, message
 
 @pytest.mark.parametrize("file, content, message", [
     ("tokenizer.json", None, "neither tokenizer.json nor tokenizer.model is there"),
-    ("tokenizer.json", "{}", "no tokenizer in"),
+    ("tokenizer.json", "{}", "cannot read the tokenizer of"),
     ("config.json", None, "has no config.json"),
     ("config.json", "[]", "config.json"),
     ("model.safetensors", None, "has no model.safetensors"),
     ("model.safetensors", "broken", "is not a complete safetensors file"),
     ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
-    ("tokenizer_config.json", '{"bos_token": {"id": 1}}', "no tokenizer in"),
+    ("tokenizer_config.json", '{"bos_token": {"id": 1}}', "cannot read the tokenizer of"),
     ("generation_config.json", '{"eos_token_id": [[1]]}', "eos_token_id [[1]] is not an integer"),
     ("chat_template.jinja", "{{ messages.content + 1 }}", "the model's chat template failed"),
     ("chat_template.jinja", "{# nothing #}", "it leaves out the user's text"),

@@ -299,7 +299,7 @@ REFUSED = [  # what is written otherwise, and the line
     ({"tokenizer": {"add_bos_token": True, "bos_token_id": None}}, "bos_token_id is None"),
     ({"tokenizer": {"add_eos_token": True}}, "add_eos_token is not supported"),
     ({"tokenizer": {"model": "llama"}}, "scores is not a list of 264 numbers"),
-    ({"tokenizer": {"model": "llama", "scores": [0.0] * 264}}, "no tokenizer in "),
+    ({"tokenizer": {"model": "llama", "scores": [0.0] * 264}}, "cannot read the tokenizer of "),
     ({"tokenizer": {"model": "llama", "scores": [float("inf")] * 264}}, "not finite"),
 ]
 

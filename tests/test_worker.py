@@ -22,6 +22,9 @@ class Stranger:
         self.args = args
     def add(self, a, b):
         return a + b
+    def limits(self):
+        import resource
+        return [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS)]
     def pid(self):
         return os.getpid()
     def loop(self):
@@ -42,7 +45,7 @@ class Stranger:
         os.write(1, b"noise")
         return 1
     def much(self):
-        return "x" * (2**28 + 1)
+        return "x" * 10**6
     def loud(self):
         raise ValueError("x" * 10**6)
 '''
@@ -69,7 +72,8 @@ def test_a_call_returns_what_the_method_does(make):
     ("loud", "^x{300}$"), ("absent", "no attribute 'absent'")])
 def test_what_fails_is_a_line_and_the_next_call_is_answered(make, monkeypatch, method, message):
     monkeypatch.setattr(module, "SECONDS", 1 if method in ("loop", "sleep") else 10)
-    monkeypatch.setattr(module, "MEMORY", 2**31 if method == "much" else 2**28)
+    monkeypatch.setattr(module, "MEMORY", 2**28)
+    monkeypatch.setattr(module, "MOST_RESULT", 10**6)
     worker = make()
     with pytest.raises(ValueError, match=message) as error:
         worker.call(method)
@@ -82,6 +86,10 @@ def test_an_object_that_cannot_be_made_says_so_at_each_call(make):
     for _ in range(2):
         with pytest.raises(ValueError, match="not today"):
             worker.call("add", 1, 2)
+
+
+def test_arguments_are_longer_than_a_pipe_holds(make):
+    assert len(make().call("add", "x" * 10**6, "y")) == 10**6 + 1
 
 
 def test_a_signal_ends_a_call_and_the_process(make):
@@ -117,12 +125,12 @@ def test_the_process_ends_with_the_worker_and_with_the_program(make, tmp_path):
 
 def test_a_limit_of_the_user_that_is_lower_stays(make, tmp_path):
     code = ("import resource as r; r.setrlimit(r.RLIMIT_CPU, (5, 5))\n"
-            "r.setrlimit(r.RLIMIT_AS, (2**30, 2**30))\n"
+            "r.setrlimit(r.RLIMIT_AS, (2**30, r.RLIM_INFINITY))\n"
             "from support.worker import Worker\n"
-            "w = Worker('stranger', 'Stranger'); print(w.call('add', 1, 2))\n")
+            "w = Worker('stranger', 'Stranger'); print(w.call('limits'), w.call('limits'))\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"})
-    assert (done.stdout, done.stderr) == ("3\n", "")
+    assert (done.stdout, done.stderr) == ("[5, 1073741824] [5, 1073741824]\n", "")
 
 
 def ended(pid: int) -> bool:

@@ -1,9 +1,16 @@
-"""Where the names of added tokens are in a text."""
+"""Where the names of added tokens are in a text, and what can stand for them.
+
+A *placeholder* is a number in characters that are never assigned, as 16 digits between two edges.
+"""
 
 import re
 from collections.abc import Iterable, Iterator
 
 SPACE = re.compile(r"\s*")
+EDGE, PLACES = "\ufde0", "".join(map(chr, range(0xFDD0, 0xFDE0)))
+DIGITS = "0123456789abcdef"
+TO_PLACE, FROM_PLACE = str.maketrans(DIGITS, PLACES), str.maketrans(PLACES, DIGITS)
+PLACE = re.compile(f"{EDGE}([{PLACES}]+){EDGE}")
 
 
 class Names:
@@ -34,27 +41,36 @@ class Names:
                 end = start + len(name)
 
     def split(self, text: str) -> list[str]:
-        """The text in parts. Every second one is a name, with the white space around it that its
-        token takes.
+        """The text in parts: every second one is a name. White space that its token takes is in no
+        part.
 
         >>> Names([AddedToken("<x>", lstrip=True), AddedToken("<y>")]).split("a  <x> b <y>")
-        ['a', '  <x>', ' b ', '<y>', '']
+        ['a', '<x>', ' b ', '<y>', '']
         """
         parts, begun = [], 0
         for start, name in self.find(text):
             if start < begun:  # white space that the name before it took
                 continue
             token, before, end = self.tokens[name], text[begun:start], start + len(name)
-            before = before.rstrip() if token.lstrip else before
-            end = SPACE.match(text, end).end() if token.rstrip else end
-            parts += [before, text[begun + len(before) : end]]
-            begun = end
+            parts += [before.rstrip() if token.lstrip else before, name]
+            begun = SPACE.match(text, end).end() if token.rstrip else end
         return [*parts, text[begun:]]
 
-    def replace(self, text: str, new) -> str:
-        """The text with `new(name)` in place of each name."""
-        parts, begun = [], 0
-        for start, name in self.find(text):
-            parts += [text[begun:start], new(name)]
-            begun = start + len(name)
-        return "".join(parts) + text[begun:]
+
+def with_places(text: str, names: Names) -> tuple[str, list[str]]:
+    """The text with a placeholder for each name, and the names in their order."""
+    parts, found, begun = [], [], 0
+    for start, name in names.find(text):
+        parts += [text[begun:start], f"{EDGE}{len(found):x}{EDGE}".translate(TO_PLACE)]
+        found.append(name)
+        begun = start + len(name)
+    return "".join(parts) + text[begun:], found
+
+
+def without_places(text: str, names: list[str]) -> str:
+    """The names again. A template may have written another placeholder itself: it stays."""
+    def name_at(place):
+        number = int(place[1].translate(FROM_PLACE), 16)
+        return names[number] if number < len(names) else place[0]
+
+    return PLACE.sub(name_at, text)

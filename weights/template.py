@@ -17,8 +17,9 @@ WORKER = Worker("weights.template", "Renderer")
 
 @lru_cache(maxsize=16)
 def render(template: str, values: str, now: str) -> str:
-    """The template's text. `values` is a JSON object of its variables, `now` a time in ISO format.
-    ValueError if it fails, or exceeds a limit."""
+    """The template's text. `values` is a JSON object of its variables, as text: `lru_cache` needs
+    arguments that do not change. `now` is a time in ISO format. ValueError if it fails, or exceeds
+    a limit."""
     try:
         return WORKER.call("render", template, json.loads(values), now)
     except ValueError as error:
@@ -29,7 +30,7 @@ class Renderer:
     """What the other process does. It may raise anything."""
 
     def __init__(self):
-        import jinja2.sandbox  # the program itself needs none of it
+        import jinja2.sandbox  # noqa: F401  as the process starts, while others do other things
 
     def render(self, template: str, values: dict, now: str) -> str:
         template, problem = environment(now).from_string(template), None

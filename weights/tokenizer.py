@@ -12,16 +12,10 @@ from tokenizers import AddedToken
 
 from weights import template
 from weights.folder import one_line_for, plain, read_optional, shown
-from weights.names import Names
+from weights.names import PLACE, without_places
 from weights.token_settings import CONTROL, MOST_ID, read_settings
-from weights.tokens import Tokens
+from weights.tokens import RemoteTokens
 
-
-# A placeholder is a number in characters that are never assigned, as 16 digits between two edges.
-EDGE, PLACES = "\ufde0", "".join(map(chr, range(0xFDD0, 0xFDE0)))
-DIGITS = "0123456789abcdef"
-TO_PLACE, FROM_PLACE = str.maketrans(DIGITS, PLACES), str.maketrans(PLACES, DIGITS)
-PLACE = re.compile(f"{EDGE}([{PLACES}]+){EDGE}")
 ANSWER = "⟪answer⟫"  # in place of one, to see what a template puts after it
 
 
@@ -35,12 +29,12 @@ class Tokenizer:
     def __init__(self, folder: Path, spelled: bool = False):
         """Raises ValueError if `folder` holds no tokenizer, or one that cannot be read."""
         self.folder, self.now, self.spelled = folder, datetime.now(), spelled
-        with one_line_for(f"no tokenizer in {folder}"):
+        with one_line_for(f"cannot read the tokenizer of {folder}"):
             self.settings = read_settings(folder)
             self.chat_template = self.settings.template
             if self.chat_template:
                 template.WORKER.start()  # while the tokens are read
-            self.tokens = Tokens(folder)
+            self.tokens = RemoteTokens(folder)
         self.find_special()
 
     def find_special(self):
@@ -48,8 +42,8 @@ class Tokenizer:
         number, and those of control that the template writes."""
         added, names = self.tokens.added, {token.content for token in self.settings.special}
         stop = self.stop_ids()
-        for index in stop - added.keys():  # of the vocabulary, or of none
-            name = self.tokens.token_of(index) if 0 <= index < MOST_ID else None
+        others = [index for index in stop - added.keys() if 0 <= index < MOST_ID]
+        for index, name in zip(others, self.tokens.tokens_of(others)):
             if CONTROL.match(name or ""):
                 added[index] = AddedToken(name)
         self.special = {index for index, token in added.items()
@@ -67,9 +61,7 @@ class Tokenizer:
         self.unknown = unknown = unknown and self.tokens.id_of(unknown.content)
         self.tokens.make_special({index: tokens[index].content for index in indices}, unknown)
         self.guards = {tokens[index].content: index for index in indices - {unknown}}
-        self.names = Names(tokens[index] for index in indices)
-        self.to_guard = Names([*self.names.tokens.values(), *map(AddedToken, EDGE + PLACES)])
-        self.other, _ = self.guarded("?")  # a text that spells none of them
+        self.other, _ = self.tokens.with_places("?")  # a text that spells none of them
 
     def written(self) -> tuple[str, str]:
         """What the template writes of a conversation, and all of the template."""
@@ -130,18 +122,12 @@ class Tokenizer:
 
     def guarded(self, text: str) -> tuple[str, list]:
         """The text with a placeholder for each special token that it spells, and their names."""
-        names = []
-
-        def place(name: str) -> str:
-            names.append(name)
-            return f"{EDGE}{len(names) - 1:x}{EDGE}".translate(TO_PLACE)
-
-        return (text if self.spelled else self.to_guard.replace(text, place)), names
+        return (text, []) if self.spelled else self.tokens.with_places(text)
 
     def rendered_ids(self, text: str, names: list, usual: str) -> list[int]:
         """Token ids of a template's text. A name that has a placeholder is ordinary text. `usual`
         is what the template makes of other words: a template can write names with a user's text."""
-        written, as_usual = ([name for _, name in self.names.find(x)] for x in (text, usual))
+        written, as_usual = map(self.tokens.names_in, (text, usual))
         if written != as_usual and not self.spelled:
             raise ValueError("the model's chat template makes special tokens of this text: "
                              + shown(written))
@@ -154,12 +140,11 @@ class Tokenizer:
             raise ValueError("the model's chat template changes the special tokens that the text"
                              f" spells, such as {shown(names[0])}")
         ids = []
-        for i, part in enumerate(self.names.split(text)):
+        for i, part in enumerate(self.tokens.split(text)):
             if i % 2:  # a name that the template writes
-                ids.append(self.guards.get(part, self.guards.get(part.strip(), self.unknown)))
+                ids.append(self.guards.get(part, self.unknown))
             elif part:
-                part = PLACE.sub(lambda found: name_at(found, names), part)
-                ids += self.encode(part, add_bos=False, spelled=False)
+                ids += self.encode(without_places(part, names), add_bos=False, spelled=False)
         return ids
 
     def stop_tokens(self) -> set[int]:
@@ -205,9 +190,3 @@ class Tokenizer:
             run = list(run)
             pieces += ["\n\n"] * len(run) if special else self.tokens.pieces(run)
         return pieces
-
-
-def name_at(place: re.Match, names: list) -> str:
-    """The name that a placeholder stands for. The template may have written another one itself."""
-    number = int(place[1].translate(FROM_PLACE), 16)
-    return names[number] if number < len(names) else place[0]

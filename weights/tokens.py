@@ -9,8 +9,8 @@ from support.worker import Worker
 from weights.folder import find, one_line_for, refuse_large
 
 
-class Tokens:
-    """What `weights/vocabulary.py` can do with the tokenizer of a folder."""
+class RemoteTokens:
+    """The `Tokens` of `weights/vocabulary.py`, by the same names."""
 
     def __init__(self, folder: Path):
         """Raises ValueError if `folder` holds no tokenizer, or one that cannot be read."""
@@ -39,8 +39,20 @@ class Tokens:
     def id_of(self, content: str) -> int | None:
         return self.call("id_of", content)
 
-    def token_of(self, index: int) -> str | None:
-        return self.call("token_of", index)
+    def tokens_of(self, indices: list[int]) -> list[str | None]:
+        return self.call("tokens_of", indices)
+
+    def names_in(self, text: str) -> list[str]:
+        """The names of guarded tokens in a text."""
+        return self.call("names_in", text)
+
+    def split(self, text: str) -> list[str]:
+        """The text in parts: every second one is the name of a guarded token."""
+        return self.call("split", text)
+
+    def with_places(self, text: str) -> tuple[str, list[str]]:
+        """The text with a placeholder for each name of a guarded token, and these names."""
+        return self.call("with_places", text)
 
     def encode(self, text: str, spelled: bool) -> list[int]:
         """Token ids of a text. Unless `spelled`, the names of special tokens in it are text."""

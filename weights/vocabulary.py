@@ -6,18 +6,20 @@ a process of its own (`support/worker.py`), to which `weights/tokenizer.py` talk
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from weights.folder import find, plain, shown
-from weights.names import Names
+from weights.names import EDGE, PLACES, Names, with_places
 from weights.pieces import (FIRST_SPACE, byte_level, is_byte_level, is_sentence_piece, joined,
                             sentence_piece, steps_of, windowed)
 from weights.token_settings import CONTROL, TokenSettings, read_settings
 
 MOST_PIECE = 2**12  # characters of a token
+MOST_STREAMS = 64  # texts that can go on
 
 
 def read_tokens(folder: str):
@@ -34,7 +36,7 @@ class Tokens:
     and after each text) and `token_of`, and has `find(text, spelled)` and `stream(before)`."""
 
     def __init__(self):
-        self.streams = []
+        self.streams, self.n_streams = {}, 0
 
     def about(self) -> dict:
         return {"added": {index: token.__getstate__() for index, token in self.added.items()},
@@ -47,6 +49,23 @@ class Tokens:
         self.added = added | self.added
         self.guarded = [self.added[index] for index in contents]
         self.names, self.special = Names(self.guarded), contents.keys() - {unknown}
+        others = map(tokenizers.AddedToken, EDGE + PLACES)
+        self.to_replace = Names([*self.guarded, *others])
+
+    def tokens_of(self, indices: list[int]) -> list[str | None]:
+        return list(map(self.token_of, indices))
+
+    def names_in(self, text: str) -> list[str]:
+        """The names of guarded tokens in a text."""
+        return [name for _, name in self.names.find(text)]
+
+    def split(self, text: str) -> list[str]:
+        """The text in parts: every second one is the name of a guarded token."""
+        return self.names.split(text)
+
+    def with_places(self, text: str) -> tuple[str, list[str]]:
+        """The text with a placeholder for each name of a guarded token, and these names."""
+        return with_places(text, self.to_replace)
 
     def encode(self, text: str, spelled: bool) -> list[int]:
         """Token ids of a text. Unless `spelled`, none of them is special.
@@ -67,14 +86,20 @@ class Tokens:
         parts = parts if len(parts) > 1 else [text[:half], text[half:]]
         return [index for part in parts for index in self.encode(part, False)]
 
-    def begin(self, before: list[int]) -> int:
-        """Begin a text that goes on from these ids. Returns its number, for `piece`."""
-        self.streams.append(self.stream(before))
-        return len(self.streams) - 1
+    def begin(self, before: list[int]) -> list[int]:
+        """Begin a text that goes on from these ids. Returns its number, for `piece`. The latest
+        texts can go on, if this process is still the same."""
+        self.n_streams += 1
+        self.streams.pop(self.n_streams - MOST_STREAMS, None)
+        self.streams[self.n_streams] = self.stream(before)
+        return [os.getpid(), self.n_streams]
 
-    def piece(self, number: int, index: int) -> str:
+    def piece(self, number: list, index: int) -> str:
         """The text that a token adds to that of this number."""
-        return checked(self.streams[number](index))
+        process, n = number
+        if process != os.getpid() or n not in self.streams:
+            raise ValueError("it was stopped in the middle of a text")
+        return checked(self.streams[n](index))
 
     def pieces(self, ids: list[int]) -> list[str]:
         """Those of a whole text."""
@@ -196,8 +221,7 @@ class SentencePieceTokens(Tokens):
     def find(self, text: str, spelled: bool) -> list[int]:
         encoded = []
         for i, part in enumerate((self.all_names if spelled else self.others).split(text)):
-            index = self.id_of(part, self.id_of(part.strip())) if i % 2 else None
-            encoded += self.model.encode(part) if index is None else [index]
+            encoded += [self.id_of(part)] if i % 2 else self.model.encode(part)
         return encoded
 
     def stream(self, before: Sequence[int]) -> Callable[[int], str]:
