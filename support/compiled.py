@@ -98,9 +98,11 @@ def check_compiler(device: torch.device):
 
 
 def is_compilers(error: BaseException | None) -> bool:
-    """Whether an error, or one that caused it, is of PyTorch's compiler."""
+    """Whether an error, or one that caused it, is of the compiler and its machine. That PyTorch
+    does not compile what a block does is an error of this program."""
     while error is not None:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if type(error).__module__.startswith("torch._inductor") or isinstance(
+                error, torch._dynamo.exc.BackendCompilerFailed):
             return True
         error = error.__cause__
     return False

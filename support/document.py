@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from support.mapped import OTHERS, SUMS, MappedFile, add_checksums, check_regular
 from support.outputs import replacing
-from support.schema import TABLE, check_header, check_values, shown
+from support.schema import SAVED_TABLE, check_header, check_values, shown
 from support.table import make_room
 
 FORMAT = "sentencekv document 5"
@@ -109,7 +109,7 @@ def snapshot(cache) -> dict:
     assert cache.first_text == (plan.num_tokens, plan.n_places) and plan.n_rows == plan.open_row
     tensors = {"num_tokens": torch.tensor(plan.num_tokens)}
     for i, layer in enumerate(cache.layers):
-        tensors |= {f"{i}.{name}": getattr(layer, name)[:, : plan.n_places] for name in TABLE}
+        tensors |= {f"{i}.{name}": getattr(layer, name)[:, : plan.n_places] for name in SAVED_TABLE}
         tensors |= {f"{i}.rows": layer.host.first, f"{i}.positions": layer.host.positions}
     return tensors
 
@@ -127,7 +127,7 @@ def restore(cache, tensors: dict, release=None):
     for i, layer in enumerate(cache.layers):
         layer.host.hold(tensors[f"{i}.rows"], release and partial(release, f"{i}.rows"))
         layer.host.positions = tensors.get(f"{i}.positions")  # a benchmark has none
-        for name in TABLE:
+        for name in SAVED_TABLE:
             getattr(layer, name)[:, :n_places] = tensors[f"{i}.{name}"]
     cache.truncate(n_tokens)
 
@@ -164,7 +164,7 @@ def load_document(path: Path, identity: dict, protected_tokens: int, model_confi
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             check_identity(path, metadata, {"format": FORMAT})
-            mapped = MappedFile(path)
+            mapped = MappedFile(path, metadata)
             mapped.check([OTHERS])  # first: damage may look like another model
             check_identity(path, metadata, identity)
             check_metadata(path, metadata, identity, protected_tokens)
@@ -185,11 +185,11 @@ def load_document(path: Path, identity: dict, protected_tokens: int, model_confi
 
 def checked_tensors(file, mapped: MappedFile, model_config, identity: dict) -> dict:
     """The tensors of an open document, not copied, once all are as they must be."""
-    slices = {name: file.get_slice(name) for name in mapped.places}
+    slices = {name: file.get_slice(name) for name in mapped.ranges}
     found = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
     dtype = identity["dtype"]
     with whole(mapped.path):
-        check_header(found, mapped.places, model_config, dtype)
+        check_header(found, mapped.ranges, model_config, dtype)
     mapped.check(mapped.layers)
     kept = {name: file.get_tensor(name) for name in found if name not in mapped.layers}
     with whole(mapped.path):
@@ -200,7 +200,8 @@ def checked_tensors(file, mapped: MappedFile, model_config, identity: dict) -> d
 
 @contextmanager
 def whole(path: Path):
-    """What is wrong in here was changed by others: damage would have been found."""
+    """A ValueError in here means that somebody changed the file on purpose: its checksums are
+    right."""
     try:
         yield
     except ValueError as error:

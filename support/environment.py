@@ -25,16 +25,16 @@ def end_at_interrupt():
 
 def end_at_bus_error():
     """A file that is mapped into memory, as weights and saved documents are, can be cut by another
-    program, or its disk can fail. Then the system sends SIGBUS to whoever reads it, also to a
-    thread of torch. It can only be told: Python's own handlers would come too late."""
+    program, or its disk can fail. Then the system sends SIGBUS to the thread that reads it, often
+    one of torch. The program can only print a line and end: Python calls a handler of its own after
+    the instruction that failed, which never ends. ctypes calls this one at once, and takes the GIL
+    for it, which torch has released while it reads."""
     import ctypes  # takes longer than the modules above
 
-    if not hasattr(signal, "SIGBUS"):  # Windows
-        return
-    one_thread = _thread.allocate_lock()
+    told = _thread.allocate_lock()
 
     def tell(number):
-        one_thread.acquire()  # for good: several threads can read the file
+        told.acquire()  # for good: several threads can read the file
         os.write(2, b"generate.py: a file was cut while it was in use, or its disk failed\n")
         os._exit(2)
 

@@ -25,17 +25,19 @@ class MappedFile:
     """A document's file. Its rows are mapped: they are read from disk when they are asked for. If
     it is cut meanwhile, the system ends the program (`support.environment.end_at_bus_error`)."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, metadata: dict | None = None):
+        """OSError if the file has other metadata than these: then it was replaced by another."""
         self.path, self.file = path, open(path, "rb", buffering=0)
         self.opened = self.state()
         self.mapping = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
         data = 8 + int.from_bytes(self.mapping[:8], "little")  # where they begin
         header = json.loads(self.mapping[8:data])
-        header.pop("__metadata__", None)
-        self.places = {name: tuple(data + offset for offset in tensor["data_offsets"])
+        if header.pop("__metadata__", metadata) != metadata and metadata is not None:
+            raise OSError("it was replaced meanwhile")
+        self.ranges = {name: tuple(data + offset for offset in tensor["data_offsets"])
                        for name, tensor in header.items()}  # of the tensors, (begin, end)
-        self.layers = [name for name in self.places if name.endswith(".rows")]
-        self.sums = self.places.get(SUMS, (0, 0))
+        self.layers = [name for name in self.ranges if name.endswith(".rows")]
+        self.sums = self.ranges.get(SUMS, (0, 0))
 
     def state(self) -> tuple:
         """Of the file that is open: another one can have its name by now."""
@@ -51,8 +53,8 @@ class MappedFile:
     def parts(self, name: str) -> list:
         """The bytes that have a checksum together, as (begin, end): a layer's rows, or OTHERS."""
         if name != OTHERS:
-            return [self.places[name]]
-        ends = sorted(chain(self.sums, *(self.places[layer] for layer in self.layers)))
+            return [self.ranges[name]]
+        ends = sorted(chain(self.sums, *(self.ranges[layer] for layer in self.layers)))
         return [*zip([0, *ends[1::2]], [*ends[::2], len(self.mapping)])]
 
     def checksum(self, name: str) -> bytes:
@@ -73,12 +75,12 @@ class MappedFile:
 
     def rows(self, dtype: torch.dtype, shape: tuple) -> dict:
         """The rows of each layer, of this shape (N, H_kv, 2, D), by name."""
-        return {name: torch.frombuffer(memoryview(self.mapping)[slice(*self.places[name])],
+        return {name: torch.frombuffer(memoryview(self.mapping)[slice(*self.ranges[name])],
                                        dtype=dtype).view(shape) for name in self.layers}
 
     def release(self, name: str):
         """Give the memory of a layer's rows back. They are read again when they are asked for."""
-        begin, end = self.places[name]
+        begin, end = self.ranges[name]
         start = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages only
         size = end // mmap.PAGESIZE * mmap.PAGESIZE - start
         if size > 0:

@@ -7,11 +7,14 @@ import os
 import secrets
 import shutil
 import stat
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MOST_LINKS = 40  # as on Linux
 STREAMS = range(3)  # descriptors: standard input, output and error
+UNFINISHED = ".unfinished-"  # how the name of a folder begins in which something is being made
+OLD = 3600  # seconds
 
 
 def check_outputs(args) -> dict:
@@ -32,8 +35,8 @@ def check_outputs(args) -> dict:
 
 
 def end_of_links(path: Path) -> Path:
-    """The path that a chain of symbolic links ends at. A descriptor of this process is no file of
-    its own, so ValueError for /dev/stdout."""
+    """The path that a chain of symbolic links ends at. ValueError for /dev/stdout, which leads to a
+    descriptor of this process and not to a file that can be replaced."""
     for link in range(MOST_LINKS):
         if f"{os.path.realpath(path.parent)}/".startswith(("/proc/", "/sys/")):
             break
@@ -55,9 +58,9 @@ def check_writable(path: Path):
 
 def refuse(outputs: dict, *others):
     """ValueError if a file of `outputs` is one of the others: paths, or descriptors."""
-    kept = {identity(other) for other in others} - {None}
+    kept = {file_id(other) for other in others} - {None}
     for option, path in outputs.items():
-        if identity(path) in kept:
+        if file_id(path) in kept:
             raise ValueError(f"{option} would replace {path}")
 
 
@@ -66,11 +69,11 @@ def refuse_inside(outputs: dict, folder: Path):
     file in a model's folder could change what the model is."""
     refuse(outputs, *folder.iterdir())
     for option, path in outputs.items():
-        if identity(path.parent) == identity(folder):
+        if file_id(path.parent) == file_id(folder):
             raise ValueError(f"{option} would write into the model's folder: {path}")
 
 
-def identity(file: Path | str | int) -> tuple | None:
+def file_id(file: Path | str | int) -> tuple | None:
     """Equal for two that are the same file, also if it is not there yet; None if it cannot be."""
     with suppress(OSError):
         found = os.stat(file)
@@ -81,12 +84,22 @@ def identity(file: Path | str | int) -> tuple | None:
     return None
 
 
+def remove_leftovers(folder: Path):
+    """Remove what killed runs have left in a folder: unfinished folders in which nothing was
+    written for an hour."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        with suppress(OSError):  # another run has just finished it
+            if time.time() - max(path.stat().st_mtime for path in (left, *left.rglob("*"))) > OLD:
+                shutil.rmtree(left, ignore_errors=True)
+
+
 @contextmanager
 def replacing(path: Path):
     """A path to write to. It is renamed to `path` at the end, with the rights of a file that was
     there: the file is whole, or what it was. ValueError if it cannot be written."""
-    folder = path.parent / f".unfinished-{secrets.token_hex(8)}"  # of its own: nobody else's link
+    folder = path.parent / f"{UNFINISHED}{secrets.token_hex(8)}"  # new: nobody has put a link there
     part = folder / "part"
+    remove_leftovers(path.parent)
     try:
         folder.mkdir(mode=0o700)
         yield part

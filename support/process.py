@@ -30,6 +30,7 @@ def run(main, rank: int = 0, leave=sys.exit):
             status = main()
         finally:
             handle(signal.SIG_IGN)
+            signal.alarm(0)
     except KeyboardInterrupt:
         status = 130
     except SystemExit as end:
@@ -50,7 +51,7 @@ def open_streams(rank: int):
 
 def flushed(status: int) -> int:
     """The exit status, once all that was printed has been written: Python itself would complain if
-    it cannot be. After a signal nothing is left to write, but what nobody reads."""
+    it cannot be. After a signal, unwritten output is thrown away."""
     try:
         if status < 128:
             sys.stdout.flush()

@@ -70,8 +70,8 @@ def ask(session, document: Document, prompts: Prompts) -> int:
             document.check_unchanged()
             report = describe(session, text, stopped(), question)
             worst = max(worst, finish(report, session.trace, session.args))
-            if number := stopped():
-                return 128 + number
+        if number := stopped():
+            return 128 + number
     return worst
 
 
@@ -123,6 +123,6 @@ def answer_turn(session, question: str, tokenize) -> int:
         text = session.write(session.read(ids), stopped)
         report = describe(session, text, stopped(), question)
         status = finish(report, session.trace, session.args)
-        if stopped() == signal.SIGTERM:
-            stop(signal.SIGTERM)
+    if stopped() == signal.SIGTERM:
+        stop(signal.SIGTERM)
     return 0 if report["interrupted"] else status

@@ -11,7 +11,6 @@ import os
 import re
 import signal
 import socket
-import sys
 import time
 from dataclasses import replace
 
@@ -35,18 +34,19 @@ def number(name: str, default: int) -> int:
 
 
 def place() -> tuple[int, int]:
-    """This process's rank, and how many there are. A RANK counts only among several, and nothing
-    counts that `check_environment` refuses."""
+    """This process's rank, and how many there are. RANK without WORLD_SIZE is ignored. Values that
+    `check_environment` refuses are ignored here: it is called when options are read."""
     try:
         rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
     except ValueError:
         return 0, 1
-    return (rank, ranks) if rank < ranks else (0, max(ranks, 1))
+    return (rank, ranks) if rank < ranks else (0, 1)
 
 
 def check_environment():
     """ValueError for what a launcher such as torchrun would not set."""
-    rank, ranks = number("RANK", 0), number("WORLD_SIZE", 1)
+    number("RANK", 0)  # also of a single process
+    ranks = number("WORLD_SIZE", 1)
     if ranks == 0:
         raise ValueError("WORLD_SIZE is 0 in the environment, must be at least 1")
     if ranks == 1:
@@ -56,7 +56,7 @@ def check_environment():
         raise ValueError(f"WORLD_SIZE is {ranks} in the environment, which has no"
                          f" {' and no '.join(missing)}: torchrun sets all of them")
     for name, limit in (("RANK", ranks), ("MASTER_PORT", 2**16), ("LOCAL_RANK", 2**16)):
-        if number(name, rank) >= limit:
+        if number(name, 0) >= limit:
             raise ValueError(f"{name} is {os.environ[name]} in the environment, must be less than"
                              f" {limit}")
 
@@ -71,7 +71,7 @@ def join_ranks(device: str) -> str:
     ValueError if they cannot meet."""
     cuda = device.startswith("cuda") or device == "auto" and torch.cuda.is_available()
     try:
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # PyTorch would ask for half an hour
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # PyTorch would try for half an hour
         with handled(signal.SIG_DFL):  # while C++ waits, no handler of Python's is called
             dist.init_process_group("nccl" if cuda else "gloo")
     except (RuntimeError, ValueError, OSError) as error:
@@ -83,6 +83,8 @@ def met(operation, *arguments):
     """Call an operation in which all ranks meet. RankLost if one does not come."""
     try:
         return operation(*arguments)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         problem = f"{error}".partition(". ")[0]  # then comes advice
         raise RankLost(f"another rank has ended: {problem}") from None
@@ -91,8 +93,6 @@ def met(operation, *arguments):
 def leave_ranks(status: int):
     """End this process without Python's clean-up: a thread of gloo that still runs then can abort
     the process."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
     if RANK > 0 and status > 0:
         time.sleep(2)  # torchrun ends all ranks when one fails: rank 0 says why before
     os._exit(status)

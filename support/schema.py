@@ -12,7 +12,7 @@ import torch
 from support.mapped import SUMS
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> as safetensors has it
-TABLE = ("vectors", "variances", "lengths", "starts", "ends")  # of a layer: all sentences
+SAVED_TABLE = ("vectors", "variances", "lengths", "starts", "ends")  # of a layer: all sentences
 MOST_SHOWN = 120  # characters
 
 
@@ -22,10 +22,10 @@ def shown(value) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
-def check_header(found: dict, places: dict, model_config, dtype: str):
+def check_header(found: dict, ranges: dict, model_config, dtype: str):
     """Compare the tensors of a file, name -> (type, shape), with those that a document of the model
-    has. The numbers of tokens, sentences, rows and places are the file's own. `places` are those of
-    the tensors in the file, (begin, end). ValueError names what is absent, additional, or of
+    has. The numbers of tokens, sentences, rows and places differ from file to file. `ranges` are where
+    the tensors are in the file, (begin, end). ValueError names what is absent, additional, or of
     another type or shape."""
     def size(name: str, axis: int = 0) -> int:
         shape = found.get(name, ("", ()))[1]
@@ -43,8 +43,8 @@ def check_header(found: dict, places: dict, model_config, dtype: str):
         "spans": 0 < n_spans <= n_tokens, "text": n_text > 0,
         "0.rows": 0 < n_rows <= n_tokens, "0.starts": 1 < n_places <= n_spans + 1,
     }.items() if not good])
-    # A number begins at a multiple of its size: of begin and end the difference is size * numel.
-    refuse([name for name, (begin, end) in places.items()
+    # A tensor begins at a multiple of the size of its numbers, which is (end - begin) / numel.
+    refuse([name for name, (begin, end) in ranges.items()
             if begin * math.prod(found[name][1]) % (end - begin)])
 
 
@@ -77,7 +77,7 @@ def check_values(tensors: dict, model_config, identity: dict):
     }.items() if not good])
     n_first = min(int(identity["sink_tokens"]), n_tokens)
     for i in range(model_config.kv_shape[0]):
-        layer = {name: tensors[f"{i}.{name}"] for name in (*TABLE, "positions")}
+        layer = {name: tensors[f"{i}.{name}"] for name in (*SAVED_TABLE, "positions")}
         good = check_layer(layer, n_tokens, n_first, int(identity["secondary_sinks"]))
         refuse([f"{i}.{name}" for name in good if not good[name]])
 

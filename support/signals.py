@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager
 
 KINDS = signal.SIGINT, signal.SIGTERM
-PATIENCE = 5  # seconds: a signal that comes again sooner is the same wish
+PATIENCE = 5  # seconds: a signal that comes again sooner is taken for the same request
 
 
 def stop(number: int, _=None):
@@ -51,7 +51,7 @@ def handled(handler):
 @contextmanager
 def noted():
     """In here signals raise nothing: the list that this yields gets their numbers. If SIGTERM does
-    not end it in `PATIENCE` seconds, as an answer that nobody reads, it is raised then."""
+    not end it in `PATIENCE` seconds, for example because nobody reads the pipe, it is raised."""
     came = []
 
     def note(number, _):
@@ -73,8 +73,8 @@ def stop_later(number: int, seconds: int):
 
 
 def raise_again(unraisable):
-    """A hook of Python's, for exceptions that it drops: one of a signal, if it comes while an
-    object is destroyed, is raised a little later."""
+    """Python calls this with an exception that it drops, as it does while an object is destroyed.
+    If a signal caused it, it is raised again a second later."""
     kinds = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
     if kind := kinds.get(unraisable.exc_type):
         stop_later(kind, 1)

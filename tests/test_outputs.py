@@ -114,7 +114,7 @@ def test_a_file_that_a_stream_is_redirected_to_is_not_replaced(capfd, place, mon
         assert f"{option} would replace {place / 'p'}" in capfd.readouterr().err
         os.close(stream)
         monkeypatch.setattr(outputs, "STREAMS", [stream])  # it is closed
-        assert outputs.identity(stream) is None
+        assert outputs.file_id(stream) is None
 
 
 def test_two_outputs_are_two_files(capfd, place):

@@ -69,6 +69,7 @@ test_cache.test_offloaded_is_resident_and_the_difference_is_everything(
     model, "cpu", 1, test_cache.SHORT)
 test_cache.test_what_is_not_selected_takes_no_part_in_attention(model, "cpu", test_cache.SHORT)
 print("all hold")
+sys.stdout.flush()
 leave_ranks(0)
 """
 
@@ -109,6 +110,7 @@ def rank(folder, number, port, **how):
 @pytest.fixture
 def listening():
     with socket.socket() as server:
+        server.settimeout(120)
         server.bind(("0.0.0.0", 0))
         server.listen()
         yield server
@@ -122,7 +124,7 @@ def test_a_rank_that_is_killed_ends_the_other(tmp_path, listening, victim):
     both = [rank(folder, number, port) for number in range(2)]
     both[0].stdout.read(5)  # it answers
     both[victim].kill()
-    _, err = both[1 - victim].communicate(timeout=20)
+    _, err = both[1 - victim].communicate(timeout=60)
     both[victim].communicate()
     assert both[1 - victim].returncode == 2 and err.count("\n") == 1, err
     assert err.startswith("generate.py: another rank has ended: ")
@@ -143,7 +145,7 @@ def test_a_rank_that_waits_for_the_others_ends_at_sigterm(tmp_path, listening):
     connection, _ = listening.accept()  # it waits
     time.sleep(1)
     running.send_signal(signal.SIGTERM)
-    _, err = running.communicate(timeout=10)
+    _, err = running.communicate(timeout=60)
     connection.close()
     assert (running.returncode, err) == (-signal.SIGTERM, "")
 

@@ -6,17 +6,15 @@ memory is taken in proportion to it. All problems are ValueErrors that name the 
 
 import json
 import os
-import shutil
 import tempfile
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from support.outputs import UNFINISHED, remove_leftovers
 
 MOST_BYTES = 2**26  # of a file that is read as a whole
 SAMPLE = 2**16  # bytes, of which 64 samples are read of a file that is recognised
-UNFINISHED = ".unfinished-"  # how the name of a folder begins that is being made
 POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has in place of a large one
-OLD = 3600  # seconds: one in which nothing was written for so long is taken for a killed run's
 
 
 def find(folder: Path, name: str) -> Path | None:
@@ -148,10 +146,7 @@ def make_whole(target: Path, make, is_whole) -> Path:
         return target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is something else, or not whole: move it away")
-    for left in target.parent.glob(f"{UNFINISHED}*"):
-        with suppress(OSError):  # another run has just finished it
-            if time.time() - max(path.stat().st_mtime for path in (left, *left.rglob("*"))) > OLD:
-                shutil.rmtree(left, ignore_errors=True)
+    remove_leftovers(target.parent)
     try:
         temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=UNFINISHED)
     except OSError as error:

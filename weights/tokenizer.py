@@ -1,7 +1,6 @@
 """Text to token ids and back: the prompt in the chat template, special tokens, stop tokens."""
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
