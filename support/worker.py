@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -62,17 +63,34 @@ class Worker:
 
     def exchange(self, request: bytes, seconds: float, memory: int) -> dict:
         """ValueError if there is no reply in time, or the process has ended."""
-        with suppress(BrokenPipeError):  # it has ended, and the reply is empty
-            self.process.stdin.write(f"{seconds} {memory} ".encode() + request)
-            self.process.stdin.flush()
-        replies = [self.process.stdout]
-        in_time = os.name == "nt" or select.select(replies, [], [], seconds)[0]
+        latest, replies = time.monotonic() + seconds, [self.process.stdout]
+        in_time = self.send(f"{seconds} {memory} ".encode() + request, latest) and (
+            os.name == "nt" or select.select(replies, [], [], left_until(latest))[0])
         line = self.process.stdout.readline() if in_time else b""
         if line.endswith(b"\n"):
             return json.loads(line)
         if in_time and self.process.wait() != -signal.SIGXCPU:
             raise ValueError("it was stopped, or needs too much memory")
         raise ValueError(f"it takes more than {seconds:.0f} seconds")
+
+    def send(self, data: bytes, latest: float) -> bool:
+        """Whether the process has taken all of it in time. One that was stopped does not."""
+        pipe, data = self.process.stdin, memoryview(data)
+        with suppress(BrokenPipeError):  # it has ended, and the reply is empty
+            if os.name == "nt":
+                pipe.write(data)
+                pipe.flush()
+                return True
+            os.set_blocking(pipe.fileno(), False)
+            while data and select.select([], [pipe], [], left_until(latest))[1]:
+                data = data[os.write(pipe.fileno(), data):]
+            return not data
+        return True
+
+
+def left_until(latest: float) -> float:
+    """Seconds, 0 if it is over."""
+    return max(0, latest - time.monotonic())
 
 
 def end(process: subprocess.Popen):
