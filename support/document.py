@@ -173,8 +173,9 @@ def load_document(path: Path, identity: dict, protected_tokens: int, model_confi
         raise ValueError(f"{path} is not a saved document: {shown(error)}") from None
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    text, ids, spans = (kept.pop(name).tolist() for name in ("text", "ids", "spans"))
-    document = Document(bytes(text).decode(), ids, [tuple(span) for span in spans],
+    text = bytes(kept.pop("text").numpy()).decode()
+    ids, spans = (kept.pop(name).tolist() for name in ("ids", "spans"))
+    document = Document(text, ids, [tuple(span) for span in spans],
                         datetime.fromisoformat(metadata["now"]), kept)
     if device.type == "cuda":
         kept |= {name: kept[name].pin_memory() for name in mapped.layers}

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+from contextlib import suppress
 from functools import wraps
 
 from support.compiled import is_compilers, reason
@@ -45,8 +46,17 @@ def open_streams(rank: int):
         stream = getattr(sys, name)
         if stream is not None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character
+            wait_for(stream)
         elif name != "stdin":  # it is closed: what is printed is lost, but nothing fails
             setattr(sys, name, open(os.devnull, "w"))
+
+
+def wait_for(stream):
+    """Reading and writing wait, also where another program has left the stream so that they fail
+    instead."""
+    if os.name != "nt":
+        with suppress(OSError):
+            os.set_blocking(stream.fileno(), True)
 
 
 def flushed(status: int) -> int:

@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -39,13 +40,15 @@ class Worker:
         limits = f"{seconds} {int(memory)} {MOST_RESULT} ".encode()
         try:
             self.start()
-            if not self.ready:  # it waits for calls, so that it reads a request at once
-                self.reply(SECONDS_TO_START)
+            if not self.ready:  # until it waits for calls, other limits hold
+                self.reply(time.monotonic() + SECONDS_TO_START)
                 self.ready = True
-            with suppress(BrokenPipeError):  # it has ended, and there is no reply
-                self.process.stdin.write(limits + request + b"\n")
-                self.process.stdin.flush()
-            reply = self.reply(seconds)
+            latest = time.monotonic() + seconds
+            self.send(limits + request + b"\n", latest)
+            reply = self.reply(latest)
+        except TimeoutError:
+            self.stop()
+            raise ValueError(f"it takes more than {seconds:.0f} seconds") from None
         except BaseException:  # also of a signal: the reply to this call is not that to the next
             self.stop()
             raise
@@ -69,15 +72,28 @@ class Worker:
             end(self.process)
         self.process, self.ready = None, False
 
-    def reply(self, seconds: float) -> dict:
+    def reply(self, latest: float) -> dict:
         """ValueError if there is none in time, or if the process has ended."""
-        in_time = select.select([self.process.stdout], [], [], seconds)[0]
+        in_time = select.select([self.process.stdout], [], [], left_until(latest))[0]
         line = self.process.stdout.readline() if in_time else b""
         if line.endswith(b"\n"):
             return json.loads(line)
         if in_time and self.process.wait() != -signal.SIGXCPU:
             raise ValueError("it was stopped, or needs too much memory")
-        raise ValueError(f"it takes more than {seconds:.0f} seconds")
+        raise TimeoutError
+
+    def send(self, data: bytes, latest: float):
+        """Write a request, as far as the process takes it in time."""
+        pipe, data = self.process.stdin, memoryview(data)
+        os.set_blocking(pipe.fileno(), False)
+        with suppress(BrokenPipeError):  # it has ended, and there is no reply
+            while data and select.select([], [pipe], [], left_until(latest))[1]:
+                data = data[os.write(pipe.fileno(), data) :]
+
+
+def left_until(latest: float) -> float:
+    """Seconds, 0 if it is over."""
+    return max(0, latest - time.monotonic())
 
 
 def end(process: subprocess.Popen):

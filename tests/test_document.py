@@ -159,6 +159,13 @@ def refused(path, folder, message=" is not a whole document: "):
     assert line.isprintable() and len(line) < 300
 
 
+def test_a_text_that_no_model_can_read_is_refused(tiny_folder, tmp_path, monkeypatch):
+    """Before memory is taken for it."""
+    path = save(tmp_path / "document", tiny_folder)
+    monkeypatch.setattr(schema, "MOST_TEXT", 1)
+    refused(path, tiny_folder)
+
+
 @pytest.mark.parametrize("name, change", CHANGES)
 def test_a_document_that_was_changed_is_refused(tiny_folder, tmp_path, name, change):
     path = save(tmp_path / "document", tiny_folder)

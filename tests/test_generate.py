@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 import torch
@@ -583,6 +584,20 @@ def test_a_closed_or_full_stream_loses_no_answer_and_shows_no_traceback(tiny_fol
         assert done.stdout.endswith(f"status {status}\n"), done
     if line.startswith("2>") or line == "<&-":
         assert json.loads(done.stdout.splitlines()[0])["new_tokens"] == 20
+
+
+@pytest.mark.slow
+def test_a_pipe_that_another_program_has_set_not_to_wait_is_waited_for(tiny_folder, prompt):
+    ours, theirs = os.pipe()
+    os.set_blocking(ours, False)
+    command = [sys.executable, generate.__file__, "--prompt", "-", "--model", str(tiny_folder),
+               "--device", "cpu", "--max-new-tokens", "5"]
+    running = subprocess.Popen(command, stdin=ours, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    with os.fdopen(theirs, "w") as pipe:
+        time.sleep(5)  # it reads, and nothing is there yet
+        pipe.write(TEXT)
+    assert "Error" not in running.communicate(timeout=60)[1] and running.returncode == 0
 
 
 @pytest.mark.parametrize("error, status, message", [

@@ -52,6 +52,16 @@ def in_a_hub_cache(place) -> Path:
     return cached / "blobs" / "blob1"
 
 
+def in_its_refs(place) -> Path:
+    """The model is the cache's folder: a file says which snapshot is read."""
+    cached = in_a_hub_cache(place).parents[1]
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("tiny")
+    (place / "tiny").unlink()
+    (place / "tiny").symlink_to(cached)
+    return cached / "refs" / "main"
+
+
 KEPT = {
     "the prompt": lambda place: place / "p",
     "the prompt, another path": lambda place: place / "tiny" / ".." / "p",
@@ -64,6 +74,7 @@ KEPT = {
     "a new file of the model": lambda place: place / "tiny" / "generation_config.json",
     "the same through a link": lambda place: link(place / "x", place / "tiny" / "special.json"),
     "a blob of the hub's cache": in_a_hub_cache,
+    "the revision in the hub's cache": in_its_refs,
     "a device": lambda place: Path("/dev/null"),
     "standard output": lambda place: Path("/dev/stdout"),
     "a descriptor": lambda place: Path(f"/proc/self/fd/{os.open(place / 'p', os.O_RDONLY)}"),

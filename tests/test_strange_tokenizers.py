@@ -69,8 +69,11 @@ def write_words(values):
     (normalize(replace("E", "<"), replace("F", "end>")), "Hi. EF EF"),
     (merge, "Hi <end> x<end>"), (write_words, "hi <end> x"),
 ])
-def test_no_text_becomes_a_control_token(tiny_folder, edit, text):
+@pytest.mark.parametrize("names", [{}, {"eos_token": "<end>", "unk_token": "<end>"},
+                                   {"bos_token": "<end>", "unk_token": "<end>"}])
+def test_no_text_becomes_a_control_token(tiny_folder, edit, text, names):
     folder = change(tiny_folder, edit)
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
     (folder / "chat_template.jinja").write_text(CHAT)
     tokenizer = Tokenizer(folder)
     for ids, usual in ((tokenizer.prompt_ids(text), tokenizer.prompt_ids("hi")),

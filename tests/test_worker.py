@@ -92,6 +92,16 @@ def test_arguments_are_longer_than_a_pipe_holds(make):
     assert len(make().call("add", "x" * 10**6, "y")) == 10**6 + 1
 
 
+def test_a_process_that_somebody_stops_is_not_waited_for(make, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS", 1)
+    monkeypatch.setattr(module, "MORE_SECONDS", 0)
+    worker = make()
+    for text in ("x", "x" * 10**6):  # which a pipe does not hold
+        os.kill(worker.call("pid"), signal.SIGSTOP)
+        with pytest.raises(ValueError, match="more than 1 seconds"):
+            worker.call("add", text, "")
+
+
 def test_a_signal_ends_a_call_and_the_process(make):
     worker, pid = make(), None
 

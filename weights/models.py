@@ -22,8 +22,8 @@ def model_folder(name: Path | None, outputs: dict = {}) -> Path:
     What is on the disk goes before a name. ValueError if it is none of these, or if one of
     `outputs`, option -> file, would be written over a file of the model or into its folder.
     """
-    if name:
-        refuse(outputs, name)
+    if name:  # in the hub's cache, a file of refs says which snapshot is read
+        refuse(outputs, name, *name.glob("refs/*"))
     folder = found(name)
     if outputs:
         refuse_inside(outputs, folder)

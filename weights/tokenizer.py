@@ -52,12 +52,21 @@ class Tokenizer:
         written, source = self.written() if others else ("", "")
         self.special |= {index for index, name in others.items() if name in written}
         # What the template writes elsewhere is guarded as well, but in an answer it is text.
-        self.guard(self.special | {index for index, name in others.items() if name in source})
+        elsewhere = {index for index, name in others.items() if name in source}
+        self.guard(self.special | elsewhere, self.unknown_id(stop, names))
 
-    def guard(self, indices: set[int]):
-        """Have no text spell these tokens. The unknown token stands for any text."""
-        tokens, unknown = self.tokens.added, self.settings.named.get("unk_token")
-        self.unknown = unknown = unknown and self.tokens.id_of(unknown.content)
+    def unknown_id(self, stop: set[int], names: set[str]) -> int | None:
+        """The token that stands for any text. One that also ends an answer, or that the settings
+        name for something else, is guarded as these are."""
+        unknown = self.settings.named.get("unk_token")
+        if unknown is None or unknown.content in names:
+            return None
+        index = self.tokens.id_of(unknown.content)
+        return None if index in stop else index
+
+    def guard(self, indices: set[int], unknown: int | None):
+        """Have no text spell these tokens, but for the unknown one."""
+        tokens, self.unknown = self.tokens.added, unknown
         self.tokens.make_special({index: tokens[index].content for index in indices}, unknown)
         self.guards = {tokens[index].content: index for index in indices - {unknown}}
         self.other, _ = self.tokens.with_places("?")  # a text that spells none of them
