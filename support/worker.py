@@ -21,7 +21,7 @@ from pathlib import Path
 # Limits of one call, in seconds and bytes. Each byte of its arguments adds:
 SECONDS, MEMORY, MORE_SECONDS, MORE_MEMORY = 10, 2**31, 1e-5, 256
 MOST_RESULT = 2**28  # bytes
-SECONDS_TO_START = 60  # also on a busy machine
+SECONDS_TO_START = 30  # also on a busy machine
 ROOT = Path(__file__).resolve().parent.parent
 
 
