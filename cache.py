@@ -42,6 +42,7 @@ import torch.nn.functional as F
 
 from sentencekv import (SCORES, SentenceKVConfig, find_secondary_sinks, keep_tokens, order_rows,
                         select_rows, sentence_bounds, sentence_vectors, token_importance)
+from support.bits import no_vectors, read_vectors, write_vectors
 from support.host_rows import Copies, HostRows, load_missing
 from support.memory import Totals, report
 from support.slots import NO_ROW, assign_slots
@@ -127,25 +128,24 @@ class LayerCache:
     """One layer. On the device, its table per KV head:
 
     vectors     (H_kv, P, D)       the sentence vector
+    scales      (H_kv, P, 1 or 0)  if it has 8 bits, what it is multiplied by
     variances   (H_kv, P)          of the sentence's keys
     lengths     (H_kv, P) float    rows of the sentence, first sinks among them, for its score
     starts      (H_kv, P)          its first row that is not a sink
     ends        (H_kv, P)          the row after its last; those before the window can be selected
     scores      (H_kv, P)          how well it matches the open sentence
     n_resident  (H_kv, P)          how many of its rows are in slots
-    First sinks count for the vector and the length of their sentence, and are selected with place
-    0: in the example the first sentence has length 9, and starts at row 5. Place 0 has length 0, so
-    that it takes no share of the scores. The slots:
+    First sinks count for the vector and the length of their sentence: the first one of the example
+    has length 9, and starts at row 5. Place 0 has length 0: it takes no share of the scores. Slots:
 
     slots         (H_kv, B + R, 2, D)  rows
     slot_row      (H_kv, B)            the row in a slot for selected rows, or NO_ROW, a high number
     slot_place    (H_kv, B)            the row's place
     slot_missing  (H_kv, B)            whether the row must be loaded
-    `host.read(a, b)` brings the rows from a up to b from the host to the device, (H_kv, n, 2, D).
-    Each stage is a method: `support/timer.py` measures it.
+    `host.read(a, b)` brings rows to the device, (H_kv, b - a, 2, D). Each stage is a method.
     """
 
-    TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
+    TABLE = ("vectors", "scales", "variances", "lengths", "starts", "ends", "scores", "n_resident")
 
     def __init__(self, plan: Plan, host: HostRows, device, dtype):
         # It has no reference to the cache: a cycle would delay the freeing of memory.
@@ -153,7 +153,7 @@ class LayerCache:
         self.plan, self.host = plan, host
         # While a text is read: all rows so far (H_kv, n, 2, D), each part's last queries (H, W, D).
         self.text_kv, self.last_queries = None, []
-        self.vectors = torch.zeros(heads, capacity, dim, device=device, dtype=dtype)
+        self.vectors, self.scales = no_vectors(heads, capacity, dim, plan.config, device, dtype)
         self.variances = torch.zeros(heads, capacity, device=device)
         self.lengths, self.scores = self.variances.clone(), self.variances.clone()
         self.starts = torch.zeros(heads, capacity, device=device, dtype=torch.long)
@@ -215,8 +215,7 @@ class LayerCache:
         kv = kv[head, row_positions]
         self.host.note_positions(row_positions)  # for a trace, and for a saved document
         bounds = sentence_bounds(marked, plan.sentence_ends)  # (H_kv, S + 1)
-        n_secondary = bounds[:, :1]  # the rows before the first sentence: 2
-        n_all_sinks = n_secondary + plan.n_first_sinks  # (H_kv, 1): 5
+        n_all_sinks = bounds[:, :1] + plan.n_first_sinks  # rows before the first sentence: 2 + 3
         self.add_sentences(kv[:, :, 0], bounds, n_all_sinks=n_all_sinks)
         self.ends[:, :1] = n_all_sinks  # place 0
         return kv
@@ -226,7 +225,8 @@ class LayerCache:
         `first_row` on, bounds (H_kv, S + 1) counted from it, n_all_sinks (H_kv, 1) if there are"""
         first_place = self.plan.n_places
         places = slice(first_place, first_place + bounds.shape[-1] - 1)
-        self.vectors[:, places], self.variances[:, places] = sentence_vectors(keys, bounds)
+        vectors, self.variances[:, places] = sentence_vectors(keys, bounds)
+        write_vectors(self, places, vectors)
         self.lengths[:, places] = bounds.diff(dim=-1).float()
         # First sinks are of place 0, not of their sentence: 2, 11, 17 become 5, 11, 17.
         rows = (first_row + bounds).clamp(min=n_all_sinks)
@@ -254,7 +254,7 @@ class LayerCache:
     def select(self, q):
         """Select the rows of the best sentences, and find slots for them. q (H_kv, G, D)"""
         plan = self.plan
-        # Scores add up over the open sentence, with less weight for older tokens.
+        # With a decay above 0, scores add up over the open sentence: older tokens have less weight.
         torch.add(self.score(q), self.scores, alpha=plan.config.query_decay, out=self.scores)
         self.scores[:, 0] = math.inf  # after the sum: with a decay of 0, 0 * inf would be NaN
         # The number of rows of each place before the window (H_kv, P): 5, 6, 3 in the example.
@@ -274,7 +274,7 @@ class LayerCache:
 
     def score(self, q):
         """How well each sentence matches one token's queries (H_kv, G, D) -> (H_kv, P)."""
-        return SCORES[self.plan.config.score](q, self.vectors, self.variances, self.lengths)
+        return SCORES[self.plan.config.score](q, read_vectors(self), self.variances, self.lengths)
 
     def load(self):
         """Copy the missing rows from the host into the slots that were found for them."""
@@ -294,9 +294,9 @@ class LayerCache:
         """Forget all places of the table from this one on, and what is in slots."""
         for table in (self.lengths, self.starts, self.ends):
             table[:, n_places:] = 0
-        self.slot_row.fill_(NO_ROW)
         for tensor in (self.slot_place, self.slot_missing, self.n_resident):
             tensor.zero_()
+        self.slot_row.fill_(NO_ROW)
 
 
 class SentenceKVCache:

@@ -40,6 +40,7 @@ class SentenceKVConfig:
     observation_window: int = 32  # last queries of the prompt: their attention is importance
     score: str = "gaussian"  # a name in SCORES; benchmarks/scores.py adds one
     query_decay: float = 0.9  # weight of a query is this ** (tokens since); 1 in the paper
+    vector_bits: int = 16  # 16: a sentence vector has the dtype of the keys, as in the paper; or 8
     sentence_limit: int = 16  # tokens; a longer sentence is cut, at a clause if possible
 
     def __post_init__(self):
@@ -207,8 +208,7 @@ def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> to
     scores (H_kv, S); available (H_kv, S), rows that can be selected; budget in rows of a head, a
     number or a tensor with one; at most `max_sentences` are selected -> (H_kv, S)
 
-    Of a budget of 4 rows, the best sentence takes its 3. Of the next best, one row fits:
-
+    Of 4 rows, the best sentence takes its 3. Of the next best, one row fits:
     >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[3, 3, 2]]), budget=4)
     tensor([[0, 3, 1]])
     """

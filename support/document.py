@@ -29,8 +29,9 @@ from support.outputs import replacing
 from support.schema import SAVED_TABLE, check_header, check_values, shown
 from support.table import make_room
 
-FORMAT = "sentencekv document 5"
-SAME = ("keep_factor", "sink_tokens", "secondary_sinks", "secondary_ratio", "sentence_limit")
+FORMAT = "sentencekv document 6"
+SAME = ("keep_factor", "sink_tokens", "secondary_sinks", "secondary_ratio", "sentence_limit",
+        "vector_bits")
 
 
 @dataclass
@@ -188,15 +189,14 @@ def checked_tensors(file, mapped: MappedFile, model_config, identity: dict) -> d
     """The tensors of an open document, not copied, once all are as they must be."""
     slices = {name: file.get_slice(name) for name in mapped.ranges}
     found = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
-    dtype = identity["dtype"]
     with whole(mapped.path):
-        check_header(found, mapped.ranges, model_config, dtype)
+        check_header(found, mapped.ranges, model_config, identity)
     mapped.check(mapped.layers)
     kept = {name: file.get_tensor(name) for name in found if name not in mapped.layers}
     with whole(mapped.path):
         check_values(kept, model_config, identity)
     del kept[SUMS]
-    return kept | mapped.rows(getattr(torch, dtype), found["0.rows"][1])
+    return kept | mapped.rows(getattr(torch, identity["dtype"]), found["0.rows"][1])
 
 
 @contextmanager

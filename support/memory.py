@@ -2,8 +2,8 @@
 
 import torch
 
-HEADINGS = {"slots": "slots", "vectors": "sentence vectors"}  # of tensors; of all others:
-REST = "bookkeeping"
+HEADINGS = {"slots": "slots", "vectors": "sentence vectors", "scales": "sentence vectors"}
+REST = "bookkeeping"  # of all other tensors
 
 
 class Totals:

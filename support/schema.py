@@ -12,7 +12,7 @@ import torch
 from support.mapped import SUMS
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> as safetensors has it
-SAVED_TABLE = ("vectors", "variances", "lengths", "starts", "ends")  # of a layer: all sentences
+SAVED_TABLE = ("vectors", "scales", "variances", "lengths", "starts", "ends")  # of all sentences
 MOST_SHOWN = 120  # characters
 MOST_TEXT = 2**26  # bytes of a text: a token has a few
 
@@ -23,10 +23,10 @@ def shown(value) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
-def check_header(found: dict, ranges: dict, model_config, dtype: str):
+def check_header(found: dict, ranges: dict, model_config, identity: dict):
     """Compare the tensors of a file, name -> (type, shape), with those that a document of the model
-    has. The numbers of tokens, sentences, rows and places differ from file to file. `ranges` are where
-    the tensors are in the file, (begin, end). ValueError names what is absent, additional, or of
+    has. The numbers of tokens, sentences, rows and places differ from file to file. `ranges` say
+    where the tensors are in the file, (begin, end). ValueError names what is absent, additional, or of
     another type or shape."""
     def size(name: str, axis: int = 0) -> int:
         shape = found.get(name, ("", ()))[1]
@@ -37,7 +37,8 @@ def check_header(found: dict, ranges: dict, model_config, dtype: str):
     expected = {"num_tokens": ("I64", ()), "ids": ("I64", (n_tokens,)),
                 "spans": ("I64", (n_spans, 2)), "text": ("U8", (n_text,)),
                 SUMS: ("I64", (model_config.kv_shape[0] + 1,)),
-                **layer_tensors(model_config.kv_shape, STORED[dtype], n_rows, n_places)}
+                **layer_tensors(model_config.kv_shape, STORED[identity["dtype"]],
+                                identity["vector_bits"], n_rows, n_places)}
     refuse([name for name in {**expected, **found} if found.get(name) != expected.get(name)])
     refuse([name for name, good in {
         "ids": n_tokens <= model_config.max_position_embeddings,
@@ -46,15 +47,16 @@ def check_header(found: dict, ranges: dict, model_config, dtype: str):
     }.items() if not good])
     # A tensor begins at a multiple of the size of its numbers, which is (end - begin) / numel.
     refuse([name for name, (begin, end) in ranges.items()
-            if begin * math.prod(found[name][1]) % (end - begin)])
+            if end > begin and begin * math.prod(found[name][1]) % (end - begin)])
 
 
-def layer_tensors(kv_shape: tuple, dtype: str, n_rows: int, n_places: int) -> dict:
+def layer_tensors(kv_shape: tuple, dtype: str, bits: str, n_rows: int, n_places: int) -> dict:
     """Name -> (type, shape) of the tensors of all layers."""
     layers, heads, dim = kv_shape
     table = (heads, n_places)
     of_layer = {"rows": (dtype, (n_rows, heads, 2, dim)), "positions": ("I32", (heads, n_rows)),
-                "vectors": (dtype, (*table, dim)), "variances": ("F32", table),
+                "vectors": ("I8" if bits == "8" else dtype, (*table, dim)),
+                "scales": (dtype, (*table, int(bits == "8"))), "variances": ("F32", table),
                 "lengths": ("F32", table), "starts": ("I64", table), "ends": ("I64", table)}
     return {f"{i}.{name}": tensor for i in range(layers) for name, tensor in of_layer.items()}
 
@@ -90,6 +92,7 @@ def check_layer(layer: dict, n_tokens: int, n_first: int, n_secondary: int) -> d
     good = {"ends": within(sinks, n_first, n_first + n_secondary)
             and tile(layer["starts"], layer["ends"], n_rows),
             "vectors": layer["vectors"].isfinite().all(),
+            "scales": layer["scales"].isfinite().all(),
             "variances": within(layer["variances"], 0, torch.finfo(torch.float32).max),
             "lengths": within(layer["lengths"], 0, n_rows)}
     if good["ends"]:

@@ -106,12 +106,16 @@ class SlowHead:
     def best_sentences(self) -> list:
         """The sentences of which a token is kept, those with the highest scores first."""
         spans = [span for span in self.spans if self.tokens_of(span)]
-        keys = [torch.stack([self.kv[i][0] for i in self.tokens_of(span)]) for span in spans]
+        keys = [self.keys_of(span) for span in spans]
         scores = SCORES[self.config.score](torch.stack(self.queries), keys)  # (n, S)
         ages = reversed(range(len(self.queries)))  # an older query counts less
         weights = torch.tensor([self.config.query_decay**age for age in ages])  # (n,)
         order = (weights.to(scores) @ scores).argsort(descending=True, stable=True)
         return [spans[i] for i in order.tolist()]
+
+    def keys_of(self, span) -> torch.Tensor:
+        """The kept keys of a sentence (m, D)."""
+        return torch.stack([self.kv[i][0] for i in self.tokens_of(span)])
 
     def tokens_of(self, span) -> list:
         """The kept positions of a sentence. A secondary sink is in no sentence."""

@@ -15,7 +15,7 @@ import torch
 from conftest import REFERENCE, TINY, needs_gpu, random_ids, random_llama, random_spans
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import SCORES
+from oracle import SCORES, SlowHead
 from slow_cache import SlowSentenceKV
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -24,7 +24,7 @@ from cache import NO_ROW, LayerCache, Plan, SentenceKVCache, assign_slots
 from model import FullCache
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig, select_rows
-from support import host_rows, slots, table
+from support import bits, host_rows, slots, table
 from support.compiled import GraphedDecode, reallocated, same
 from support.document import (Document, identity_of, load_document, restore, save_document,
                               snapshot, want_positions)
@@ -107,8 +107,18 @@ def test_a_budget_for_everything_is_full_attention(tiny, device, n_prompt, score
 SHORT = dict(secondary_sinks=6, secondary_ratio=0.5)  # of random keys a few are as short
 SMALL = dict(token_budget=40, sink_tokens=4, recent_window=8, observation_window=8, **SHORT,
              sentence_limit=128)
+BYTES = SMALL | {"vector_bits": 8, "query_decay": 0.0}
 LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window=16,
              secondary_sinks=0, query_decay=1.0, sentence_limit=128)
+
+
+def keys_with_a_rounded_mean(head, span):
+    """All keys of a sentence are moved by the same, so that their mean is a vector in 8 bits: whole
+    steps, 127 of them up to its largest channel."""
+    keys = torch.stack([head.kv[i][0] for i in head.tokens_of(span)])
+    mean = keys.mean(0)
+    step = mean.abs().max() / 127
+    return keys + (mean / step).round() * step - mean
 
 
 @pytest.mark.parametrize("n_prompt, longest, small, keep_factor, score", [
@@ -129,10 +139,16 @@ LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window
     (300, 128, SMALL, math.inf, "votes"),
     (300, 15, dict(token_budget=96), 2.5, "mean_query"),
     (300, 15, dict(token_budget=96), math.inf, "votes"),
+    (5, 15, BYTES, math.inf, "gaussian"),
+    (300, 15, BYTES, 2.5, "gaussian"),
+    (300, 15, BYTES, math.inf, "gaussian"),
+    (300, 15, BYTES, math.inf, "mean_query"),
 ])
 def test_a_small_budget_selects_what_the_slow_way_selects(
-        tiny, device, n_prompt, longest, small, keep_factor, score):
+        tiny, device, n_prompt, longest, small, keep_factor, score, monkeypatch):
     config = SentenceKVConfig(keep_factor=keep_factor, score=score, **small)
+    if config.vector_bits == 8:
+        monkeypatch.setattr(SlowHead, "keys_of", keys_with_a_rounded_mean)
     caches = [sentencekv_cache(config, n_prompt, device, longest=longest),
               slow_cache(config, n_prompt, longest)]
     for ours, slow in write(tiny, caches, n_prompt):
@@ -224,6 +240,21 @@ def read_and_write(model, cache, ids, parts=1):
         if n_read:
             yield read_on(model, cache, ids[at : at + n_read], parts)
             at += n_read
+
+
+def test_vectors_in_8_bits_take_half_the_bytes_and_are_off_by_half_a_step(tiny, device):
+    caches = {n: sentencekv_cache(SentenceKVConfig(**SMALL, vector_bits=n), 300, device,
+                                  dtype=torch.bfloat16) for n in (16, 8)}
+    for cache in caches.values():
+        random_llama(device).bfloat16().prefill(random_ids(300, device), cache)
+    for exact, rounded in zip(caches[16].layers, caches[8].layers):
+        step = exact.vectors.float().abs().amax(dim=-1, keepdim=True) / bits.LARGEST
+        error = (bits.read_vectors(rounded).float() - exact.vectors.float()).abs()
+        assert (error <= 0.51 * step + 2**-8 * exact.vectors.float().abs()).all()
+    whole, half = (cache.report()["device_kv_parts"]["sentence vectors"]
+                   for cache in caches.values())
+    dim = TINY.head_dim
+    assert half / whole == (dim + 2) / (2 * dim)
 
 
 @pytest.mark.parametrize("keep_factor", [2.5, math.inf, None])
@@ -815,7 +846,8 @@ def check_every_step(model, config, n_prompt):
 
 @pytest.mark.parametrize("keep_factor", [1, 2.5, math.inf])
 @pytest.mark.parametrize("n_prompt, settings", [(3, SMALL), (40, SMALL), (200, SMALL),
-                                                (200, LEAST), (200, dict(token_budget=96))])
+                                                (200, LEAST), (200, dict(token_budget=96)),
+                                                (200, BYTES)])
 def test_the_invariants_hold_after_every_step(tiny, device, n_prompt, settings, keep_factor,
                                               monkeypatch):
     monkeypatch.setattr(table, "BLOCK", 3)  # so that the table grows

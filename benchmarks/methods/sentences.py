@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from cache import LayerCache, SentenceKVCache
 from sentencekv import gaussian
+from support.bits import read_vectors
 
 
 def index_tokens(layer) -> float:
@@ -42,7 +43,7 @@ class TwoVectors(SentenceKVCache):
 
         def __init__(self, *args):
             super().__init__(*args)
-            self.farthest = torch.zeros_like(self.vectors)
+            self.farthest = torch.zeros_like(read_vectors(self))
 
         def index_tokens(self):
             return vectors_in_tokens(self, self.plan.n_places - 1) + (self.plan.n_places - 1) / 2
@@ -51,7 +52,7 @@ class TwoVectors(SentenceKVCache):
             super().add_sentences(keys, bounds, *rest, **named)
             first = self.plan.n_places
             places = slice(first, first + bounds.shape[-1] - 1)
-            self.farthest[:, places] = self.choose(keys, bounds, self.vectors[:, places])
+            self.farthest[:, places] = self.choose(keys, bounds, read_vectors(self)[:, places])
 
         @staticmethod
         def choose(keys, bounds, vectors):
@@ -69,7 +70,7 @@ class TwoVectors(SentenceKVCache):
         def score(self, q):
             lengths, q = self.lengths.unsqueeze(1), q / math.sqrt(q.shape[-1])
             squared_norms = q.square().sum(dim=-1, keepdim=True)
-            others = q @ self.vectors.mT + squared_norms * self.variances.unsqueeze(1) / 2
+            others = q @ read_vectors(self).mT + squared_norms * self.variances.unsqueeze(1) / 2
             farthest = (q @ self.farthest.mT).masked_fill(lengths == 0, -math.inf)
             others = others + (lengths - 1).clamp(min=0).log()
             attention = torch.logaddexp(others, farthest).softmax(dim=-1)
@@ -93,7 +94,7 @@ class TwoLevel(SentenceKVCache):
             return vectors_in_tokens(self, n_paragraphs + self.n_best * self.paragraph)
 
         def score(self, q):
-            lengths, vectors = self.lengths[:, 1:], self.vectors[:, 1:].float()  # (H_kv, S, D)
+            lengths, vectors = self.lengths[:, 1:], read_vectors(self)[:, 1:].float()  # (H_kv, S, D)
             n_sentences = lengths.shape[1]
 
             def total(x):  # over each paragraph, (H_kv, S, n) -> (H_kv, P, n)
