@@ -11,11 +11,24 @@ from oracle import SlowHead
 from torch.nn.utils.rnn import pad_sequence
 
 
+class RoundedHead(SlowHead):
+    """With sentence vectors in 8 bits."""
+
+    def keys_of(self, span) -> torch.Tensor:
+        """All keys of a sentence are moved by the same, so that their mean is whole steps, 127 of
+        them up to its largest channel. Their variance stays."""
+        keys = super().keys_of(span)
+        mean = keys.mean(0)
+        step = mean.abs().max() / 127
+        return keys + (mean / step).round() * step - mean
+
+
 class SlowLayer:
     """The KV heads of one layer. `prefill` and `decode` get q (H, T, D), k and v (H_kv, T, D)."""
 
     def __init__(self, config, n_kv_heads: int, spans: list):
-        self.heads = [SlowHead(config, spans) for _ in range(n_kv_heads)]
+        kind = RoundedHead if config.vector_bits == 8 else SlowHead
+        self.heads = [kind(config, spans) for _ in range(n_kv_heads)]
 
     def prefill(self, q, k, v) -> tuple:
         """Read a whole text. Returns keys and values (H_kv, n, D): those kept of earlier texts, and

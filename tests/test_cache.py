@@ -15,7 +15,7 @@ import torch
 from conftest import REFERENCE, TINY, needs_gpu, random_ids, random_llama, random_spans
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import SCORES, SlowHead
+from oracle import SCORES
 from slow_cache import SlowSentenceKV
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -112,15 +112,6 @@ LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window
              secondary_sinks=0, query_decay=1.0, sentence_limit=128)
 
 
-def keys_with_a_rounded_mean(head, span):
-    """All keys of a sentence are moved by the same, so that their mean is a vector in 8 bits: whole
-    steps, 127 of them up to its largest channel."""
-    keys = torch.stack([head.kv[i][0] for i in head.tokens_of(span)])
-    mean = keys.mean(0)
-    step = mean.abs().max() / 127
-    return keys + (mean / step).round() * step - mean
-
-
 @pytest.mark.parametrize("n_prompt, longest, small, keep_factor, score", [
     (1, 1, SMALL, math.inf, "mean_query"),
     (1, 1, SMALL, 1, "votes"),
@@ -145,10 +136,8 @@ def keys_with_a_rounded_mean(head, span):
     (300, 15, BYTES, math.inf, "mean_query"),
 ])
 def test_a_small_budget_selects_what_the_slow_way_selects(
-        tiny, device, n_prompt, longest, small, keep_factor, score, monkeypatch):
+        tiny, device, n_prompt, longest, small, keep_factor, score):
     config = SentenceKVConfig(keep_factor=keep_factor, score=score, **small)
-    if config.vector_bits == 8:
-        monkeypatch.setattr(SlowHead, "keys_of", keys_with_a_rounded_mean)
     caches = [sentencekv_cache(config, n_prompt, device, longest=longest),
               slow_cache(config, n_prompt, longest)]
     for ours, slow in write(tiny, caches, n_prompt):
