@@ -181,7 +181,8 @@ def spoil_tensors(tensors: dict, others: list[dict], choose: random.Random):
         tensors[name] = choose.choice([
             lambda t: t.flatten(), lambda t: t[None], lambda t: t.T, lambda t: t.flatten()[:0],
             lambda t: t.flatten()[:1], lambda t: t[:-1] if t.dim() else t,
-            lambda t: torch.cat([t, t]) if t.dim() else t, lambda t: t.flatten()[0]])(tensor)
+            lambda t: torch.cat([t, t]) if t.dim() else t,
+            lambda t: t.flatten()[0] if t.numel() else t])(tensor)
     else:
         tensors[name] = with_other_values(tensor, choose)
 
@@ -221,8 +222,9 @@ def write_documents(place: Path) -> tuple:
     folder, documents = write_tiny_folder(place / "model"), []
     model, tokenizer = load_model(folder, torch.device("cpu"), torch.float32), Tokenizer(folder)
     for text in (TEXT, TEXT[50:200], TEXT * 2, "A"):
-        for keep_factor in (math.inf, 2):
-            config, path = SentenceKVConfig(64, keep_factor=keep_factor), place / "document"
+        for keep_factor, bits in ((math.inf, 16), (math.inf, 8), (2, 16)):
+            config = SentenceKVConfig(64, keep_factor=keep_factor, vector_bits=bits)
+            path = place / "document"
             write_document(path, text, model, tokenizer, config)
             data = path.read_bytes()
             with safe_open(path, "pt") as file:
