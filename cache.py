@@ -127,22 +127,21 @@ class Plan:
 class LayerCache:
     """One layer. On the device, its table per KV head:
 
-    vectors     (H_kv, P, D)       the sentence vector
-    scales      (H_kv, P, 1 or 0)  if it has 8 bits, what it is multiplied by
+    vectors     (H_kv, P, D)       the sentence vector; in 8 bits, times `scales` (H_kv, P, 1)
     variances   (H_kv, P)          of the sentence's keys
     lengths     (H_kv, P) float    rows of the sentence, first sinks among them, for its score
     starts      (H_kv, P)          its first row that is not a sink
     ends        (H_kv, P)          the row after its last; those before the window can be selected
     scores      (H_kv, P)          how well it matches the open sentence
     n_resident  (H_kv, P)          how many of its rows are in slots
-    First sinks count for the vector and the length of their sentence: the first one of the example
-    has length 9, and starts at row 5. Place 0 has length 0: it takes no share of the scores. Slots:
+    First sinks count for the vector and length of their sentence. They are selected with place 0: the
+    first sentence has length 9, but starts at row 5. Place 0 has length 0: no share of the scores.
 
     slots         (H_kv, B + R, 2, D)  rows
     slot_row      (H_kv, B)            the row in a slot for selected rows, or NO_ROW, a high number
     slot_place    (H_kv, B)            the row's place
     slot_missing  (H_kv, B)            whether the row must be loaded
-    `host.read(a, b)` brings rows to the device, (H_kv, b - a, 2, D). Each stage is a method.
+    `host.read(a, b)` brings rows to the device, (H_kv, b - a, 2, D). A timer measures each method.
     """
 
     TABLE = ("vectors", "scales", "variances", "lengths", "starts", "ends", "scores", "n_resident")
@@ -215,7 +214,8 @@ class LayerCache:
         kv = kv[head, row_positions]
         self.host.note_positions(row_positions)  # for a trace, and for a saved document
         bounds = sentence_bounds(marked, plan.sentence_ends)  # (H_kv, S + 1)
-        n_all_sinks = bounds[:, :1] + plan.n_first_sinks  # rows before the first sentence: 2 + 3
+        n_secondary = bounds[:, :1]  # the rows before the first sentence: 2
+        n_all_sinks = n_secondary + plan.n_first_sinks  # (H_kv, 1): 5
         self.add_sentences(kv[:, :, 0], bounds, n_all_sinks=n_all_sinks)
         self.ends[:, :1] = n_all_sinks  # place 0
         return kv
@@ -254,7 +254,7 @@ class LayerCache:
     def select(self, q):
         """Select the rows of the best sentences, and find slots for them. q (H_kv, G, D)"""
         plan = self.plan
-        # With a decay above 0, scores add up over the open sentence: older tokens have less weight.
+        # Scores add up over the open sentence, with less weight for older tokens.
         torch.add(self.score(q), self.scores, alpha=plan.config.query_decay, out=self.scores)
         self.scores[:, 0] = math.inf  # after the sum: with a decay of 0, 0 * inf would be NaN
         # The number of rows of each place before the window (H_kv, P): 5, 6, 3 in the example.
@@ -294,9 +294,9 @@ class LayerCache:
         """Forget all places of the table from this one on, and what is in slots."""
         for table in (self.lengths, self.starts, self.ends):
             table[:, n_places:] = 0
+        self.slot_row.fill_(NO_ROW)
         for tensor in (self.slot_place, self.slot_missing, self.n_resident):
             tensor.zero_()
-        self.slot_row.fill_(NO_ROW)
 
 
 class SentenceKVCache:

@@ -13,7 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("PYTORCH_ALLOC_CONF",
                       "pinned_use_cuda_host_register:True,pinned_num_register_threads:8")
 
-KEPT = []  # functions that the system calls
+KEPT = []  # functions that the system calls: Python must not free them
 
 
 def end_at_interrupt():

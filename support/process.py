@@ -46,17 +46,15 @@ def open_streams(rank: int):
         stream = getattr(sys, name)
         if stream is not None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character
-            wait_for(stream)
+            make_blocking(stream)
         elif name != "stdin":  # it is closed: what is printed is lost, but nothing fails
             setattr(sys, name, open(os.devnull, "w"))
 
 
-def wait_for(stream):
-    """Reading and writing wait, also where another program has left the stream so that they fail
-    instead."""
-    if os.name != "nt":
-        with suppress(OSError):
-            os.set_blocking(stream.fileno(), True)
+def make_blocking(stream):
+    """Have reading and writing wait, also if another program has set the stream to fail instead."""
+    with suppress(OSError):
+        os.set_blocking(stream.fileno(), True)
 
 
 def flushed(status: int) -> int:

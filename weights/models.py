@@ -16,22 +16,22 @@ ORIGIN = "gguf.json"  # in a folder: which file it was converted from
 HUB = re.compile(r"(?:https?:/+)?(?:huggingface\.co/|hf\.co/|hf:/+)?([\w.-]+/[\w.-]+)")  # org/name
 
 
-def model_folder(name: Path | None, outputs: dict = {}) -> Path:
+def model_folder(name: Path | None, outputs: dict | None = None) -> Path:
     """A folder, a GGUF file, or a name of `weights.download.MODELS`; None is the default model.
 
     What is on the disk goes before a name. ValueError if it is none of these, or if one of
     `outputs`, option -> file, would be written over a file of the model or into its folder.
     """
-    if name:  # in the hub's cache, a file of refs says which snapshot is read
+    if name and outputs:  # in the hub's cache, a file of refs says which snapshot is read
         refuse(outputs, name, *name.glob("refs/*"))
-    folder = found(name)
+    folder = folder_of(name)
     if outputs:
         refuse_inside(outputs, folder)
         refuse(outputs, *weight_files(folder))
     return folder
 
 
-def found(name: Path | None) -> Path:
+def folder_of(name: Path | None) -> Path:
     """The folder that a name stands for, once it is there."""
     if name is None:
         return download(DEFAULT)

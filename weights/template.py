@@ -30,7 +30,7 @@ class Renderer:
     """What the other process does. It may raise anything."""
 
     def __init__(self):
-        import jinja2.sandbox  # noqa: F401  as the process starts, while others do other things
+        import jinja2.sandbox  # noqa: F401  it takes long: now, while the tokens are read
 
     def render(self, template: str, values: dict, now: str) -> str:
         template, problem = environment(now).from_string(template), None

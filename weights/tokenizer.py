@@ -41,8 +41,8 @@ class Tokenizer:
         number, and those of control that the template writes."""
         added, names = self.tokens.added, {token.content for token in self.settings.special}
         stop = self.stop_ids()
-        others = [index for index in stop - added.keys() if 0 <= index < MOST_ID]
-        for index, name in zip(others, self.tokens.tokens_of(others)):
+        not_added = [index for index in stop - added.keys() if 0 <= index < MOST_ID]
+        for index, name in zip(not_added, self.tokens.tokens_of(not_added)):
             if CONTROL.match(name or ""):
                 added[index] = AddedToken(name)
         self.special = {index for index, token in added.items()
@@ -192,7 +192,7 @@ class Tokenizer:
         return piece
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """Those of a whole text."""
+        """The text that each token adds."""
         pieces = []
         for special, run in groupby(ids, self.special.__contains__):
             run = list(run)

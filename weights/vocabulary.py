@@ -87,15 +87,15 @@ class Tokens:
         return [index for part in parts for index in self.encode(part, False)]
 
     def begin(self, before: list[int]) -> list[int]:
-        """Begin a text that goes on from these ids. Returns its number, for `piece`. The latest
-        texts can go on, if this process is still the same."""
+        """Begin a text that goes on from these ids. Returns what `piece` knows it by. Only the
+        latest texts can go on."""
         self.n_streams += 1
         self.streams.pop(self.n_streams - MOST_STREAMS, None)
         self.streams[self.n_streams] = self.stream(before)
         return [os.getpid(), self.n_streams]
 
     def piece(self, number: list, index: int) -> str:
-        """The text that a token adds to that of this number."""
+        """The text that a token adds to one that was begun."""
         process, n = number
         if process != os.getpid() or n not in self.streams:
             raise ValueError("it was stopped in the middle of a text")

@@ -12,7 +12,7 @@ def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> to
     scores (H_kv, S); available (H_kv, S), rows that can be selected; budget in rows of a head, a
     number or a tensor with one; at most `max_sentences` are selected -> (H_kv, S)
 
-    Of 4 rows, the best sentence takes its 3. Of the next best, one row fits:
+    Of a budget of 4 rows, the best sentence takes its 3. Of the next best, one row fits:
     >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[3, 3, 2]]), budget=4)
     tensor([[0, 3, 1]])
     """
