@@ -134,8 +134,8 @@ class LayerCache:
     ends        (H_kv, P)          the row after its last; those before the window can be selected
     scores      (H_kv, P)          how well it matches the open sentence
     n_resident  (H_kv, P)          how many of its rows are in slots
-    First sinks count for the vector and length of their sentence. They are selected with place 0: the
-    first sentence has length 9, but starts at row 5. Place 0 has length 0: no share of the scores.
+    First sinks count for the vector and length of their sentence. They are selected with place 0:
+    the first sentence has length 9, and starts at row 5. Place 0 has length 0: no share of scores.
 
     slots         (H_kv, B + R, 2, D)  rows
     slot_row      (H_kv, B)            the row in a slot for selected rows, or NO_ROW, a high number
