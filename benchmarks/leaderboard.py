@@ -140,7 +140,7 @@ def draw(rows: list[dict], path: Path):
         if method not in CEILINGS:
             name, colour, marker = FAMILIES.get(family(method), FAMILIES["cache"])
         known = [text.get_label() for text in axis.lines]
-        look = {"color": colour, "marker": marker, "markersize": 8 if method == "sentencekv" else 5}
+        look = {"color": colour, "marker": marker, "markersize": 8 if method in plots.OURS else 5}
         axis.plot(*zip(*at), linewidth=0.6, label=None if name in known else name, **look)
         ends.append((*at[-1], look | {"markersize": 5}, plots.style(method)[0],
                      plots.weight(method)))

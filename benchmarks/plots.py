@@ -60,6 +60,7 @@ STYLES = {  # method: name in pictures, colour, marker, line
     "published:keep_factor=3": ("SentenceKV as published, r = 3", ORANGE, "s", "--"),
     "published:keep_factor=inf": ("SentenceKV as published, r = ∞", ORANGE, "s", "-."),
     "sentencekv": ("SentenceKV, ours", BLUE, "o", "-"),
+    "sentencekv_16bit": ("SentenceKV, ours, 16 bits", BLUE, "o", "-"),
     "plain": ("SentenceKV, Gaussian score alone", BLUE, "v", ":"),
     "two_vectors": ("two vectors a sentence", BLUE, "p", "--"),
     "two_bit_keys": ("2-bit keys", BLUE, "h", "--"),
@@ -77,7 +78,8 @@ STYLES = {  # method: name in pictures, colour, marker, line
     "llama.cpp 4-bit": ("llama.cpp, 4 bits", BROWN, "^", "--"),
 }
 
-SHOWN = ("full", "sentencekv", "published", "shadowkv", "best_tokens")  # in `quality`
+OURS = ("sentencekv", "sentencekv_16bit")
+SHOWN = ("full", *OURS, "published", "shadowkv", "best_tokens")  # in `quality`
 
 
 def style(method: str) -> tuple:
@@ -86,7 +88,7 @@ def style(method: str) -> tuple:
 
 
 def weight(method: str) -> str:
-    return "bold" if method == "sentencekv" else "normal"
+    return "bold" if method in OURS else "normal"
 
 
 def unique(rows: list[dict], key: str) -> list:
@@ -258,7 +260,7 @@ def lines(rows: list[dict], x: str, y: str) -> dict:
 def draw_line(axis, method: str, xs: list, ys: list, dotted=False, prefix="") -> tuple:
     """Returns where it ends, how it looks, and its label: x, y, look, words, weight."""
     name, colour, marker, line = style(method)
-    thick = method == "sentencekv" and not dotted
+    thick = method in OURS and not dotted
     look = {"color": colour, "marker": "" if dotted else marker, "markersize": 8 if thick else 6}
     axis.plot(xs, ys, linestyle=":" if dotted else line, linewidth=3 if thick else 1.5,
               zorder=3 if thick else 2, **look)

@@ -60,7 +60,8 @@ PUBLISHED = {
 DENSE = ("l2norm", "quest", "arkvale", "clusterkv")
 SENTENCE_METHODS = {
     "sentencekv": SentenceKVCache, "published": SentenceKVCache, "plain": SentenceKVCache,
-    "last_query": SentenceKVCache, "sentencekv_4bit": precision.SentenceKVBits,
+    "last_query": SentenceKVCache, "sentencekv_16bit": SentenceKVCache,
+    "sentencekv_4bit": precision.SentenceKVBits,
     "two_level": sentences.TwoLevel, "two_vectors": sentences.TwoVectors,
     "two_bit_keys": sentences.TwoBitKeys, "best_sentences": sentences.BestSentences,
 }
@@ -71,12 +72,13 @@ METHODS = tuple(CLASSES)
 # What some names set, and `sentencekv` does not. `published` has the authors' settings: 32 sinks
 # are their code's, the paper has none; the paper's keep_factor is 1 to 5. But its sentences, its
 # one choice per KV head and its sinks, the first tokens, are those of this project. `plain` has
-# the Gaussian score, and keeps everything.
-PLAIN = {"query_decay": 1.0, "secondary_sinks": 0, "sentence_limit": 128}
-SETTINGS = {"plain": PLAIN, "last_query": {"query_decay": 0.0},
-            "best_sentences": {"query_decay": 0.0},
-            "shotkv": {"sentence_limit": evict_prompt.ShotKV.sentence_limit},
-            "published": PLAIN | {"score": "mean_query", "sink_tokens": 32, "keep_factor": 2.0}}
+# the Gaussian score, and keeps everything. All but `sentencekv` have 16 bits a channel.
+PLAIN = {"query_decay": 1.0, "secondary_sinks": 0, "sentence_limit": 128, "kv_bits": 16}
+LAST_QUERY = {"query_decay": 0.0, "kv_bits": 16}
+SETTINGS = {name: {"kv_bits": 16} for name in SENTENCE_METHODS if name != "sentencekv"}
+SETTINGS |= {"plain": PLAIN, "last_query": LAST_QUERY, "best_sentences": LAST_QUERY,
+             "shotkv": {"sentence_limit": evict_prompt.ShotKV.sentence_limit},
+             "published": PLAIN | {"score": "mean_query", "sink_tokens": 32, "keep_factor": 2.0}}
 SETTINGS |= {f"{name}_dense": {"dense_layers": 2} for name in DENSE}
 
 
@@ -174,9 +176,10 @@ def cost(cache) -> Cost:
     in_slots = torch.stack([layer.slot_row < NO_ROW for layer in cache.layers]).sum(dim=-1)
     held = in_window + in_slots.float().mean().item()
     layer = cache.layers[0]
+    share, index = sentences.packed_share(layer.packing), sentences.index_tokens(layer)
     n_first = len(layer.host.first)  # rows of the prompt, which may take fewer bits
-    rows = n_first * getattr(layer, "row_size", 1) + n_rows - n_first
-    index = sentences.index_tokens(layer)
+    rows = n_first * getattr(layer, "row_size", share) + (n_rows - n_first) * share
+    held *= share
     return Cost(held, rows + index, held + index)
 
 
