@@ -42,7 +42,6 @@ import torch.nn.functional as F
 
 from sentencekv import (SCORES, SentenceKVConfig, find_secondary_sinks, keep_tokens, order_rows,
                         select_rows, sentence_bounds, sentence_vectors, token_importance)
-from support.bits import no_vectors, read_vectors, write_vectors
 from support.host_rows import Copies, HostRows, load_missing
 from support.memory import Totals, report
 from support.slots import NO_ROW, assign_slots
@@ -127,7 +126,7 @@ class Plan:
 class LayerCache:
     """One layer. On the device, its table per KV head:
 
-    vectors     (H_kv, P, D)       the sentence vector; in 8 bits, times `scales` (H_kv, P, 1)
+    vectors     (H_kv, P, D')      the sentence vector, *packed*: D channels in 8 bits
     variances   (H_kv, P)          of the sentence's keys
     lengths     (H_kv, P) float    rows of the sentence, first sinks among them, for its score
     starts      (H_kv, P)          its first row that is not a sink
@@ -137,28 +136,28 @@ class LayerCache:
     First sinks count for the vector and length of their sentence. They are selected with place 0:
     the first sentence has length 9, and starts at row 5. Place 0 has length 0: no share of scores.
 
-    slots         (H_kv, B + R, 2, D)  rows
-    slot_row      (H_kv, B)            the row in a slot for selected rows, or NO_ROW, a high number
-    slot_place    (H_kv, B)            the row's place
-    slot_missing  (H_kv, B)            whether the row must be loaded
-    `host.read(a, b)` brings rows to the device, (H_kv, b - a, 2, D). A timer measures each method.
+    slots         (H_kv, B + R, 2, D')  rows, packed
+    slot_row      (H_kv, B)             the row in a slot, or NO_ROW, a high number
+    slot_place    (H_kv, B)             the row's place
+    slot_missing  (H_kv, B)             whether the row must be loaded
+    `host.read(a, b)` brings rows to the device, (H_kv, b - a, 2, D'). A timer measures each method.
     """
 
-    TABLE = ("vectors", "scales", "variances", "lengths", "starts", "ends", "scores", "n_resident")
+    TABLE = ("vectors", "variances", "lengths", "starts", "ends", "scores", "n_resident")
 
-    def __init__(self, plan: Plan, host: HostRows, device, dtype):
+    def __init__(self, plan: Plan, host: HostRows):
         # It has no reference to the cache: a cycle would delay the freeing of memory.
-        heads, dim, capacity = host.heads, host.dim, room_for(plan.n_places)
-        self.plan, self.host = plan, host
+        self.plan, self.host, self.packing = plan, host, host.packing  # see `support/bits.py`
+        heads, capacity, device = host.heads, room_for(plan.n_places), host.device
         # While a text is read: all rows so far (H_kv, n, 2, D), each part's last queries (H, W, D).
         self.text_kv, self.last_queries = None, []
-        self.vectors, self.scales = no_vectors(heads, capacity, dim, plan.config, device, dtype)
+        self.vectors = self.packing.zeros(heads, capacity)
         self.variances = torch.zeros(heads, capacity, device=device)
         self.lengths, self.scores = self.variances.clone(), self.variances.clone()
         self.starts = torch.zeros(heads, capacity, device=device, dtype=torch.long)
         self.ends, self.n_resident = self.starts.clone(), self.starts.clone()
         n_slots = plan.n_row_slots + plan.n_window_slots
-        self.slots = torch.zeros(heads, n_slots, 2, dim, device=device, dtype=dtype)
+        self.slots = self.packing.zeros(heads, n_slots, 2)
         self.slot_row = torch.full((heads, plan.n_row_slots), NO_ROW, device=device)
         self.slot_place = torch.zeros_like(self.slot_row)
         self.slot_missing = torch.zeros_like(self.slot_row, dtype=torch.bool)
@@ -168,7 +167,7 @@ class LayerCache:
         texts come back to the device until `keep`."""
         plan, kv = self.plan, torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
         if self.text_kv is None and plan.n_rows > 0:
-            self.text_kv = self.host.read(0, plan.n_rows)
+            self.text_kv = self.packing.unpack(self.host.read(0, plan.n_rows))
         self.text_kv = kv if self.text_kv is None else torch.cat((self.text_kv, kv), dim=1)
         self.last_queries.append(q[:, -plan.config.observation_window :].clone())  # q is freed
         return self.text_kv.unbind(dim=2)
@@ -181,14 +180,15 @@ class LayerCache:
         if plan.is_first_text:
             kv = self.keep_first_text(kv)
         else:
-            kv = kv[:, first_row:]  # without those of earlier texts
+            kv = self.packing.pack(kv[:, first_row:])  # without those of earlier texts
             bounds = F.pad(plan.sentence_ends, (1, 0)).expand(len(kv), -1)  # 0, and all ends
             self.add_sentences(kv[:, :, 0], bounds, first_row)
         self.offload(first_row, kv)
         self.text_kv, self.last_queries = None, []
 
     def keep_first_text(self, kv) -> torch.Tensor:
-        """Decide what is kept, and make the sentences: kv (H_kv, T, 2, D) -> (H_kv, N, 2, D)"""
+        """Decide what is kept, and make the sentences: kv (H_kv, T, 2, D) -> (H_kv, N, 2, D')"""
+        self.packing.fit(kv)
         k, n_tokens = kv[:, :, 0], kv.shape[1]
         secondary = self.secondary_sinks(k)
         kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1)  # (H_kv, N)
@@ -208,10 +208,10 @@ class LayerCache:
 
     def make_sentences(self, kv, kept, secondary) -> torch.Tensor:
         """Put the kept rows in order, and give the sentences of the first text their places.
-        kv (H_kv, T, 2, D), kept (H_kv, N), secondary (H_kv, T) -> rows (H_kv, N, 2, D)"""
+        kv (H_kv, T, 2, D), kept (H_kv, N), secondary (H_kv, T) -> rows (H_kv, N, 2, D')"""
         plan, head = self.plan, torch.arange(len(kv), device=kv.device)[:, None]
         row_positions, marked = order_rows(kept, secondary)
-        kv = kv[head, row_positions]
+        kv = self.packing.pack(kv[head, row_positions])  # (H_kv, N, 2, D')
         self.host.note_positions(row_positions)  # for a trace, and for a saved document
         bounds = sentence_bounds(marked, plan.sentence_ends)  # (H_kv, S + 1)
         n_secondary = bounds[:, :1]  # the rows before the first sentence: 2
@@ -221,19 +221,19 @@ class LayerCache:
         return kv
 
     def add_sentences(self, keys, bounds, first_row: int = 0, n_all_sinks=0):
-        """Give S sentences the next places of the table. keys (H_kv, n, D) of the rows from
-        `first_row` on, bounds (H_kv, S + 1) counted from it, n_all_sinks (H_kv, 1) if there are"""
+        """Give S sentences the next places of the table. keys (H_kv, n, D') of the rows from
+        `first_row` on, packed, bounds (H_kv, S + 1) counted from it, n_all_sinks (H_kv, 1)"""
         first_place = self.plan.n_places
         places = slice(first_place, first_place + bounds.shape[-1] - 1)
-        vectors, self.variances[:, places] = sentence_vectors(keys, bounds)
-        write_vectors(self, places, vectors)
+        vectors, self.variances[:, places] = sentence_vectors(self.packing.unpack(keys), bounds)
+        self.vectors[:, places] = self.packing.pack(vectors)
         self.lengths[:, places] = bounds.diff(dim=-1).float()
         # First sinks are of place 0, not of their sentence: 2, 11, 17 become 5, 11, 17.
         rows = (first_row + bounds).clamp(min=n_all_sinks)
         self.starts[:, places], self.ends[:, places] = rows[:, :-1], rows[:, 1:]
 
     def offload(self, first_row: int, kv):
-        """Copy rows, kv (H_kv, n, 2, D), to the host: they get the numbers from this one on."""
+        """Copy rows (H_kv, n, 2, D') to the host: they get the numbers from this one on."""
         self.host.write(first_row, kv)
 
     def fill_window(self, first_row: int):
@@ -245,11 +245,11 @@ class LayerCache:
     def decode(self, q, k, v) -> tuple:
         """Select rows, load those that are missing, return all slots and a mask."""
         plan = self.plan
-        self.slots.index_copy_(1, plan.next_slot, torch.stack((k, v), dim=2))  # (H_kv, 1, 2, D)
+        self.slots.index_copy_(1, plan.next_slot, self.packing.pack(torch.stack((k, v), dim=2)))
         self.select(q.view(len(k), -1, q.shape[-1]))
         self.load()
         mask = torch.cat((self.slot_row < NO_ROW, plan.in_window.expand(len(k), -1)), dim=1)
-        return *self.slots.unbind(dim=2), mask.unsqueeze(1)  # (H_kv, 1, B + R)
+        return *self.packing.unpack(self.slots).unbind(dim=2), mask.unsqueeze(1)  # (H_kv, 1, B + R)
 
     def select(self, q):
         """Select the rows of the best sentences, and find slots for them. q (H_kv, G, D)"""
@@ -274,7 +274,8 @@ class LayerCache:
 
     def score(self, q):
         """How well each sentence matches one token's queries (H_kv, G, D) -> (H_kv, P)."""
-        return SCORES[self.plan.config.score](q, read_vectors(self), self.variances, self.lengths)
+        vectors = self.packing.unpack(self.vectors)  # (H_kv, P, D)
+        return SCORES[self.plan.config.score](q, vectors, self.variances, self.lengths)
 
     def load(self):
         """Copy the missing rows from the host into the slots that were found for them."""
@@ -284,7 +285,7 @@ class LayerCache:
         """Give the first `length` rows of the open sentence a place, and offload them. More rows
         can be open: some ends are found when tokens of the next sentence are decoded already."""
         first_row = self.plan.open_row
-        kv = self.slots[:, self.plan.slots_of(first_row, first_row + length)]  # (H_kv, n, 2, D)
+        kv = self.slots[:, self.plan.slots_of(first_row, first_row + length)]  # (H_kv, n, 2, D')
         bounds = torch.tensor([[0, length]], device=kv.device).expand(len(kv), -1)
         self.add_sentences(kv[:, :, 0], bounds, first_row)
         self.offload(first_row, kv)
@@ -314,12 +315,11 @@ class SentenceKVCache:
     Layer = LayerCache  # a subclass can have layers of its own
 
     def __init__(self, config: SentenceKVConfig, model_config, max_tokens: int, device, dtype):
-        device = torch.device(device)
         n_layers, heads, dim = model_config.kv_shape
         self.config, self.plan = config, Plan(config, max_tokens, device)
         self.copies = Copies(device)  # one stream of copies for all layers
-        self.layers = [self.Layer(self.plan, HostRows(heads, dim, device, dtype, self.copies),
-                                  device, dtype) for _ in range(n_layers)]
+        hosts = (HostRows(heads, dim, config.kv_bits, dtype, self.copies) for _ in range(n_layers))
+        self.layers = [self.Layer(self.plan, host) for host in hosts]
         self.first_text = None  # its number of tokens, and the places in use at its end
         self.totals = Totals(self.plan, self.layers)  # rows selected and loaded, for `report`
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from cache import SentenceKVCache
 from model import LlamaConfig
 from sentencekv import SentenceKVConfig, gaussian, select_rows, sentence_vectors
+from support.bits import Packing
 from support.document import restore
 from support.timer import OTHER, StageTimer
 
@@ -36,27 +37,30 @@ def document(n_sentences: int, n_sinks: int, device, dtype) -> dict:
     """A snapshot of one layer with random rows, made part by part. Place 0 are the sinks."""
     _, heads, dim = SHAPE.kv_shape
     n_rows = n_sentences * SENTENCE
-    rows = torch.empty(n_rows, heads, 2, dim, dtype=dtype, pin_memory=device.type == "cuda")
-    vectors = torch.zeros(heads, 1 + n_sentences, dim, device=device, dtype=dtype)
+    packing = Packing(heads, dim, SentenceKVConfig.kv_bits, device, dtype)
+    rows = torch.empty(n_rows, heads, 2, packing.width, dtype=packing.kept_dtype,
+                       pin_memory=device.type == "cuda")
+    vectors = packing.zeros(heads, 1 + n_sentences)
     variances = torch.zeros(heads, 1 + n_sentences, device=device)
     for first in range(0, n_sentences, PART):
         n = min(PART, n_sentences - first)
         topics = 0.5 * torch.randn(heads, n, 1, dim, device=device)
         keys = topics + 0.9 * torch.randn(heads, n, SENTENCE, dim, device=device)
         keys = keys.flatten(1, 2).to(dtype)  # (H_kv, n * SENTENCE, D)
+        kv = torch.stack((keys, torch.randn_like(keys)), dim=2)
         bounds = (torch.arange(n + 1, device=device) * SENTENCE).expand(heads, -1)
         places = slice(1 + first, 1 + first + n)
-        vectors[:, places], variances[:, places] = sentence_vectors(keys, bounds)
+        means, variances[:, places] = sentence_vectors(keys, bounds)
+        vectors[:, places] = packing.pack(means)
         part = rows[first * SENTENCE : (first + n) * SENTENCE]
-        part[:, :, 0] = keys.transpose(0, 1).to(rows.device)
-        part[:, :, 1] = torch.randn(n * SENTENCE, heads, dim, dtype=dtype)
+        part[:] = packing.pack(kv).transpose(0, 1)
     ends = torch.arange(1 + n_sentences, device=device) * SENTENCE
     starts, lengths = (ends - SENTENCE).clamp(min=n_sinks), torch.full_like(ends, SENTENCE)
     starts[0], ends[0], lengths[0] = 0, n_sinks, 0
-    table = {"vectors": vectors, "scales": vectors[..., :0], "variances": variances,
-             "lengths": lengths.expand(heads, -1),
+    table = {"vectors": vectors, "variances": variances, "lengths": lengths.expand(heads, -1),
              "starts": starts.expand(heads, -1), "ends": ends.expand(heads, -1)}
     return {"num_tokens": torch.tensor(n_rows), "0.rows": rows,
+            "0.mean": packing.mean, "0.deviation": packing.deviation,
             **{f"0.{name}": tensor for name, tensor in table.items()}}
 
 
@@ -95,7 +99,7 @@ def one_layer(n_tokens: int, budget: int, n_new: int, device, dtype) -> tuple[di
 def token_stages(cache, n_new: int) -> list[dict]:
     """Write tokens, in sentences. For each of the last `n_new`: stage -> ms."""
     layer, found = cache.layers[0], []
-    device, dtype = layer.slots.device, layer.slots.dtype
+    device, dtype = layer.slots.device, layer.packing.dtype
     timer = StageTimer(device)
     timer.watch(layer, {"score": "score", "load": "load"})
     for i, q in zip(range(n_new + N_WARM), queries(device, dtype)):
@@ -120,7 +124,7 @@ def token_stages(cache, n_new: int) -> list[dict]:
 def two_level_ms(cache, n_new: int) -> list[float]:
     """ms of the two-level choice for each of `n_new` tokens."""
     layer, choose, found = cache.layers[0], TwoLevels(cache), []
-    device, dtype = layer.slots.device, layer.slots.dtype
+    device, dtype = layer.slots.device, layer.packing.dtype
     timer = StageTimer(device)
     for _, q in zip(range(n_new), queries(device, dtype)):
         with timer("two levels"):
@@ -137,11 +141,12 @@ class TwoLevels:
         n_sentences = (plan.n_places - 1) // PARAGRAPH * PARAGRAPH
         places, shape = slice(1, 1 + n_sentences), (-1, PARAGRAPH)
         self.room = plan.n_select - plan.n_first_sinks
-        self.vectors = layer.vectors[:, places].unflatten(1, shape)  # (H_kv, P, PARAGRAPH, D)
+        vectors = layer.packing.unpack(layer.vectors[:, places])
+        self.vectors = vectors.unflatten(1, shape)  # (H_kv, P, PARAGRAPH, D)
         self.variances = layer.variances[:, places].unflatten(1, shape)
         self.lengths = torch.full_like(self.variances, SENTENCE)
         vectors = self.vectors.float()
-        self.means = vectors.mean(dim=2).to(layer.vectors.dtype)
+        self.means = vectors.mean(dim=2).to(layer.packing.dtype)
         spread = vectors.square().mean(dim=(2, 3)) - vectors.mean(dim=2).square().mean(dim=-1)
         self.spread = self.variances.mean(dim=2) + spread
         self.sizes = self.lengths.sum(dim=2)

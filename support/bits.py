@@ -1,42 +1,74 @@
-"""Sentence vectors in 8 bits: what is read of every sentence for every token takes half the memory.
+"""Keys, values and sentence vectors in 8 bits: what is remembered takes half the memory.
 
-A layer of the cache has `vectors` (H_kv, P, D) and `scales` (H_kv, P, 1). With 16 bits there are no
-scales (H_kv, P, 0).
+    z = (x - mean) / deviation          each channel is brought to one size
+    z = scale * n                       n (D,) are whole numbers from -127 to 127
+
+The keys of some models have a channel that is 20 times as large as the others (Qwen2.5: its bias).
+With one scale for all channels, the others would be rounded to a few steps. Mean and deviation of
+a head's channels are those of its first text. The scale is a vector's own, so that nothing is out
+of range, however short that text is.
 """
+
+import math
 
 import torch
 
 LARGEST = 127
+SCALE_BYTES = 2
+LEAST_DEVIATION = 1e-3  # of a text with one token, it is 0
 
 
-def no_vectors(heads: int, places: int, dim: int, config, device, dtype) -> tuple:
-    """Zeros for `vectors` and `scales`. With 16 bits, vectors have the keys' dtype."""
-    kind, n_scales = (torch.int8, 1) if config.vector_bits == 8 else (dtype, 0)
-    return (torch.zeros(heads, places, dim, device=device, dtype=kind),
-            torch.zeros(heads, places, n_scales, device=device, dtype=dtype))
+class Packing:
+    """Between vectors of D channels and what is kept of them. With 8 bits these are D + 2 bytes: n,
+    and the scale as a bfloat16. With 16 bits it is the vector. Shapes: (H_kv, n, 2, D) of keys and
+    values, (H_kv, n, D) of keys alone; sentence vectors are means of keys."""
 
+    def __init__(self, heads: int, dim: int, bits: int, device, dtype: torch.dtype):
+        self.dim, self.bits, self.dtype = dim, bits, dtype  # of vectors
+        self.kept_dtype = torch.int8 if bits == 8 else dtype
+        self.width = dim + SCALE_BYTES if bits == 8 else dim  # numbers that are kept of a vector
+        n_channels = dim if bits == 8 else 0
+        self.mean = torch.zeros(heads, 1, 2, n_channels, device=device, dtype=dtype)
+        self.deviation = torch.ones_like(self.mean)
 
-def write_vectors(layer, places: slice, vectors: torch.Tensor):
-    """Give places of a layer's table these vectors (H_kv, S, D)."""
-    if layer.vectors.dtype == torch.int8:
-        vectors, layer.scales[:, places] = quantized(vectors)
-    layer.vectors[:, places] = vectors
+    def zeros(self, *shape: int) -> torch.Tensor:
+        """Packed vectors, all of zeros (*shape, width)."""
+        return self.mean.new_zeros(*shape, self.width, dtype=self.kept_dtype)
 
+    def fit(self, kv: torch.Tensor):
+        """Take mean and deviation of each channel from kv (H_kv, T, 2, D)."""
+        if self.bits == 8:
+            deviation, mean = torch.std_mean(kv, dim=1, correction=0, keepdim=True)
+            self.mean.copy_(mean)
+            self.deviation.copy_(deviation + LEAST_DEVIATION)
 
-def read_vectors(layer) -> torch.Tensor:
-    """All vectors of a layer's table (H_kv, P, D), in the keys' dtype."""
-    if layer.vectors.dtype == torch.int8:
-        return layer.vectors.to(layer.scales.dtype) * layer.scales
-    return layer.vectors
+    def pack(self, vectors: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., width). A channel is off by half a scale, times its deviation, at most.
 
+        >>> packing = Packing(heads=1, dim=2, bits=8, device="cpu", dtype=torch.float32)
+        >>> packed = packing.pack(torch.tensor([[[127.0, -50.4]]]))
+        >>> packed[..., :2], packing.unpack(packed)
+        (tensor([[[127, -50]]], dtype=torch.int8), tensor([[[127., -50.]]]))
+        """
+        if self.bits == 16:
+            return vectors
+        mean, deviation = self.channels_of(vectors)
+        z = vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # bfloat16 is too coarse
+        z = (z - mean).div_(deviation)
+        largest = torch.linalg.vector_norm(z, ord=math.inf, dim=-1, keepdim=True)
+        scales = (largest / LARGEST).bfloat16()
+        numbers = z.div_(scales.clamp(min=1e-30)).round_()  # zeros have a scale of 0
+        return torch.cat((numbers.to(torch.int8), scales.view(torch.int8)), dim=-1)
 
-def quantized(vectors: torch.Tensor) -> tuple:
-    """Vectors (..., D) as whole numbers (..., D), and a scale for each (..., 1). Their product is
-    the vector, but for half a scale: the channel that is farthest from 0 becomes 127 or -127.
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., D)"""
+        if self.bits == 16:
+            return packed
+        numbers, scales = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
+        mean, deviation = self.channels_of(packed)
+        return torch.addcmul(mean, numbers * scales.view(torch.bfloat16).to(self.dtype), deviation)
 
-    >>> quantized(torch.tensor([[127.0, -50.4]]))
-    (tensor([[127, -50]], dtype=torch.int8), tensor([[1.]]))
-    """
-    scales = vectors.abs().amax(dim=-1, keepdim=True) / LARGEST
-    numbers = vectors.float() / scales.float().clamp(min=1e-30)  # an empty sentence has zeros
-    return numbers.round().clamp(-LARGEST, LARGEST).to(torch.int8), scales
+    def channels_of(self, vectors) -> tuple:
+        """Mean and deviation that fit the shape of `vectors`."""
+        keys_alone = vectors.dim() == 3
+        return (x[:, :, 0] if keys_alone else x for x in (self.mean, self.deviation))

@@ -26,12 +26,12 @@ from safetensors.torch import save_file
 
 from support.mapped import OTHERS, SUMS, MappedFile, add_checksums, check_regular
 from support.outputs import replacing
-from support.schema import SAVED_TABLE, check_header, check_values, shown
+from support.schema import CHANNELS, SAVED_TABLE, check_header, check_values, shown
 from support.table import make_room
 
-FORMAT = "sentencekv document 6"
+FORMAT = "sentencekv document 7"
 SAME = ("keep_factor", "sink_tokens", "secondary_sinks", "secondary_ratio", "sentence_limit",
-        "vector_bits")
+        "kv_bits")
 
 
 @dataclass
@@ -112,6 +112,7 @@ def snapshot(cache) -> dict:
     for i, layer in enumerate(cache.layers):
         tensors |= {f"{i}.{name}": getattr(layer, name)[:, : plan.n_places] for name in SAVED_TABLE}
         tensors |= {f"{i}.rows": layer.host.first, f"{i}.positions": layer.host.positions}
+        tensors |= {f"{i}.{name}": getattr(layer.packing, name) for name in CHANNELS}
     return tensors
 
 
@@ -130,6 +131,8 @@ def restore(cache, tensors: dict, release=None):
         layer.host.positions = tensors.get(f"{i}.positions")  # a benchmark has none
         for name in SAVED_TABLE:
             getattr(layer, name)[:, :n_places] = tensors[f"{i}.{name}"]
+        for name in CHANNELS:
+            getattr(layer.packing, name).copy_(tensors[f"{i}.{name}"])
     cache.truncate(n_tokens)
 
 
@@ -196,7 +199,8 @@ def checked_tensors(file, mapped: MappedFile, model_config, identity: dict) -> d
     with whole(mapped.path):
         check_values(kept, model_config, identity)
     del kept[SUMS]
-    return kept | mapped.rows(getattr(torch, identity["dtype"]), found["0.rows"][1])
+    dtype = torch.int8 if identity["kv_bits"] == "8" else getattr(torch, identity["dtype"])
+    return kept | mapped.rows(dtype, found["0.rows"][1])
 
 
 @contextmanager

@@ -1,12 +1,15 @@
 """Rows of a layer in CPU memory: they are written beside the computation, and read back by index.
 
 For a GPU the memory is pinned: a copy runs beside the computation, and a kernel can read it.
-`kv` is the data of rows: key and value side by side (2, D), so that they move together.
+`kv` is the data of rows: key and value side by side (2, D'), so that they move together. A vector
+of D channels has D' numbers when it is packed (`support/bits.py`).
 """
 
 import os
 
 import torch
+
+from support.bits import Packing
 
 try:  # comes with PyTorch where there is a GPU
     import triton
@@ -21,8 +24,9 @@ class Copies:
     """Copies from a device to the host, on a stream of their own, for all layers. At most one is in
     flight: if the bus is slow, one layer at most waits on the device."""
 
-    def __init__(self, device: torch.device):
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    def __init__(self, device):
+        self.device = torch.device(device)
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.in_flight = None  # keeps the source of a copy alive until the copy is done
 
     def start(self, target: torch.Tensor, source: torch.Tensor):
@@ -49,19 +53,20 @@ class Copies:
 
 
 class HostRows:
-    """The rows of one layer: `first` (N, H_kv, 2, D) are those of the first text, `later` those of
+    """The rows of one layer: `first` (N, H_kv, 2, D') are those of the first text, `later` those of
     what is read and written after it. The rows of `later` follow those of `first`."""
 
-    def __init__(self, heads: int, dim: int, device: torch.device, dtype, copies: Copies):
-        self.heads, self.dim, self.device, self.dtype = heads, dim, device, dtype
-        self.copies = copies
+    def __init__(self, heads: int, dim: int, bits: int, dtype: torch.dtype, copies: Copies):
+        self.heads, self.device, self.copies = heads, copies.device, copies
+        self.packing = Packing(heads, dim, bits, self.device, dtype)
         self.first, self.later = self.empty(0), self.empty(0)
         self.wants_positions, self.positions = False, None  # of the first rows (H_kv, N), int32
         self.release = None  # of a mapped file: gives back the memory of the first rows
 
     @torch.inference_mode(False)  # a tensor made in inference mode cannot be changed outside it
     def empty(self, n_rows: int) -> torch.Tensor:
-        return torch.empty(n_rows, self.heads, 2, self.dim, dtype=self.dtype,
+        packing = self.packing
+        return torch.empty(n_rows, self.heads, 2, packing.width, dtype=packing.kept_dtype,
                            pin_memory=self.device.type == "cuda")
 
     @property
@@ -74,7 +79,7 @@ class HostRows:
             self.positions = positions.int().cpu()
 
     def hold(self, first: torch.Tensor, release=None):
-        """Have these rows (N, H_kv, 2, D) as those of the first text, and no others."""
+        """Have these rows (N, H_kv, 2, D') as those of the first text, and no others."""
         self.first, self.later, self.release = first, self.empty(0), release
 
     def reserve(self, n_rows: int):
@@ -87,9 +92,9 @@ class HostRows:
             self.later = grown
 
     def write(self, first_row: int, kv: torch.Tensor):
-        """Start to copy kv (H_kv, n, 2, D) to the rows from `first_row` on. From row 0 on they are
+        """Start to copy kv (H_kv, n, 2, D') to the rows from `first_row` on. From row 0 on they are
         those of the first text."""
-        kv = kv.transpose(0, 1).contiguous()  # (n, H_kv, 2, D), one block as on the host
+        kv = kv.transpose(0, 1).contiguous()  # (n, H_kv, 2, D'), one block as on the host
         if first_row == 0:
             self.hold(self.empty(len(kv)))
             self.copies.start(self.first, kv)
@@ -99,7 +104,7 @@ class HostRows:
         self.copies.start(self.later[start : start + len(kv)], kv)
 
     def read(self, begin: int, end: int) -> torch.Tensor:
-        """Rows `begin` to `end` on the device, (H_kv, n, 2, D)."""
+        """Rows `begin` to `end` on the device, (H_kv, n, 2, D')."""
         self.copies.finish()
         n_first = len(self.first)
         parts = (self.first[begin:end],
@@ -111,9 +116,11 @@ class HostRows:
 
 
 def load_rows(first, later, slots, rows, missing):
-    """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D), from
-    `first` and `later` (N, H_kv, 2, D) of a `HostRows`."""
+    """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D'), from
+    `first` and `later` (N, H_kv, 2, D') of a `HostRows`."""
     if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):  # 1: in tests
+        if slots.dtype == torch.int8:  # a row of bytes is a whole number of 4 bytes
+            first, later, slots = (x.flatten(-2).view(torch.int32) for x in (first, later, slots))
         (heads, n_row_slots), size = rows.shape, slots[0, 0].numel()
         copy_missing[n_row_slots, heads](
             first, later, len(first), slots, rows, missing, slots.shape[1], size,
@@ -123,7 +130,7 @@ def load_rows(first, later, slots, rows, missing):
     # The place in `first`, as if `later` were its continuation.
     place = (rows[head, slot] * len(rows) + head).to(first.device)
     first, later = first.flatten(0, 1), later.flatten(0, 1)
-    found = first.index_select(0, place.clamp(max=len(first) - 1))  # (n, 2, D)
+    found = first.index_select(0, place.clamp(max=len(first) - 1))  # (n, 2, D')
     is_later = place >= len(first)
     if is_later.any():
         others = later.index_select(0, (place - len(first)).clamp(min=0))

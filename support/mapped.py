@@ -74,7 +74,7 @@ class MappedFile:
                 raise ValueError(f"{self.path} is damaged: the checksum of {name} is wrong")
 
     def rows(self, dtype: torch.dtype, shape: tuple) -> dict:
-        """The rows of each layer, of this shape (N, H_kv, 2, D), by name."""
+        """The rows of each layer, of this shape (N, H_kv, 2, D'), by name."""
         return {name: torch.frombuffer(memoryview(self.mapping)[slice(*self.ranges[name])],
                                        dtype=dtype).view(shape) for name in self.layers}
 

@@ -2,7 +2,7 @@
 
 import torch
 
-HEADINGS = {"slots": "slots", "vectors": "sentence vectors", "scales": "sentence vectors"}
+HEADINGS = {"slots": "slots", "vectors": "sentence vectors"}
 REST = "bookkeeping"  # of all other tensors
 
 
@@ -30,13 +30,14 @@ class Totals:
 def report(cache) -> dict:
     """Bytes that a SentenceKVCache holds, and bytes selected and loaded since its last text, not
     counting sinks. On the host, rows of a mapped file count whether they have been read or not."""
-    parts = held_bytes((cache.plan, cache.totals, *cache.layers))
+    packings = (layer.packing for layer in cache.layers)
+    parts = held_bytes((cache.plan, cache.totals, *cache.layers, *packings))
     selected, loaded = cache.totals.selected.item(), max(cache.plan.total_loaded.item(), 0)
-    token_bytes = sum(layer.slots[:, 0].nbytes for layer in cache.layers)
-    row_bytes = cache.layers[0].slots[0, 0].nbytes
+    row_bytes, host = cache.layers[0].slots[0, 0].nbytes, cache.layers[0].host
+    whole_row = 2 * host.packing.dim * host.packing.dtype.itemsize  # of the full cache, not packed
     return {"device_kv_parts": parts, "device_kv_bytes": sum(parts.values()),
             "host_kv_bytes": sum(layer.host.nbytes for layer in cache.layers),
-            "full_kv_bytes": cache.num_tokens * token_bytes,
+            "full_kv_bytes": cache.num_tokens * len(cache.layers) * host.heads * whole_row,
             "selected_bytes": selected * row_bytes, "loaded_bytes": loaded * row_bytes,
             "hit_rate": 1 - loaded / selected if selected else None}
 

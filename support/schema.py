@@ -9,10 +9,12 @@ import math
 
 import torch
 
+from support.bits import LEAST_DEVIATION, SCALE_BYTES
 from support.mapped import SUMS
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> as safetensors has it
-SAVED_TABLE = ("vectors", "scales", "variances", "lengths", "starts", "ends")  # of all sentences
+SAVED_TABLE = ("vectors", "variances", "lengths", "starts", "ends")  # of all sentences
+CHANNELS = ("mean", "deviation")  # of a `support.bits.Packing`
 MOST_SHOWN = 120  # characters
 MOST_TEXT = 2**26  # bytes of a text: a token has a few
 
@@ -37,8 +39,7 @@ def check_header(found: dict, ranges: dict, model_config, identity: dict):
     expected = {"num_tokens": ("I64", ()), "ids": ("I64", (n_tokens,)),
                 "spans": ("I64", (n_spans, 2)), "text": ("U8", (n_text,)),
                 SUMS: ("I64", (model_config.kv_shape[0] + 1,)),
-                **layer_tensors(model_config.kv_shape, STORED[identity["dtype"]],
-                                identity["vector_bits"], n_rows, n_places)}
+                **layer_tensors(model_config.kv_shape, identity, n_rows, n_places)}
     refuse([name for name in {**expected, **found} if found.get(name) != expected.get(name)])
     refuse([name for name, good in {
         "ids": n_tokens <= model_config.max_position_embeddings,
@@ -50,13 +51,16 @@ def check_header(found: dict, ranges: dict, model_config, identity: dict):
             if end > begin and begin * math.prod(found[name][1]) % (end - begin)])
 
 
-def layer_tensors(kv_shape: tuple, dtype: str, bits: str, n_rows: int, n_places: int) -> dict:
+def layer_tensors(kv_shape: tuple, identity: dict, n_rows: int, n_places: int) -> dict:
     """Name -> (type, shape) of the tensors of all layers."""
-    layers, heads, dim = kv_shape
-    table = (heads, n_places)
-    of_layer = {"rows": (dtype, (n_rows, heads, 2, dim)), "positions": ("I32", (heads, n_rows)),
-                "vectors": ("I8" if bits == "8" else dtype, (*table, dim)),
-                "scales": (dtype, (*table, int(bits == "8"))), "variances": ("F32", table),
+    (layers, heads, dim), table = kv_shape, (kv_shape[1], n_places)
+    kept = dtype = STORED[identity["dtype"]]
+    n_channels, width = 0, dim  # nothing is packed
+    if identity["kv_bits"] == "8":
+        kept, n_channels, width = "I8", dim, dim + SCALE_BYTES
+    of_layer = {"rows": (kept, (n_rows, heads, 2, width)), "positions": ("I32", (heads, n_rows)),
+                "vectors": (kept, (*table, width)), "variances": ("F32", table),
+                **dict.fromkeys(CHANNELS, (dtype, (heads, 1, 2, n_channels))),
                 "lengths": ("F32", table), "starts": ("I64", table), "ends": ("I64", table)}
     return {f"{i}.{name}": tensor for i in range(layers) for name, tensor in of_layer.items()}
 
@@ -80,7 +84,7 @@ def check_values(tensors: dict, model_config, identity: dict):
     }.items() if not good])
     n_first = min(int(identity["sink_tokens"]), n_tokens)
     for i in range(model_config.kv_shape[0]):
-        layer = {name: tensors[f"{i}.{name}"] for name in (*SAVED_TABLE, "positions")}
+        layer = {name: tensors[f"{i}.{name}"] for name in (*SAVED_TABLE, *CHANNELS, "positions")}
         good = check_layer(layer, n_tokens, n_first, int(identity["secondary_sinks"]))
         refuse([f"{i}.{name}" for name in good if not good[name]])
 
@@ -91,13 +95,21 @@ def check_layer(layer: dict, n_tokens: int, n_first: int, n_secondary: int) -> d
     n_rows, sinks = layer["positions"].shape[1], layer["ends"][:, 0]  # place 0 is all sinks
     good = {"ends": within(sinks, n_first, n_first + n_secondary)
             and tile(layer["starts"], layer["ends"], n_rows),
-            "vectors": layer["vectors"].isfinite().all(),
-            "scales": layer["scales"].isfinite().all(),
+            "vectors": floats(layer["vectors"]).isfinite().all(),
+            "mean": layer["mean"].isfinite().all(),
+            "deviation": within(layer["deviation"], LEAST_DEVIATION / 2, torch.finfo(torch.float16).max),
             "variances": within(layer["variances"], 0, torch.finfo(torch.float32).max),
             "lengths": within(layer["lengths"], 0, n_rows)}
     if good["ends"]:
         good["positions"] = in_order(layer["positions"], sinks - n_first, n_tokens)
     return good
+
+
+def floats(vectors: torch.Tensor) -> torch.Tensor:
+    """What of a table of vectors can be NaN: the scales of packed ones, or all."""
+    if vectors.dtype != torch.int8:
+        return vectors
+    return vectors[..., -SCALE_BYTES:].clone().view(torch.bfloat16)
 
 
 def within(tensor: torch.Tensor, least, most) -> bool:

@@ -14,8 +14,8 @@ def check_settings(config, scores) -> None:
     for name, kind in config.__annotations__.items():
         if kind is int and getattr(config, name) > MAX_COUNT:
             raise ValueError(f"{name} is {getattr(config, name)}, must be at most {MAX_COUNT}")
-    if config.vector_bits not in (8, 16):
-        raise ValueError(f"vector_bits is {config.vector_bits}, must be 8 or 16")
+    if config.kv_bits not in (8, 16):
+        raise ValueError(f"kv_bits is {config.kv_bits}, must be 8 or 16")
     if config.query_decay > 1:
         raise ValueError(f"query_decay is {config.query_decay}, must be at most 1")
     sinks, last = config.sink_tokens + config.secondary_sinks, config.protected_tokens

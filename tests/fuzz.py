@@ -223,7 +223,7 @@ def write_documents(place: Path) -> tuple:
     model, tokenizer = load_model(folder, torch.device("cpu"), torch.float32), Tokenizer(folder)
     for text in (TEXT, TEXT[50:200], TEXT * 2, "A"):
         for keep_factor, bits in ((math.inf, 16), (math.inf, 8), (2, 16)):
-            config = SentenceKVConfig(64, keep_factor=keep_factor, vector_bits=bits)
+            config = SentenceKVConfig(64, keep_factor=keep_factor, kv_bits=bits)
             path = place / "document"
             write_document(path, text, model, tokenizer, config)
             data = path.read_bytes()

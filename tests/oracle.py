@@ -39,7 +39,7 @@ class SlowHead:
     def shortest_keys(self, k) -> list:
         """The positions of the secondary sinks: the shortest keys, if these are much shorter than
         the median. Much attention goes to them, whatever is asked: see `find_secondary_sinks`."""
-        config, norms = self.config, [key.norm().item() for key in k]
+        config, norms = self.config, [key.float().norm().item() for key in k]
         median = sorted(norms)[(len(norms) - 1) // 2]  # as `torch.median`
         others = range(config.sink_tokens, len(k) - config.protected_tokens)
         short = sorted((norms[i], i) for i in others if norms[i] < config.secondary_ratio * median)

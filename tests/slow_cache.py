@@ -12,22 +12,38 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class RoundedHead(SlowHead):
-    """With sentence vectors in 8 bits."""
+    """A head that remembers in 8 bits. Each channel has mean 0 and deviation 1, as of the first
+    text. Then a key, a value and a sentence's mean key are whole steps, 127 of them up to the
+    largest channel. Prefill attends to what is not rounded."""
+
+    def prefill(self, q, k, v):
+        super().prefill(q, k, v)
+        kv = torch.stack((k, v), dim=1)  # (T, 2, D)
+        self.mean, self.deviation = kv.mean(0), (kv - kv.mean(0)).square().mean(0).sqrt() + 0.001
+        self.kv = {i: self.rounded(kv, self.mean, self.deviation) for i, kv in self.kv.items()}
+
+    def append(self, k, v):
+        kv = self.rounded(torch.stack((k, v)), self.mean, self.deviation)
+        super().append(*kv)
 
     def keys_of(self, span) -> torch.Tensor:
-        """All keys of a sentence are moved by the same, so that their mean is whole steps, 127 of
-        them up to its largest channel. Their variance stays."""
+        """All keys of a sentence are moved by the same, so that their mean is rounded. Their
+        variance stays."""
         keys = super().keys_of(span)
-        mean = keys.mean(0)
-        step = mean.abs().max() / 127
-        return keys + (mean / step).round() * step - mean
+        return keys + self.rounded(keys.mean(0), self.mean[0], self.deviation[0]) - keys.mean(0)
+
+    def rounded(self, x, mean, deviation) -> torch.Tensor:
+        """Each of the vectors x (..., D)."""
+        x = (x - mean) / deviation
+        step = (x.abs().amax(-1, keepdim=True) / 127).bfloat16().to(x)
+        return mean + deviation * step * (x / step.clamp(min=1e-30)).round()
 
 
 class SlowLayer:
     """The KV heads of one layer. `prefill` and `decode` get q (H, T, D), k and v (H_kv, T, D)."""
 
     def __init__(self, config, n_kv_heads: int, spans: list):
-        kind = RoundedHead if config.vector_bits == 8 else SlowHead
+        kind = RoundedHead if config.kv_bits == 8 else SlowHead
         self.heads = [kind(config, spans) for _ in range(n_kv_heads)]
 
     def prefill(self, q, k, v) -> tuple:
@@ -37,11 +53,12 @@ class SlowLayer:
             for head, *qkv in zip(self.heads, q.unflatten(0, (len(k), -1)), k, v):
                 head.prefill(*qkv)
             return k, v
+        earlier = torch.stack([torch.stack([*head.kv.values()]) for head in self.heads])
         for head, keys, values in zip(self.heads, k, v):
             for key, value in zip(keys, values):
                 head.append(key, value)
-        kv = torch.stack([torch.stack([*head.kv.values()]) for head in self.heads])
-        return kv.unbind(dim=2)  # of (H_kv, n, 2, D)
+        kv = torch.cat((earlier, torch.stack((k, v), dim=2)), dim=1)  # (H_kv, n, 2, D)
+        return kv.unbind(dim=2)
 
     def keep(self):
         """Nothing to do: `prefill` reads whole texts."""

@@ -76,7 +76,7 @@ def settings(case) -> SentenceKVConfig:
         token_budget=theirs["token_budget"], keep_factor=theirs["keep_factor"],
         sink_tokens=theirs["start_budget"], recent_window=theirs["recent_budget"],
         observation_window=theirs["window_size"], secondary_sinks=0, score="mean_query",
-        query_decay=1, sentence_limit=128)
+        query_decay=1, kv_bits=16, sentence_limit=128)
 
 
 def weights_of(case) -> dict:

@@ -17,6 +17,7 @@ import generate
 from sentencekv import SentenceKVConfig
 from support import document as module
 from support import questions, schema
+from support.bits import Packing
 from support.document import Document, identity_of, load_document, save_document
 from support.mapped import MappedFile, add_checksums
 from weights.checkpoint import fingerprint
@@ -29,8 +30,11 @@ BOUNDS = torch.tensor([0, 6, 9, 600]).repeat(2, 1)  # of 4 + 2 sinks, and of two
 POSITIONS = torch.tensor([[50, 70, *(i for i in range(600) if i not in (50, 70))]] * 2).int()
 KEPT = {"num_tokens": torch.tensor(600)}  # of 2 layers, with 2 KV heads of 8 channels
 for layer in ("0", "1"):
-    KEPT |= {f"{layer}.rows": torch.randn(600, 2, 2, 8), f"{layer}.vectors": torch.randn(2, 3, 8),
-             f"{layer}.scales": torch.zeros(2, 3, 0), f"{layer}.variances": torch.rand(2, 3), f"{layer}.starts": BOUNDS[:, :-1],
+    packing = Packing(2, 8, 8, CPU, torch.float32)
+    KEPT |= {f"{layer}.rows": packing.pack(torch.randn(2, 600, 2, 8)).transpose(0, 1).contiguous(),
+             f"{layer}.vectors": packing.pack(torch.randn(2, 3, 8)),
+             f"{layer}.mean": packing.mean, f"{layer}.deviation": packing.deviation,
+             f"{layer}.variances": torch.rand(2, 3), f"{layer}.starts": BOUNDS[:, :-1],
              f"{layer}.lengths": torch.rand(2, 3), f"{layer}.ends": BOUNDS[:, 1:],
              f"{layer}.positions": POSITIONS.clone()}
 
@@ -60,7 +64,7 @@ def test_what_is_loaded_is_what_was_saved(tiny_folder, tmp_path):
 
 def test_rows_given_back_are_read_again(tiny_folder, tmp_path):
     file = MappedFile(save(tmp_path / "document", tiny_folder))
-    rows = file.rows(torch.float32, KEPT["0.rows"].shape)
+    rows = file.rows(torch.int8, KEPT["0.rows"].shape)
     assert rows.keys() == {"0.rows", "1.rows"}
     for released in ("1.rows", "0.rows", None):
         assert all(torch.equal(tensor, KEPT[name]) for name, tensor in rows.items())
@@ -124,7 +128,8 @@ CHANGES = [
     *((name, lambda t: t[..., :0]) for name in ("0.rows", "1.vectors", "text", "ids", "spans")),
     *((name, lambda t: t[None]) for name in ("num_tokens", "1.rows", "0.starts", "text")),
     ("num_tokens", lambda t: t + 1), ("num_tokens", lambda t: t.to(torch.complex64)),
-    ("1.vectors", lambda t: t[:, 1:]), ("1.vectors", lambda t: t / 0),
+    ("1.vectors", lambda t: t[:, 1:]), ("1.vectors", lambda t: t * 0 - 1),
+    ("0.mean", lambda t: t / 0), ("1.deviation", lambda t: t * 0), ("0.mean", None),
     ("0.variances", lambda t: put(t, (1, 2), torch.nan)), ("0.variances", lambda t: -t - 1),
     ("1.lengths", lambda t: put(t, (0, 0), 601)), ("1.lengths", lambda t: t * torch.nan),
     ("0.starts", lambda t: t - 1), ("0.starts", lambda t: put(t, (0, 0), -3)),
@@ -209,8 +214,7 @@ def test_sentences_whose_lengths_overflow_are_refused(tiny_folder, tmp_path, nam
         for i in (0, 1):
             tensors |= {f"{i}.starts": bounds[:-1].repeat(2, 1), f"{i}.lengths": torch.ones(2, 5),
                         f"{i}.ends": bounds[1:].repeat(2, 1), f"{i}.variances": torch.ones(2, 5),
-                        f"{i}.vectors": torch.ones(2, 5, 8),
-                        f"{i}.scales": torch.ones(2, 5, 0)}
+                        f"{i}.vectors": torch.ones(2, 5, 8 + 2, dtype=torch.int8)}
 
     spoil(path, spoil_tensors)
     add_checksums(path)
@@ -433,7 +437,7 @@ from support.environment import end_at_bus_error
 from support.mapped import MappedFile
 
 path, threads = sys.argv[1], int(sys.argv[2])
-rows = MappedFile(path).rows(torch.float32, (600, 2, 2, 8))["0.rows"]
+rows = MappedFile(path).rows(torch.int8, (600, 2, 2, 10))["0.rows"]
 read = [lambda: rows.sum(), lambda: rows.tolist(), lambda: rows.transpose(0, 1).contiguous(),
         lambda: rows.index_select(0, torch.arange(600)), lambda: rows.bfloat16()]
 os.truncate(path, 100)

@@ -92,7 +92,7 @@ def test_the_report_is_complete_and_adds_up(capfd, tiny_folder, prompt, cache, k
 
 def test_both_caches_answer_alike_when_the_budget_holds_everything(capfd, tiny_folder, prompt):
     texts = [run_json(capfd, "--prompt", prompt, "--model", tiny_folder, "--cache", cache,
-                      "--max-new-tokens", 60, "--device", "cpu")["text"]
+                      "--kv-bits", 16, "--max-new-tokens", 60, "--device", "cpu")["text"]
              for cache in ("full", "sentencekv")]
     assert texts[0] == texts[1] != ""
 
@@ -259,7 +259,7 @@ def test_a_loaded_document_is_the_one_saved(capfd, chat_folder, prompt, tmp_path
 
 
 def test_a_prompt_saved_without_a_question_is_answered_too(capfd, chat_folder, prompt, tmp_path):
-    common = ["--model", chat_folder, "--max-new-tokens", 30, "--device", "cpu"]
+    common = ["--model", chat_folder, "--max-new-tokens", 30, "--device", "cpu", "--kv-bits", 16]
     for raw in ([], ["--raw"]):
         expected = run_json(capfd, "--prompt", prompt, *common, *raw)["text"]
         path = tmp_path / "document"

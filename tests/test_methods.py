@@ -431,7 +431,8 @@ def test_every_token_is_attended_to_where_it_was_read(method):
 
 
 @pytest.mark.parametrize("method", ["streamingllm", "expected_attention", "cascading", "arkvale",
-                                    "actqkv", "clusterkv", "prefixkv", "duo_heads", "sentencekv"])
+                                    "actqkv", "clusterkv", "prefixkv", "duo_heads",
+                                    "sentencekv_16bit"])
 def test_the_first_tokens_stay(recording, method):
     cache = recording.replay(new_cache(method))
     for step in range(10):

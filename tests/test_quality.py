@@ -165,17 +165,17 @@ def test_methods_together_write_what_each_writes_alone(tiny_folder, book):
 def test_perplexity_of_everything_is_the_full_cache_s(tiny_folder, book, tmp_path):
     out = tmp_path / "nll.jsonl"
     assert run("perplexity", "--data", book, "--model", tiny_folder, "--length", 200,
-               "--new-tokens", 40, "--methods", "full sentencekv streamingllm", "--budgets",
+               "--new-tokens", 40, "--methods", "full sentencekv_16bit streamingllm", "--budgets",
                "96,512", "--out", out) == 0
     scores = {(r["method"], r["budget"]): r["score"] for r in results(out)}
     full = scores["full", 512]
-    for method in ("sentencekv", "streamingllm"):
+    for method in ("sentencekv_16bit", "streamingllm"):
         assert scores[method, 512] == pytest.approx(full, abs=1e-4)
         assert scores[method, 96] != pytest.approx(full, abs=1e-4)
-    lost = scores["sentencekv", 96] - full
+    lost = scores["sentencekv_16bit", 96] - full
     lines = out.with_suffix(".md").read_text().splitlines()
     assert lines[0].endswith("| above full 96 | above full 512 |")
-    assert lines[3].startswith("| sentencekv |") and f"| {lost:.3f} | " in lines[3]
+    assert lines[3].startswith("| sentencekv_16bit |") and f"| {lost:.3f} | " in lines[3]
 
 
 def test_passages_begin_at_their_places(tiny_folder, book, tmp_path):
@@ -220,7 +220,7 @@ def test_a_book_that_is_too_short_is_named(tiny_folder, book, capsys, arguments,
 def test_recall_is_one_when_everything_is_selected(tiny_folder, book, tmp_path):
     out = tmp_path / "recall.jsonl"
     assert run("recall", "--data", book, "--model", tiny_folder, "--length", 200, "--new-tokens",
-               20, "--methods", "sentencekv h2o best_sentences", "--budgets", "96,512",
+               20, "--methods", "sentencekv_16bit h2o best_sentences", "--budgets", "96,512",
                "--out", out) == 0
     for row in results(out):
         mass = row["task"].startswith("mass")

@@ -75,7 +75,7 @@ def test_one_layer_is_measured_at_every_length(tmp_path, capsys):
     assert [row["length"] for row in rows] == [1000, 3000]
     for row in rows:
         assert set(scale.STAGES) | {"all", "two levels"} <= row.keys()
-        assert 0 < row["hits"] < 1 and row["host"] >= row["length"] * 8 * 2 * 128 * 4
+        assert 0 < row["hits"] < 1 and row["host"] >= row["length"] * 8 * 2 * (128 + 2)
         assert row["bound_ms"].keys() == set(scale.STAGES)
         assert 0 < row["two levels"] and all(0 < row[stage] < row["all"] for stage in scale.STAGES)
     assert "| 3,000 |" in out.with_suffix(".md").read_text()
@@ -88,9 +88,10 @@ def test_what_is_restored_is_a_document_that_was_read():
     cache = scale.filled_cache(n, 128, 100, torch.device("cpu"), torch.float32)
     layer, plan = cache.layers[0], cache.plan
     assert (plan.num_tokens, plan.n_places) == (n * scale.SENTENCE, 1 + n)
-    keys = layer.host.first[:, :, 0].unflatten(0, (n, scale.SENTENCE))  # (n, 25, H_kv, D)
-    vectors = layer.vectors[:, 1 : 1 + n].transpose(0, 1)
-    torch.testing.assert_close(vectors, keys.mean(dim=1), rtol=0, atol=1e-5)
+    keys = layer.packing.unpack(layer.host.read(0, n * scale.SENTENCE)[:, :, 0])  # (H_kv, N, D)
+    vectors = layer.packing.unpack(layer.vectors)[:, 1 : 1 + n]
+    means = keys.unflatten(1, (n, scale.SENTENCE)).mean(dim=2)
+    torch.testing.assert_close(vectors, means, rtol=0, atol=0.03)  # in 8 bits
     assert layer.vectors[:, 0].eq(0).all() and layer.lengths[:, 0].eq(0).all()
     assert (layer.starts[0, :3].tolist(), layer.ends[0, :3].tolist()) == ([0, 4, 25], [4, 25, 50])
 
@@ -100,7 +101,8 @@ def test_two_levels_choose_as_one_if_every_paragraph_is_among_the_best():
     cache = scale.filled_cache(n, 128, 100, torch.device("cpu"), torch.float32)
     q, layer, places = torch.randn(8, 4, 128), cache.layers[0], slice(1, 1 + n)
     lengths = torch.full((8, n), scale.SENTENCE)
-    scores = gaussian(q, layer.vectors[:, places], layer.variances[:, places], lengths.float())
+    vectors = layer.packing.unpack(layer.vectors[:, places])
+    scores = gaussian(q, vectors, layer.variances[:, places], lengths.float())
     expected = select_rows(scores, lengths, cache.plan.n_select - cache.plan.n_first_sinks)
     two = scale.TwoLevels(cache)
     paragraphs = gaussian(q, two.means, two.spread, two.sizes)

@@ -84,7 +84,7 @@ def test_the_numbers_are_the_caches_own(keep_factor, sentence_limit):
     rows, attention = unpack(answer, "rows"), unpack(answer, "attention")
     assert answer["bytes"] == (1 if sentence_limit == 12 else 4)
 
-    row_bytes = 2 * TINY.head_dim * 4
+    row_bytes = 2 * (TINY.head_dim + 2)
     moved = np.diff(rows.astype(int), axis=0, prepend=0).clip(min=0)
     assert rows.sum(dtype=int) * row_bytes == report["selected_bytes"]
     assert moved.sum() * row_bytes == report["loaded_bytes"]
@@ -152,7 +152,7 @@ def test_every_turn_is_an_answer_that_has_the_earlier_ones_before_it(capfd, chat
     before = "".join(first["pieces"])  # with the first answer
     assert "".join(second["pieces"]).startswith(before.rstrip("\n"))
     for answer in (first, second):
-        selected = unpack(answer, "rows").sum(dtype=int) * 2 * TINY.head_dim * 4
+        selected = unpack(answer, "rows").sum(dtype=int) * 2 * (TINY.head_dim + 2)
         assert selected == answer["report"]["selected_bytes"] > 0
 
 

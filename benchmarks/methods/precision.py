@@ -54,7 +54,7 @@ class SentenceKVBits(SentenceKVCache):
         @property
         def row_size(self):
             """Bytes of a row of the prompt on the host, as a part of one of 16 bits."""
-            return stored_bits(self.bits, self.host.dim) / 16
+            return stored_bits(self.bits, self.packing.dim) / 16
 
         def make_sentences(self, kv, kept, secondary):
             return quantised(super().make_sentences(kv, kept, secondary), self.bits)

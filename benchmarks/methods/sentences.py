@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from cache import LayerCache, SentenceKVCache
 from sentencekv import gaussian
-from support.bits import read_vectors
+from support.bits import SCALE_BYTES
 
 
 def index_tokens(layer) -> float:
@@ -22,10 +22,19 @@ def index_tokens(layer) -> float:
     return vectors_in_tokens(layer, layer.plan.n_places - 1)
 
 
+def vectors_of(layer) -> torch.Tensor:
+    """The sentence vectors of a layer (H_kv, P, D), not packed."""
+    return layer.packing.unpack(layer.vectors)
+
+
 def vectors_in_tokens(layer, n_vectors: float) -> float:
-    """So many vectors, each with a variance, in tokens of a KV head."""
-    dim = layer.host.dim
-    return n_vectors * (dim + 1) / (2 * dim)
+    """So many vectors, each with a variance of 16 bits, in tokens of a KV head."""
+    return n_vectors * (packed_share(layer.packing) / 2 + 1 / (2 * layer.packing.dim))
+
+
+def packed_share(packing) -> float:
+    """The bytes of a packed vector, as a part of one with 16 bits a channel."""
+    return (packing.dim + SCALE_BYTES) / (2 * packing.dim) if packing.bits == 8 else 1.0
 
 
 class TwoVectors(SentenceKVCache):
@@ -43,7 +52,7 @@ class TwoVectors(SentenceKVCache):
 
         def __init__(self, *args):
             super().__init__(*args)
-            self.farthest = torch.zeros_like(read_vectors(self))
+            self.farthest = torch.zeros_like(vectors_of(self))
 
         def index_tokens(self):
             return vectors_in_tokens(self, self.plan.n_places - 1) + (self.plan.n_places - 1) / 2
@@ -52,7 +61,7 @@ class TwoVectors(SentenceKVCache):
             super().add_sentences(keys, bounds, *rest, **named)
             first = self.plan.n_places
             places = slice(first, first + bounds.shape[-1] - 1)
-            self.farthest[:, places] = self.choose(keys, bounds, read_vectors(self)[:, places])
+            self.farthest[:, places] = self.choose(keys, bounds, vectors_of(self)[:, places])
 
         @staticmethod
         def choose(keys, bounds, vectors):
@@ -70,7 +79,7 @@ class TwoVectors(SentenceKVCache):
         def score(self, q):
             lengths, q = self.lengths.unsqueeze(1), q / math.sqrt(q.shape[-1])
             squared_norms = q.square().sum(dim=-1, keepdim=True)
-            others = q @ read_vectors(self).mT + squared_norms * self.variances.unsqueeze(1) / 2
+            others = q @ vectors_of(self).mT + squared_norms * self.variances.unsqueeze(1) / 2
             farthest = (q @ self.farthest.mT).masked_fill(lengths == 0, -math.inf)
             others = others + (lengths - 1).clamp(min=0).log()
             attention = torch.logaddexp(others, farthest).softmax(dim=-1)
@@ -94,7 +103,7 @@ class TwoLevel(SentenceKVCache):
             return vectors_in_tokens(self, n_paragraphs + self.n_best * self.paragraph)
 
         def score(self, q):
-            lengths, vectors = self.lengths[:, 1:], read_vectors(self)[:, 1:].float()  # (H_kv, S, D)
+            lengths, vectors = self.lengths[:, 1:], vectors_of(self)[:, 1:].float()  # (H_kv, S, D)
             n_sentences = lengths.shape[1]
 
             def total(x):  # over each paragraph, (H_kv, S, n) -> (H_kv, P, n)

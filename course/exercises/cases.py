@@ -150,7 +150,8 @@ def sealing_cache(layer_class, spans: list) -> SentenceKVCache:
         Layer = layer_class
 
     config = SentenceKVConfig(token_budget=24, keep_factor=1, sink_tokens=2, secondary_sinks=0,
-                              recent_window=4, observation_window=4, sentence_limit=12)
+                              recent_window=4, observation_window=4, sentence_limit=12,
+                              kv_bits=16)
     cache = Cache(config, TINY, spans[-1][1] + 20, "cpu", torch.float32)
     cache.expect(spans)
     return cache

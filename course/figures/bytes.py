@@ -24,8 +24,8 @@ def full_cache(n_tokens: int) -> int:
 def sentencekv(n_tokens: int) -> int:
     """Slots for a budget, and a vector for each sentence, without room for more."""
     n_sentences = -(-n_tokens // TOKENS_A_SENTENCE)
-    cache = SentenceKVCache(SentenceKVConfig(token_budget=BUDGET), LLAMA, n_tokens, "meta",
-                            torch.bfloat16)
+    config = SentenceKVConfig(token_budget=BUDGET, kv_bits=16)
+    cache = SentenceKVCache(config, LLAMA, n_tokens, "meta", torch.bfloat16)
     make_room(cache.layers, n_sentences)
     return sum(layer.slots[:, :BUDGET].nbytes + layer.vectors[:, :n_sentences].nbytes
                for layer in cache.layers)
