@@ -30,6 +30,9 @@ class Packing:
         n_channels = dim if bits == 8 else 0
         self.mean = torch.zeros(heads, 1, 2, n_channels, device=device, dtype=dtype)
         self.deviation = torch.ones_like(self.mean)
+        # By the number of dimensions of what is packed: of keys and values, and of keys alone.
+        self.channels = {4: (self.mean, self.deviation),
+                         3: (self.mean[:, :, 0], self.deviation[:, :, 0])}
 
     def zeros(self, *shape: int) -> torch.Tensor:
         """Packed vectors, all of zeros (*shape, width)."""
@@ -52,7 +55,7 @@ class Packing:
         """
         if self.bits == 16:
             return vectors
-        mean, deviation = self.channels_of(vectors)
+        mean, deviation = self.channels[vectors.dim()]
         z = vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # bfloat16 is too coarse
         z = (z - mean).div_(deviation)
         largest = torch.linalg.vector_norm(z, ord=math.inf, dim=-1, keepdim=True)
@@ -65,10 +68,5 @@ class Packing:
         if self.bits == 16:
             return packed
         numbers, scales = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
-        mean, deviation = self.channels_of(packed)
+        mean, deviation = self.channels[packed.dim()]
         return torch.addcmul(mean, numbers * scales.view(torch.bfloat16).to(self.dtype), deviation)
-
-    def channels_of(self, vectors) -> tuple:
-        """Mean and deviation that fit the shape of `vectors`."""
-        keys_alone = vectors.dim() == 3
-        return (x[:, :, 0] if keys_alone else x for x in (self.mean, self.deviation))
