@@ -56,6 +56,7 @@ STYLES = {  # method: name in pictures, colour, marker, line
     "last_query": ("SentenceKV, last query", BLUE, "o", ":"),
     "sentencekv_4bit": ("SentenceKV, 4 bits on the host", BLUE, "o", "--"),
     "two_level": ("SentenceKV, two levels", BLUE, "o", "-."),
+    "boxes": ("SentenceKV, boxes of vectors", BLUE, "o", "-."),
     "published": ("SentenceKV as published, r = 2", ORANGE, "s", "-"),
     "published:keep_factor=3": ("SentenceKV as published, r = 3", ORANGE, "s", "--"),
     "published:keep_factor=inf": ("SentenceKV as published, r = ∞", ORANGE, "s", "-."),

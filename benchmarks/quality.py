@@ -74,7 +74,7 @@ from weights.tokenizer import Tokenizer
 THIRD = Fraction(1, 3)
 # Run when asked for:
 STUDIES = ("plain", "last_query", "sentencekv_16bit", "sentencekv_4bit", "two_level",
-           "two_vectors", "two_bit_keys", "best_sentences", "best_tokens")
+           "boxes", "two_vectors", "two_bit_keys", "best_sentences", "best_tokens")
 
 
 @dataclass(frozen=True)

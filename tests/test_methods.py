@@ -270,7 +270,7 @@ def test_the_second_vector_counts_as_one_token(recording):
 def test_two_levels_score_the_sentences_of_the_best_paragraphs(recording):
     cache, (q, _, _) = recording.replay(new_cache("two_level")), random_token(3)
     layer, n = cache.layers[1], cache.plan.n_places - 1
-    layer.paragraph, layer.n_best = 3, 2
+    layer.group, layer.n_best = 3, 2
     q = q.view(TINY.num_key_value_heads, 3, -1)
     everywhere = LayerCache.score(layer, q)
     for head, score in enumerate(layer.score(q)):
@@ -289,6 +289,28 @@ def test_two_levels_score_the_sentences_of_the_best_paragraphs(recording):
         assert {i // 3 for i, x in enumerate(score[1 : 1 + n]) if x > 0} == set(firsts)
         inside = [1 + i for i in range(n) if i // 3 in firsts]
         assert torch.equal(score[inside], everywhere[head, inside])
+
+
+def test_boxes_score_the_sentences_of_the_groups_that_allow_most(recording):
+    cache, (q, _, _) = recording.replay(new_cache("boxes")), random_token(3)
+    layer, n = cache.layers[1], cache.plan.n_places - 1
+    layer.group, layer.share = 2, 0.5
+    q = q.view(TINY.num_key_value_heads, 3, -1)
+    everywhere = LayerCache.score(layer, q)
+    for head, score in enumerate(layer.score(q)):
+        used = [s for s in range(n) if layer.lengths[head, 1 + s] > 0]  # empty ones are last
+        groups = [used[a : a + 2] for a in range(0, len(used), 2)]
+        allowed = []
+        for group in groups:
+            box = layer.vectors[head, [1 + s for s in group]]
+            allowed.append(max(sum(max(x * low, x * high) for x, low, high in zip(
+                one.tolist(), box.amin(dim=0).tolist(), box.amax(dim=0).tolist()))
+                for one in q[head]))
+        order = sorted(range(1, len(groups) - 1), key=lambda i: -allowed[i])
+        opened = {0, len(groups) - 1, *order[: math.ceil(len(groups) / 2) - 2]}
+        inside = [1 + s for i in sorted(opened) for s in groups[i]]
+        assert torch.equal(score[inside], everywhere[head, inside])
+        assert (score > 0).sum() == len(inside)
 
 
 @pytest.mark.parametrize("method", ["best_sentences", "two_bit_keys"])

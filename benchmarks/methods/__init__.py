@@ -62,8 +62,9 @@ SENTENCE_METHODS = {
     "sentencekv": SentenceKVCache, "published": SentenceKVCache, "plain": SentenceKVCache,
     "last_query": SentenceKVCache, "sentencekv_16bit": SentenceKVCache,
     "sentencekv_4bit": precision.SentenceKVBits,
-    "two_level": sentences.TwoLevel, "two_vectors": sentences.TwoVectors,
-    "two_bit_keys": sentences.TwoBitKeys, "best_sentences": sentences.BestSentences,
+    "two_level": sentences.TwoLevel, "boxes": sentences.Boxes,
+    "two_vectors": sentences.TwoVectors, "two_bit_keys": sentences.TwoBitKeys,
+    "best_sentences": sentences.BestSentences,
 }
 CLASSES = {"full": FullCache} | PUBLISHED | {f"{name}_dense": PUBLISHED[name] for name in DENSE}
 CLASSES |= SENTENCE_METHODS | {"best_tokens": retrieve.BestTokens}

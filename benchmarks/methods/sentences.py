@@ -86,39 +86,83 @@ class TwoVectors(SentenceKVCache):
             return attention.sum(dim=1) / self.lengths.clamp(min=1)
 
 
+class GroupedLayer(LayerCache):
+    """Looks at groups of 16 sentences first, and then into a few of them. The sentences of the
+    others receive nothing from this token. A version for speed would read one or two vectors a
+    group, and those of the sentences in open groups; this one scores all, and sets others to 0."""
+
+    group = 16
+
+    def score(self, q):
+        n_sentences = self.lengths.shape[1] - 1  # without place 0
+
+        def grouped(x):  # (H_kv, P, n) -> (H_kv, groups, 16, n)
+            return F.pad(x[:, 1:], (0, 0, 0, -n_sentences % self.group)).unflatten(
+                1, (-1, self.group))
+
+        is_open = self.open_groups(q.float(), grouped(vectors_of(self).float()),
+                                   grouped(self.lengths.unsqueeze(-1)),
+                                   grouped(self.variances.unsqueeze(-1)))  # (H_kv, groups)
+        is_open = is_open.repeat_interleave(self.group, dim=1)[:, :n_sentences]
+        return super().score(q) * F.pad(is_open, (1, 0))
+
+    def open_groups(self, q, vectors, lengths, variances):
+        """Which groups to look into: q (H_kv, G, D), the others (H_kv, groups, 16, n)."""
+        raise NotImplementedError
+
+
+def best(scores, n: int):
+    """True where the n largest scores of a head are."""
+    first = scores.topk(min(n, scores.shape[1]), dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, first, True)
+
+
 class TwoLevel(SentenceKVCache):
     """SentenceKV that scores paragraphs first, 16 sentences each, and then the sentences of the
-    best 4 alone. Other sentences receive nothing from this token.
-
-    A paragraph's Gaussian has the mean and the variance of all its keys. A version for speed would
-    read one vector a paragraph, and those of 64 sentences; this one scores all, and sets others to
-    0.
+    best 4 alone. A paragraph's Gaussian has the mean and the variance of all its keys.
     """
 
-    class Layer(LayerCache):
-        paragraph, n_best = 16, 4
+    class Layer(GroupedLayer):
+        n_best = 4
 
         def index_tokens(self):
-            n_paragraphs = (self.plan.n_places - 1) / self.paragraph
-            return vectors_in_tokens(self, n_paragraphs + self.n_best * self.paragraph)
+            n_paragraphs = (self.plan.n_places - 1) / self.group
+            return vectors_in_tokens(self, n_paragraphs + self.n_best * self.group)
 
-        def score(self, q):
-            lengths, vectors = self.lengths[:, 1:], vectors_of(self)[:, 1:].float()  # (H_kv, S, D)
-            n_sentences = lengths.shape[1]
+        def open_groups(self, q, vectors, lengths, variances):
+            counts = lengths.sum(dim=2)  # (H_kv, groups, 1)
+            squares = vectors.square().mean(dim=-1, keepdim=True) + variances
+            means = (vectors * lengths).sum(dim=2) / counts.clamp(min=1)
+            variances = (squares * lengths).sum(dim=2) / counts.clamp(min=1)
+            variances = variances - means.square().mean(-1, keepdim=True)
+            return best(gaussian(q, means, variances.squeeze(-1), counts.squeeze(-1)), self.n_best)
 
-            def total(x):  # over each paragraph, (H_kv, S, n) -> (H_kv, P, n)
-                x = F.pad(x * lengths.unsqueeze(-1), (0, 0, 0, -n_sentences % self.paragraph))
-                return x.unflatten(1, (-1, self.paragraph)).sum(dim=2)
 
-            counts = total(torch.ones_like(lengths).unsqueeze(-1))  # (H_kv, P, 1)
-            squares = vectors.square().mean(dim=-1, keepdim=True) + self.variances[:, 1:, None]
-            means = total(vectors) / counts.clamp(min=1)
-            variances = total(squares) / counts.clamp(min=1) - means.square().mean(-1, keepdim=True)
-            scores = gaussian(q.float(), means, variances.squeeze(-1), counts.squeeze(-1))
-            first = scores.topk(min(self.n_best, scores.shape[1]), dim=-1).indices  # (H_kv, n)
-            sentence = torch.arange(n_sentences) // self.paragraph
-            is_first = (sentence[None, :, None] == first[:, None]).any(dim=-1)
-            return super().score(q) * F.pad(is_first, (1, 0))
+class Boxes(SentenceKVCache):
+    """SentenceKV that looks into a quarter of the groups: those whose box allows the largest q · k.
+    A box has the least and the greatest number of each channel of its sentences' vectors, as a page
+    of Quest has of its keys. The first group and the last one are always open.
+    """
+
+    class Layer(GroupedLayer):
+        share = 0.25
+
+        def index_tokens(self):
+            n_sentences = self.plan.n_places - 1
+            return vectors_in_tokens(self, 2 * n_sentences / self.group + self.share * n_sentences)
+
+        def open_groups(self, q, vectors, lengths, variances):
+            empty = lengths == 0
+            low = vectors.masked_fill(empty, math.inf).amin(dim=2)  # (H_kv, groups, D)
+            high = vectors.masked_fill(empty, -math.inf).amax(dim=2)
+            is_used = ~empty.all(dim=2).squeeze(-1)  # (H_kv, groups)
+            low, high = (x.masked_fill(~is_used.unsqueeze(-1), 0) for x in (low, high))
+            bounds = q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT  # (H_kv, G, groups)
+            bounds = bounds.amax(dim=1).masked_fill(~is_used, -math.inf)
+            bounds[:, 0] = math.inf
+            n_used = is_used.sum(dim=-1)
+            bounds.scatter_(-1, n_used.clamp(min=1).unsqueeze(-1) - 1, math.inf)
+            return best(bounds, math.ceil(self.share * int(n_used.max())))
 
 
 class BestSentences(SentenceKVCache):
