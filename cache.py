@@ -154,7 +154,7 @@ class LayerCache:
         self.vectors = self.packing.zeros(heads, capacity)
         self.variances = torch.zeros(heads, capacity, device=device)
         self.lengths, self.scores = self.variances.clone(), self.variances.clone()
-        self.starts = torch.zeros(heads, capacity, device=device, dtype=torch.long)
+        self.starts = torch.zeros_like(self.lengths, dtype=torch.int32)  # a place has few bytes
         self.ends, self.n_resident = self.starts.clone(), self.starts.clone()
         n_slots = plan.n_row_slots + plan.n_window_slots
         self.slots = self.packing.zeros(heads, n_slots, 2)

@@ -58,7 +58,7 @@ def document(n_sentences: int, n_sinks: int, device, dtype) -> dict:
     starts, lengths = (ends - SENTENCE).clamp(min=n_sinks), torch.full_like(ends, SENTENCE)
     starts[0], ends[0], lengths[0] = 0, n_sinks, 0
     table = {"vectors": vectors, "variances": variances, "lengths": lengths.expand(heads, -1),
-             "starts": starts.expand(heads, -1), "ends": ends.expand(heads, -1)}
+             "starts": starts.int().expand(heads, -1), "ends": ends.int().expand(heads, -1)}
     return {"num_tokens": torch.tensor(n_rows), "0.rows": rows,
             "0.mean": packing.mean, "0.deviation": packing.deviation,
             **{f"0.{name}": tensor for name, tensor in table.items()}}

@@ -61,7 +61,7 @@ def layer_tensors(kv_shape: tuple, identity: dict, n_rows: int, n_places: int) -
     of_layer = {"rows": (kept, (n_rows, heads, 2, width)), "positions": ("I32", (heads, n_rows)),
                 "vectors": (kept, (*table, width)), "variances": ("F32", table),
                 **dict.fromkeys(CHANNELS, (dtype, (heads, 1, 2, n_channels))),
-                "lengths": ("F32", table), "starts": ("I64", table), "ends": ("I64", table)}
+                "lengths": ("F32", table), "starts": ("I32", table), "ends": ("I32", table)}
     return {f"{i}.{name}": tensor for i in range(layers) for name, tensor in of_layer.items()}
 
 

@@ -82,8 +82,8 @@ class Trace:
         n_tokens, n_places = cache.first_text  # of the document
         positions = torch.stack([layer.host.positions for layer in cache.layers]).long()
         ends = torch.tensor([end for _, end in spans if end <= n_tokens])
-        starts = torch.stack([layer.starts[:, 1 : plan.n_places] for layer in cache.layers]).cpu()
-        sentence_of = number_places(starts, positions, ends, n_places - 1)
+        starts = torch.stack([layer.starts[:, 1 : plan.n_places] for layer in cache.layers])
+        sentence_of = number_places(starts.long().cpu(), positions, ends, n_places - 1)
         n_sentences = len(ends) + plan.n_places - n_places
         shape = (len(self.steps), *sentence_of.shape[:2], n_sentences)
         selected = torch.zeros(shape, dtype=self.steps[0][0].dtype if self.steps else torch.uint8)

@@ -34,8 +34,8 @@ for layer in ("0", "1"):
     KEPT |= {f"{layer}.rows": packing.pack(torch.randn(2, 600, 2, 8)).transpose(0, 1).contiguous(),
              f"{layer}.vectors": packing.pack(torch.randn(2, 3, 8)),
              f"{layer}.mean": packing.mean, f"{layer}.deviation": packing.deviation,
-             f"{layer}.variances": torch.rand(2, 3), f"{layer}.starts": BOUNDS[:, :-1],
-             f"{layer}.lengths": torch.rand(2, 3), f"{layer}.ends": BOUNDS[:, 1:],
+             f"{layer}.variances": torch.rand(2, 3), f"{layer}.starts": BOUNDS[:, :-1].int(),
+             f"{layer}.lengths": torch.rand(2, 3), f"{layer}.ends": BOUNDS[:, 1:].int(),
              f"{layer}.positions": POSITIONS.clone()}
 
 
@@ -197,13 +197,12 @@ def test_a_layer_more_is_refused(tiny_folder, tmp_path):
     refused(path, tiny_folder)
 
 
-OVERFLOW = [0, 6, FAR, -FAR - 1, -1, 600]  # in 64 bits each difference of neighbours is positive
 
 
-@pytest.mark.parametrize("name", ["spans", "table"])
-def test_sentences_whose_lengths_overflow_are_refused(tiny_folder, tmp_path, name):
-    path = save(tmp_path / "document", tiny_folder)
-    bounds = torch.tensor(OVERFLOW)
+@pytest.mark.parametrize("name, dtype", [("spans", torch.int64), ("table", torch.int32)])
+def test_sentences_whose_lengths_overflow_are_refused(tiny_folder, tmp_path, name, dtype):
+    path, far = save(tmp_path / "document", tiny_folder), torch.iinfo(dtype).max
+    bounds = torch.tensor([0, 6, far, -far - 1, -1, 600], dtype=dtype)
     assert (bounds.diff() > 0).all()
 
     def spoil_tensors(tensors):

@@ -200,7 +200,7 @@ class BestSentences(SentenceKVCache):
             logits = (q @ self.keys().mT).float() / math.sqrt(q.shape[-1])  # (H_kv, G, N)
             total = F.pad(logits.softmax(-1).mean(dim=1).double().cumsum(-1), (1, 0))
             end_rows = self.plan.select_end.clamp(self.starts, self.ends)
-            received = total.gather(-1, end_rows) - total.gather(-1, self.starts)
+            received = total.gather(-1, end_rows) - total.gather(-1, self.starts.long())
             return (received / (end_rows - self.starts).clamp(min=1)).float()
 
 
