@@ -10,7 +10,7 @@ import pytest
 import test_cache
 import torch
 from conftest import ROOT, TEXT
-from test_cache import LEAST, SHORT, SMALL, expecting
+from test_cache import BYTES, LEAST, SHORT, SMALL, expecting
 
 from cache import SentenceKVCache
 from generate import main
@@ -31,10 +31,14 @@ class Compiled:
     def decode(self, ids, cache):
         return (self.fast if isinstance(cache, SentenceKVCache) else self.plain).decode(ids, cache)
 
+    def to(self, dtype):
+        return self if dtype == torch.float32 else Compiled(self.plain.to(dtype))
+
 
 @pytest.mark.parametrize("oracle, arguments", [
     ("a_budget_for_everything_is_full_attention", (70, "gaussian")),
     ("a_small_budget_selects_what_the_slow_way_selects", (300, 15, SMALL, math.inf, "gaussian")),
+    ("a_small_budget_selects_what_the_slow_way_selects", (300, 15, BYTES, math.inf, "gaussian")),
     ("a_small_budget_selects_what_the_slow_way_selects", (300, 15, LEAST, 1, "votes")),
     ("a_small_budget_selects_what_the_slow_way_selects", (300, 15, SMALL, 2.5, "mean_query")),
     ("offloaded_is_resident_and_the_difference_is_everything", (math.inf, SHORT)),
@@ -65,7 +69,8 @@ def test_an_answer_is_the_same(capfd, tiny_folder, tmp_path, dtype):
 
 def test_on_the_default_weights(default_model):
     """As many rows are selected and loaded, and the model says the same."""
-    model, config = Compiled(default_model), SentenceKVConfig(token_budget=96, sentence_limit=40)
+    model = Compiled(default_model)
+    config = SentenceKVConfig(token_budget=96, sentence_limit=40, kv_bits=16)
     spans = [(start, start + 15) for start in range(0, 300, 15)]
     caches = [expecting(SentenceKVCache(config, default_model.config, 340, "cpu", torch.float32),
                         spans) for _ in range(2)]
