@@ -435,18 +435,20 @@ def test_a_captured_step_survives_going_back(tiny, device, monkeypatch):
             cache.truncate(100)
 
 
-@pytest.mark.parametrize("heads, dim", [(1, 64), (3, 12)])
-def test_the_kernel_copies_what_plain_torch_copies(heads, dim):
+@pytest.mark.parametrize("heads, dim, bits", [(1, 64, 16), (3, 12, 16), (3, 12, 8), (1, 64, 8)])
+def test_the_kernel_copies_what_plain_torch_copies(heads, dim, bits):
     """Under Triton's interpreter, where there is no GPU."""
     pytest.importorskip("triton")
     test = f"""
 import torch
 from cache import NO_ROW
+from support.bits import Packing
 from support.host_rows import load_rows
 torch.manual_seed(0)
-first, later = torch.randn(30, {heads}, 2, {dim}), torch.randn(10, {heads}, 2, {dim})
-kv = torch.cat((first, later))
-slots = torch.randn({heads}, 30, 2, {dim})
+packing = Packing({heads}, {dim}, {bits}, "cpu", torch.float32)
+kv = packing.pack(torch.randn({heads}, 40, 2, {dim})).transpose(0, 1).contiguous()
+first, later = kv[:30], kv[30:]
+slots = packing.pack(torch.randn({heads}, 30, 2, {dim}))
 rows = torch.stack([torch.randperm(40)[:20] for _ in range({heads})])
 missing = torch.rand({heads}, 20) < 0.5
 rows[:, 7], missing[:, 7] = NO_ROW, False
@@ -654,16 +656,18 @@ def test_the_device_holds_no_more_than_it_attends_to(tiny, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keys_and_values_stay_half(device, dtype):
+@pytest.mark.parametrize("kv_bits", [8, 16])
+def test_half_precision_keys_and_values_stay_half(device, dtype, kv_bits):
     """Offloaded is resident there too, with the same secondary sinks."""
-    config, model = SentenceKVConfig(token_budget=96, **SHORT), random_llama(device).to(dtype)
+    config = SentenceKVConfig(token_budget=96, **SHORT | {"kv_bits": kv_bits})
+    model = random_llama(device).to(dtype)
     caches = [sentencekv_cache(config, 300, device, cls=kind, dtype=dtype)
               for kind in (SentenceKVCache, AllResident)]
     for ours, resident in write(model, caches, 300):
         assert ours.dtype == dtype and ours.isfinite().all() and torch.equal(ours, resident)
     for layer in caches[0].layers:
         held = layer.host.first, layer.host.later, layer.slots, layer.vectors
-        assert {x.dtype for x in held} == {dtype}
+        assert {x.dtype for x in held} == {torch.int8 if kv_bits == 8 else dtype}
     assert max(n_secondary(layer).max() for layer in caches[0].layers) == 6
 
 
