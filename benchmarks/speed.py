@@ -16,15 +16,17 @@ the host, `load`, is not in it. `host KV` is what is stored there; PyTorch round
 to a power of two. Stage times are of tokens after those. `--cuda-graph` adds SentenceKV with each
 token replayed as one graph, `--compile` with a compiled step (and with both, if both are given),
 `--compare transformers` Hugging Face's Llama, and `--compare llama.cpp` that of llama.cpp, where
-they are installed. `--scale` measures one layer of SentenceKV instead, up to a million tokens: see
-benchmarks/scale.py.
+they are installed. Each of their turns is a process of its own. `its own ms` is what llama.cpp says.
+`--scale` measures one layer of SentenceKV instead, up to a million tokens: see benchmarks/scale.py.
 """
 
 import argparse
 import json
 import platform
 import random
+import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from itertools import product
@@ -35,8 +37,9 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import scale
-from benchmarks.llamacpp import BF16, FOUR_BITS, LlamaCpp
+from benchmarks.llamacpp import BF16, FOUR_BITS, make_files
 from benchmarks.methods import SENTENCE_METHODS, settings_of
+from benchmarks.rival import KINDS
 from cache import SentenceKVCache
 from generate import make_cache, next_logits, prefill
 from model import Llama
@@ -51,6 +54,7 @@ from weights.config import parse_config
 from weights.models import model_folder
 from weights.tokenizer import Tokenizer
 
+TOP = Path(__file__).parents[1]
 WARM_UP = 4  # tokens that are not timed
 GRAPHED, COMPILED = "sentencekv, graph", "sentencekv, compiled"
 BOTH = "sentencekv, compiled, graph"
@@ -171,11 +175,26 @@ class Ours:
                     self.text.pieces[self.at], self.decode).argmax().item()
         self.at += 1
 
-    def warm(self):
-        """What came from the host is counted from here on."""
-        if self.method != "full":
-            self.cache.totals.selected.zero_()
-            self.cache.plan.total_loaded.zero_()
+    def turn(self) -> tuple:
+        """Seconds to the first token, and of each after it but the first few."""
+        on_gpu, tokens = self.device.type == "cuda", []
+        if on_gpu:
+            self.allocated = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        synchronize(self.device)
+        start = time.perf_counter()
+        self.prefill()
+        synchronize(self.device)
+        ttft = time.perf_counter() - start
+        for i in range(self.args.new_tokens + WARM_UP):
+            if i == WARM_UP and self.method != "full":  # what came from the host counts from here
+                self.cache.totals.selected.zero_()
+                self.cache.plan.total_loaded.zero_()
+            start = time.perf_counter()
+            self.step()
+            synchronize(self.device)
+            tokens.append(time.perf_counter() - start)
+        return ttft, tokens[WARM_UP:]
 
     def stages(self, steps: int) -> dict:
         """Milliseconds a token, by stage. A graph and a compiled step have none."""
@@ -190,7 +209,10 @@ class Ours:
         return {name: ms / steps for name, ms in timer.totals()["decode"].items()}
 
     def report(self) -> dict:
-        return self.cache.report()
+        found = self.cache.report()
+        if self.device.type == "cuda":
+            found["peak_device_bytes"] = torch.cuda.max_memory_allocated() - self.allocated
+        return found
 
     def read_bytes(self) -> int:
         """Of the cache, for one token."""
@@ -201,110 +223,66 @@ class Ours:
         return parts["slots"] + parts["sentence vectors"]
 
 
-class HuggingFace:
-    """The same for `transformers`, with its default cache or the one that it offloads."""
+class Rival:
+    """Another implementation, in a process of its own for each turn: see `benchmarks.rival`."""
 
     def __init__(self, method, args, model, text, length):
-        import transformers
+        weight = model.embed_tokens.weight
+        self.method, self.answer = method, {}
+        self.request = {
+            "kind": method.split()[0], "offloaded": method.endswith("offloaded"),
+            "model": str(args.files.get(method, args.model)),
+            "config": CONFIGS[args.config] if args.config else None,
+            "device": str(weight.device), "dtype": str(weight.dtype)[6:], "ids": text.ids,
+            "length": length, "new_tokens": args.new_tokens + WARM_UP,
+            "threads": torch.get_num_threads()}
 
-        transformers.utils.logging.disable_progress_bar()
-        self.transformers, self.offloaded = transformers, method.endswith("offloaded")
-        self.text, self.length, self.device = text, length, model.embed_tokens.weight.device
-        dtype = model.embed_tokens.weight.dtype
-        if args.config:
-            with made_on(self.device, dtype):
-                self.model = transformers.LlamaForCausalLM(
-                    transformers.LlamaConfig(**CONFIGS[args.config]))
-        else:
-            self.model = transformers.LlamaForCausalLM.from_pretrained(
-                args.model, dtype=dtype).to(self.device)
-        self.model.eval()
-        self.forget()
+    def turn(self) -> tuple:
+        """Seconds to the first token, and of each after it."""
+        done = subprocess.run([sys.executable, "-m", "benchmarks.rival"], cwd=TOP, text=True,
+                              input=json.dumps(self.request), capture_output=True)
+        if done.returncode:
+            last = (done.stderr.strip() or f"ended with status {done.returncode}").splitlines()[-1]
+            raise ValueError(f"{self.method}: {last}")
+        self.answer = json.loads(done.stdout.splitlines()[-1])
+        return self.answer["ttft"], self.answer["tokens"][WARM_UP:]
 
     def forget(self):
-        self.cache = None
+        """Its process has ended."""
 
-    @torch.inference_mode()
-    def prefill(self):
-        self.cache = self.transformers.DynamicCache(config=self.model.config,
-                                                    offloading=self.offloaded)
-        self.run(self.text.ids[: self.length])
-        self.at = self.length
-
-    def run(self, ids):
-        ids = torch.tensor([ids], device=self.device)
-        out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        out.logits[0, -1].argmax().item()
-
-    @torch.inference_mode()
-    def step(self):
-        self.run([self.text.ids[self.at]])
-        self.at += 1
-
-    def warm(self):
-        pass
-
-    def stages(self, steps):
+    def stages(self, steps) -> dict:
         return {}
 
-    def report(self):
-        return {}
+    def report(self) -> dict:
+        return {name: self.answer[name] for name in ("own_ms_per_token", "peak_device_bytes")
+                if name in self.answer}
 
     def read_bytes(self):
-        if self.offloaded:
-            return None
-        config, dtype = self.model.config, self.model.dtype
-        return 2 * self.at * dtype.itemsize * config.num_hidden_layers * (
-            config.num_key_value_heads * config.head_dim)
+        return self.answer.get("read_bytes")
 
 
-RIVALS = {"transformers": HuggingFace, "llama.cpp": LlamaCpp}
-
-
-def once(subject, args, device) -> tuple:
-    """Seconds to the first token, and of each after it; the first few of those are not timed."""
-    tokens = []
-    synchronize(device)
-    start = time.perf_counter()
-    subject.prefill()
-    synchronize(device)
-    ttft = time.perf_counter() - start
-    for i in range(args.new_tokens + WARM_UP):
-        if i == WARM_UP:
-            subject.warm()
-        start = time.perf_counter()
-        subject.step()
-        synchronize(device)
-        tokens.append(time.perf_counter() - start)
-    return ttft, tokens[WARM_UP:]
-
-
-def measure(subjects: list, args, device, weights: int, bytes_a_second: float) -> list[dict]:
+def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[dict]:
     """A row for each subject. They take turns, so that a slow minute is shared out."""
     ttft, tokens, peak = ([[] for _ in subjects] for _ in range(3))
     rows = []
     for repeat, (i, subject) in product(range(args.repeats), enumerate(subjects)):
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        if hasattr(subject, "prepare"):
-            subject.prepare()
-        first, others = once(subject, args, device)
+        first, others = subject.turn()
         ttft[i].append(first)
         tokens[i] += others
-        if device.type == "cuda":
-            peak[i].append(torch.cuda.max_memory_allocated() - before)
+        report = subject.report()
+        peak[i] += [report["peak_device_bytes"]] if "peak_device_bytes" in report else []
         if repeat == args.repeats - 1:
-            read, report = subject.read_bytes(), subject.report()
+            read = subject.read_bytes()
             rows.append({
                 "ttft_ms": 1e3 * median(ttft[i]), "decode_ms_per_token": 1e3 * median(tokens[i]),
                 "decode_p90_ms": 1e3 * quantiles(tokens[i], n=10, method="inclusive")[-1],
+                "own_ms_per_token": report.get("own_ms_per_token"),
                 "floor_ms": None if read is None else 1e3 * (weights + read) / bytes_a_second,
                 "device_kv_bytes": report.get("device_kv_bytes"),
                 "host_kv_bytes": report.get("host_kv_bytes"),
                 "full_kv_bytes": report.get("full_kv_bytes"),
-                "loaded_bytes_per_token":
-                    report["loaded_bytes"] / args.new_tokens if report else None,
+                "loaded_bytes_per_token": report["loaded_bytes"] / args.new_tokens
+                    if "loaded_bytes" in report else None,
                 "hit_rate": report.get("hit_rate"),
                 "peak_device_bytes": max(peak[i], default=None),
                 "stages_ms_per_token": subject.stages(args.new_tokens)})
@@ -314,7 +292,8 @@ def measure(subjects: list, args, device, weights: int, bytes_a_second: float) -
 
 COLUMNS = {  # heading: (key, divisor, format)
     "ttft s": ("ttft_ms", 1e3, ".2f"), "ms a token": ("decode_ms_per_token", 1, ".1f"),
-    "p90": ("decode_p90_ms", 1, ".1f"), "floor ms": ("floor_ms", 1, ".1f"),
+    "p90": ("decode_p90_ms", 1, ".1f"), "its own ms": ("own_ms_per_token", 1, ".1f"),
+    "floor ms": ("floor_ms", 1, ".1f"),
     "device KV MiB": ("device_kv_bytes", 2**20, ".1f"),
     "host KV MiB": ("host_kv_bytes", 2**20, ".1f"),
     "load KiB a token": ("loaded_bytes_per_token", 2**10, ".0f"),
@@ -411,11 +390,13 @@ def run(args) -> list[dict]:
         if args.config or args.model or device.type != "cpu":
             raise ValueError("--compare llama.cpp is for the default model on a CPU")
         methods += [BF16, FOUR_BITS]
+        place = tempfile.TemporaryDirectory()  # of the files, until this function ends
     if args.config:
         model = random_model(args.config, device, dtype)
     else:
         args.model = model_folder(args.model)
         model = load_model(args.model, device, dtype)
+    args.files = make_files(args.model, Path(place.name)) if "llama.cpp" in args.compare else {}
     room = 2 * args.new_tokens + 2 * WARM_UP
     if not args.config:
         check_positions(max(args.lengths), room, model.config)
@@ -426,10 +407,9 @@ def run(args) -> list[dict]:
     for length in tqdm(args.lengths, disable=None):
         text = Text(args, model, length + room)
         subjects = [
-            RIVALS.get(method.split()[0], Ours)(method, args, model, text, length)
+            (Rival if method.split()[0] in KINDS else Ours)(method, args, model, text, length)
             for method in methods]
-        measured = measure(subjects, args, device, weight_bytes(model), copied)
-        del subjects  # before the next ones load their weights
+        measured = measure(subjects, args, weight_bytes(model), copied)
         rows += [{"model": args.config or args.model.name, "method": method, "length": length,
                   "token_budget": args.token_budget, "dtype": str(dtype)[6:], "machine": machine,
                   "torch": torch.__version__, "copy_bytes_per_second": copied, **row}

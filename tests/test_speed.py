@@ -1,11 +1,16 @@
+import io
 import json
+import subprocess
+import sys
 from queue import Queue
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import llamacpp, scale, speed
+from conftest import ROOT
+
+from benchmarks import llamacpp, rival, scale, speed
 from sentencekv import gaussian, select_rows
 from weights.gguf_file import half_split_rows
 
@@ -128,21 +133,67 @@ class Server:
     """As xllamacpp's: calls back for every token, and once more at the end."""
 
     def handle_completions(self, request, callback):
-        for i in range(request["n_predict"] + 1):
+        for i in range(request["n_predict"]):
             callback({"choices": [{"text": f"{request['prompt'][0]} {i}"}]})
+        callback({"choices": [], "timings": {"predicted_per_token_ms": 7.5}})
 
 
 def test_llama_cpp_s_tokens_are_waited_for_one_by_one():
-    subject = llamacpp.LlamaCpp.__new__(llamacpp.LlamaCpp)
-    subject.new_server, subject.prompt, subject.n_new = Server, [7], 5
-    subject.thread, subject.tokens = None, Queue()
-    for _ in range(2):  # a second time it begins again
-        subject.prepare()
-        subject.prefill()
-        for _ in range(4):
-            subject.step()
-        subject.forget()
-        assert subject.thread is None and subject.tokens.empty()
+    subject = rival.LlamaCpp.__new__(rival.LlamaCpp)
+    subject.server, subject.prompt, subject.n_new = Server(), [7], 5
+    subject.tokens, subject.own = Queue(), {}
+    answer = rival.measure(subject, 5)
+    assert len(answer["tokens"]) == 5 and answer["own_ms_per_token"] == 7.5
+    assert subject.tokens.empty()
     subject.tokens.put({"error": "no room"})
     with pytest.raises(ValueError, match="llama.cpp: no room"):
         subject.step()
+
+
+class Echo:
+    """A rival that says what it was asked."""
+
+    def __init__(self, request):
+        self.request = request
+
+    def prefill(self):
+        if self.request["length"] == 300:
+            raise ValueError("300 is too long")
+
+    step = prefill
+
+    def report(self):
+        return {"own_ms_per_token": self.request["threads"], "read_bytes": 10}
+
+
+@pytest.mark.parametrize("length, status", [(200, 0), (300, 2)])
+def test_a_rival_has_a_process_of_its_own(tiny_folder, tmp_path, capsys, monkeypatch, length,
+                                          status):
+    (tmp_path / "book.txt").write_text("A sentence is here. And another one! " * 60)
+    monkeypatch.setattr(rival, "KINDS", {"transformers": Echo})
+    answers = []
+
+    def start(command, **options):
+        assert command[1:] == ["-m", "benchmarks.rival"]
+        monkeypatch.setattr(sys, "stdin", io.StringIO(options["input"]))
+        code = rival.main()
+        out, err = capsys.readouterr()
+        answers.append(out)
+        return subprocess.CompletedProcess(command, code, out, err)
+
+    monkeypatch.setattr(speed.subprocess, "run", start)
+    out = tmp_path / "speed.jsonl"
+    assert run("--model", tiny_folder, "--data", tmp_path / "book.txt", "--lengths", length,
+               "--token-budget", 96, "--new-tokens", 4, "--repeats", 2, "--device", "cpu",
+               "--compare", "transformers", "--out", out) == status
+    if status:
+        assert capsys.readouterr().err.splitlines()[-1].endswith("transformers: 300 is too long")
+        return
+    row = json.loads(out.read_text().splitlines()[-1])
+    assert row["method"] == "transformers" and row["own_ms_per_token"] == torch.get_num_threads()
+    assert len(answers) == 2 and row["floor_ms"] > 0 and row["hit_rate"] is None
+
+
+def test_no_pytorch_is_beside_llama_cpp():
+    subprocess.run([sys.executable, "-c", "import sys, benchmarks.rival;"
+                    " assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
