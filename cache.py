@@ -4,15 +4,15 @@
     LayerCache       one layer: its sentences and slots on the device, its rows on the host
     SentenceKVCache  all layers, with the protocol of `model.FullCache`
 
-A *row* is a kept token: its key and its value, side by side (2, D), so that they move together.
-Rows have numbers: a head's secondary sinks come first, then its other kept tokens as they are read.
-The protected tokens at the end of the first text are all kept, and are no secondary sinks. If N of
-its T tokens are kept, the last one is row N - 1. So for protected and all later tokens,
-row = position - (T - N). The rows of all sentences are on the host. The *open* sentence, which is
-being written, gets there when it is sealed.
+A *row* is a kept token: its key and its value, side by side, so that they move together. Rows and
+sentence vectors are *packed*: D channels are kept as D' numbers (`support/bits.py`). A head's rows
+have numbers: its secondary sinks come first, then its other kept tokens as they are read. The
+protected tokens at the end of the first text are all kept, and are no secondary sinks. If N of its
+T tokens are kept, the last one is row N - 1. So for protected and all later tokens,
+row = position - (T - N). All rows are on the host but those of the *open* sentence, being written.
 
-A *slot* is room for a row on the device. While decoding, attention reads the slots of its layer and
-nothing else, in any order: RoPE has put the positions into the keys.
+A *slot* is room for a row on the device. While decoding, attention reads the unpacked slots of its
+layer and nothing else, in any order: RoPE has put the positions into the keys.
 
     [ B slots for selected rows | R slots for the window: row r is in slot B + r % R ]
 
@@ -126,7 +126,7 @@ class Plan:
 class LayerCache:
     """One layer. On the device, its table per KV head:
 
-    vectors     (H_kv, P, D')      the sentence vector, *packed*: D channels in 8 bits
+    vectors     (H_kv, P, D')      the sentence vector
     variances   (H_kv, P)          of the sentence's keys
     lengths     (H_kv, P) float    rows of the sentence, first sinks among them, for its score
     starts      (H_kv, P)          its first row that is not a sink
@@ -136,7 +136,7 @@ class LayerCache:
     First sinks count for the vector and length of their sentence. They are selected with place 0:
     the first sentence has length 9, and starts at row 5. Place 0 has length 0: no share of scores.
 
-    slots         (H_kv, B + R, 2, D')  rows, packed
+    slots         (H_kv, B + R, 2, D')  rows
     slot_row      (H_kv, B)             the row in a slot, or NO_ROW, a high number
     slot_place    (H_kv, B)             the row's place
     slot_missing  (H_kv, B)             whether the row must be loaded
@@ -147,7 +147,7 @@ class LayerCache:
 
     def __init__(self, plan: Plan, host: HostRows):
         # It has no reference to the cache: a cycle would delay the freeing of memory.
-        self.plan, self.host, self.packing = plan, host, host.packing  # see `support/bits.py`
+        self.plan, self.host, self.packing = plan, host, host.packing
         heads, capacity, device = host.heads, room_for(plan.n_places), host.device
         # While a text is read: all rows so far (H_kv, n, 2, D), each part's last queries (H, W, D).
         self.text_kv, self.last_queries = None, []
@@ -222,7 +222,7 @@ class LayerCache:
 
     def add_sentences(self, keys, bounds, first_row: int = 0, n_all_sinks=0):
         """Give S sentences the next places of the table. keys (H_kv, n, D') of the rows from
-        `first_row` on, packed, bounds (H_kv, S + 1) counted from it, n_all_sinks (H_kv, 1)"""
+        `first_row` on, bounds (H_kv, S + 1) counted from it, n_all_sinks (H_kv, 1)"""
         first_place = self.plan.n_places
         places = slice(first_place, first_place + bounds.shape[-1] - 1)
         vectors, self.variances[:, places] = sentence_vectors(self.packing.unpack(keys), bounds)
@@ -243,7 +243,7 @@ class LayerCache:
         self.scores.zero_()
 
     def decode(self, q, k, v) -> tuple:
-        """Select rows, load those that are missing, return all slots and a mask."""
+        """Select rows, load those that are missing, return all slots, unpacked, and a mask."""
         plan = self.plan
         self.slots.index_copy_(1, plan.next_slot, self.packing.pack(torch.stack((k, v), dim=2)))
         self.select(q.view(len(k), -1, q.shape[-1]))

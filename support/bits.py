@@ -1,12 +1,12 @@
 """Keys, values and sentence vectors in 8 bits: what is remembered takes half the memory.
 
-    z = (x - mean) / deviation          each channel is brought to one size
-    z = scale * n                       n (D,) are whole numbers from -127 to 127
+    z = (x - mean) / deviation       of each channel: all channels have one size
+    z ≈ scale · numbers              whole numbers from -127 to 127, one scale for all channels
 
 The keys of some models have a channel that is 20 times as large as the others (Qwen2.5: its bias).
-With one scale for all channels, the others would be rounded to a few steps. Mean and deviation of
-a head's channels are those of its first text. The scale is a vector's own, so that nothing is out
-of range, however short that text is.
+With one scale for both, the others would be rounded to a few steps. Mean and deviation are those of
+a head's channels in its first text, of keys and of values. The scale is a vector's own. So nothing
+is out of range, however short that text is.
 """
 
 import math
@@ -15,18 +15,19 @@ import torch
 
 LARGEST = 127
 SCALE_BYTES = 2
-LEAST_DEVIATION = 1e-3  # of a text with one token, it is 0
+LEAST_DEVIATION = 1e-3  # is added to each: in a text of one token, deviations are 0
 
 
 class Packing:
-    """Between vectors of D channels and what is kept of them. With 8 bits these are D + 2 bytes: n,
-    and the scale as a bfloat16. With 16 bits it is the vector. Shapes: (H_kv, n, 2, D) of keys and
-    values, (H_kv, n, D) of keys alone; sentence vectors are means of keys."""
+    """Packs vectors of D channels, and unpacks them. With 8 bits, a packed vector is D' = D + 2
+    bytes: its numbers, and its scale as a bfloat16. With 16 bits it is the vector itself, D' = D.
+    Shapes: (H_kv, T, 2, D) of keys and values, (H_kv, T, D) of keys alone. Sentence vectors are
+    means of keys, and are packed like them."""
 
     def __init__(self, heads: int, dim: int, bits: int, device, dtype: torch.dtype):
         self.dim, self.bits, self.dtype = dim, bits, dtype  # of vectors
         self.kept_dtype = torch.int8 if bits == 8 else dtype
-        self.width = dim + SCALE_BYTES if bits == 8 else dim  # numbers that are kept of a vector
+        self.width = dim + SCALE_BYTES if bits == 8 else dim  # D'
         n_channels = dim if bits == 8 else 0
         self.mean = torch.zeros(heads, 1, 2, n_channels, device=device, dtype=dtype)
         self.deviation = torch.ones_like(self.mean)
@@ -35,18 +36,19 @@ class Packing:
                          3: (self.mean[:, :, 0], self.deviation[:, :, 0])}
 
     def zeros(self, *shape: int) -> torch.Tensor:
-        """Packed vectors, all of zeros (*shape, width)."""
+        """Room for packed vectors (*shape, D'). Its zeros can be unpacked: they are the mean."""
         return self.mean.new_zeros(*shape, self.width, dtype=self.kept_dtype)
 
     def fit(self, kv: torch.Tensor):
-        """Take mean and deviation of each channel from kv (H_kv, T, 2, D)."""
+        """Take mean and deviation of each channel from the first text, kv (H_kv, T, 2, D)."""
         if self.bits == 8:
             deviation, mean = torch.std_mean(kv, dim=1, correction=0, keepdim=True)
             self.mean.copy_(mean)
             self.deviation.copy_(deviation + LEAST_DEVIATION)
 
     def pack(self, vectors: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., width). A channel is off by half a scale, times its deviation, at most.
+        """(..., D) -> (..., D'). A channel is off by half a scale, times its deviation, at most,
+        and by what `unpack` rounds to the dtype.
 
         >>> packing = Packing(heads=1, dim=2, bits=8, device="cpu", dtype=torch.float32)
         >>> packed = packing.pack(torch.tensor([[[127.0, -50.4]]]))
@@ -56,17 +58,20 @@ class Packing:
         if self.bits == 16:
             return vectors
         mean, deviation = self.channels[vectors.dim()]
-        z = vectors.to(torch.promote_types(vectors.dtype, torch.float32))  # bfloat16 is too coarse
-        z = (z - mean).div_(deviation)
+        wide = torch.promote_types(vectors.dtype, torch.float32)  # bfloat16 is too coarse
+        z = (vectors - mean.to(wide)).div_(deviation)
         largest = torch.linalg.vector_norm(z, ord=math.inf, dim=-1, keepdim=True)
         scales = (largest / LARGEST).bfloat16()
-        numbers = z.div_(scales.clamp(min=1e-30)).round_()  # zeros have a scale of 0
+        numbers = z.div_(scales.clamp(min=1e-30)).round_()  # the scale of the mean itself is 0
         return torch.cat((numbers.to(torch.int8), scales.view(torch.int8)), dim=-1)
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """(..., width) -> (..., D)"""
+        """(..., D') -> (..., D)"""
         if self.bits == 16:
             return packed
-        numbers, scales = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
         mean, deviation = self.channels[packed.dim()]
-        return torch.addcmul(mean, numbers * scales.view(torch.bfloat16).to(self.dtype), deviation)
+        numbers, scales = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
+        # float16 ends at 65504, and a z can be larger.
+        dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        z = numbers * scales.view(torch.bfloat16).to(dtype)
+        return torch.addcmul(mean, z, deviation).to(self.dtype)

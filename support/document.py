@@ -199,8 +199,7 @@ def checked_tensors(file, mapped: MappedFile, model_config, identity: dict) -> d
     with whole(mapped.path):
         check_values(kept, model_config, identity)
     del kept[SUMS]
-    dtype = torch.int8 if identity["kv_bits"] == "8" else getattr(torch, identity["dtype"])
-    return kept | mapped.rows(dtype, found["0.rows"][1])
+    return kept | mapped.rows(kept["0.vectors"].dtype, found["0.rows"][1])
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """Rows of a layer in CPU memory: they are written beside the computation, and read back by index.
 
 For a GPU the memory is pinned: a copy runs beside the computation, and a kernel can read it.
-`kv` is the data of rows: key and value side by side (2, D'), so that they move together. A vector
-of D channels has D' numbers when it is packed (`support/bits.py`).
+`kv` is the data of rows: key and value side by side (2, D'), packed (`support/bits.py`).
 """
 
 import os
@@ -119,7 +118,7 @@ def load_rows(first, later, slots, rows, missing):
     """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D'), from
     `first` and `later` (N, H_kv, 2, D') of a `HostRows`."""
     if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):  # 1: in tests
-        if slots.dtype == torch.int8:  # a row of bytes is a whole number of 4 bytes
+        if slots.dtype == torch.int8:  # it has 2 · (D + 2) bytes, and D is even
             first, later, slots = (x.flatten(-2).view(torch.int32) for x in (first, later, slots))
         (heads, n_row_slots), size = rows.shape, slots[0, 0].numel()
         copy_missing[n_row_slots, heads](

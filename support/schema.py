@@ -28,8 +28,8 @@ def shown(value) -> str:
 def check_header(found: dict, ranges: dict, model_config, identity: dict):
     """Compare the tensors of a file, name -> (type, shape), with those that a document of the model
     has. The numbers of tokens, sentences, rows and places differ from file to file. `ranges` say
-    where the tensors are in the file, (begin, end). ValueError names what is absent, additional, or of
-    another type or shape."""
+    where the tensors are in the file, (begin, end). ValueError names what is absent, additional, or
+    of another type or shape."""
     def size(name: str, axis: int = 0) -> int:
         shape = found.get(name, ("", ()))[1]
         return shape[axis] if axis < len(shape) else 0
@@ -97,7 +97,8 @@ def check_layer(layer: dict, n_tokens: int, n_first: int, n_secondary: int) -> d
             and tile(layer["starts"], layer["ends"], n_rows),
             "vectors": floats(layer["vectors"]).isfinite().all(),
             "mean": layer["mean"].isfinite().all(),
-            "deviation": within(layer["deviation"], LEAST_DEVIATION / 2, torch.finfo(torch.float16).max),
+            "deviation": within(layer["deviation"], LEAST_DEVIATION / 2,
+                                torch.finfo(layer["deviation"].dtype).max),
             "variances": within(layer["variances"], 0, torch.finfo(torch.float32).max),
             "lengths": within(layer["lengths"], 0, n_rows)}
     if good["ends"]:

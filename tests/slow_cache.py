@@ -12,15 +12,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 class RoundedHead(SlowHead):
-    """A head that remembers in 8 bits. Each channel has mean 0 and deviation 1, as of the first
-    text. Then a key, a value and a sentence's mean key are whole steps, 127 of them up to the
-    largest channel. Prefill attends to what is not rounded."""
+    """A head that remembers in 8 bits. Each channel is moved and scaled, so that in the first text
+    it has mean 0 and deviation 1. Then a key, a value and a sentence's mean key are whole steps,
+    127 of them up to the largest channel. A text that is being read is not rounded yet."""
 
     def prefill(self, q, k, v):
         super().prefill(q, k, v)
         kv = torch.stack((k, v), dim=1)  # (T, 2, D)
         self.mean, self.deviation = kv.mean(0), (kv - kv.mean(0)).square().mean(0).sqrt() + 0.001
-        self.kv = {i: self.rounded(kv, self.mean, self.deviation) for i, kv in self.kv.items()}
+        self.kv = {i: self.rounded(row, self.mean, self.deviation) for i, row in self.kv.items()}
 
     def append(self, k, v):
         kv = self.rounded(torch.stack((k, v)), self.mean, self.deviation)

@@ -167,7 +167,7 @@ def fill(layer, wanted):
     """Put the wanted rows (H_kv, B) into slots, in static shapes."""
     rows, heads = layer.slot_row.where(wanted, 0), torch.arange(len(wanted), device=wanted.device)
     kv = torch.cat((layer.host.first, layer.host.later)).to(rows.device)
-    found = kv[rows, heads[:, None]]  # (H_kv, B, 2, D)
+    found = kv[rows, heads[:, None]]  # (H_kv, B, 2, D')
     slots = layer.slots[:, : rows.shape[1]]
     slots.copy_(found.where(wanted[..., None, None], slots))
 
@@ -779,7 +779,7 @@ class Watched(SentenceKVCache):
 
     def positions_of_rows(self, layer, head, seen):
         """Of the rows in sentences: those of an open one are only in slots."""
-        rows = layer.host.read(0, self.plan.open_row)[head]  # (N, 2, D)
+        rows = layer.host.read(0, self.plan.open_row)[head]  # (N, 2, D')
         same = (rows[:, None] == seen[None]).all(-1).all(-1)  # (N, T)
         assert (same.sum(dim=1) == 1).all(), "a row is no token's"
         positions = same.long().argmax(dim=1).tolist()

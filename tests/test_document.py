@@ -119,7 +119,6 @@ def put(tensor, place, value):
     return tensor
 
 
-FAR = 2**63 - 1
 CHANGES = [
     *((name, None) for name in ("spans", "1.rows", "num_tokens", "0.vectors", "ids", "1.ends",
                                 "0.positions", "checksums")),
@@ -195,8 +194,6 @@ def test_a_layer_more_is_refused(tiny_folder, tmp_path):
         checksums=torch.zeros(4, dtype=torch.long)))
     add_checksums(path)
     refused(path, tiny_folder)
-
-
 
 
 @pytest.mark.parametrize("name, dtype", [("spans", torch.int64), ("table", torch.int32)])

@@ -2,7 +2,8 @@
 
 `sentencekv` is `cache.SentenceKVCache`. The classes here have layers with another score. Place 0 of
 a layer's table stands for all sinks, which are selected whatever their score is: a score computes
-it with lengths of 0, or leaves it at 0.
+it with lengths of 0, or leaves it at 0. All but `sentencekv` have 16 bits a channel (`SETTINGS`):
+these classes take rows and vectors as they are, and do not unpack them.
 """
 
 import math
