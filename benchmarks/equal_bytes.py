@@ -26,7 +26,7 @@ from sentencekv import SentenceKVConfig
 from weights.config import load_config
 from weights.models import model_folder
 
-SHARES = (0.05, 0.1, 0.2)
+SHARES = (0.05, 0.1, 0.175)
 BEFORE = "sentencekv:kv_bits=16"  # what the others are compared with
 PICTURE = ("sentencekv", BEFORE, "sentencekv:query_decay=0", "sentencekv:sentence_limit=32")
 
@@ -90,7 +90,7 @@ def cell(found: dict, method: str, share: float) -> str:
 
 def table(models: dict) -> str:
     """`models`: name -> curves."""
-    heads = [f"{name}, {share:.0%}" for name in models for share in SHARES]
+    heads = [f"{name}, {100 * share:g} %" for name in models for share in SHARES]
     lines = ["| method | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for method in dict.fromkeys(method for found in models.values() for method in found):
         cells = [cell(found, method, share) if method in found else ""
