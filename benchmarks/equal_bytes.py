@@ -28,7 +28,10 @@ from weights.models import model_folder
 
 SHARES = (0.05, 0.1, 0.175)
 BEFORE = "sentencekv:kv_bits=16"  # what the others are compared with
-PICTURE = ("sentencekv", BEFORE, "sentencekv:query_decay=0", "sentencekv:sentence_limit=32")
+PICTURE = {  # method: how it is called in the picture, and its colour
+    "sentencekv": ("the default: 8 bits, limit 16, decay 0.9", plots.BLUE),
+    BEFORE: ("16 bits", plots.ORANGE), "sentencekv:query_decay=0": ("decay 0", plots.VIOLET),
+    "sentencekv:sentence_limit=32": ("limit 32", plots.BROWN)}
 
 
 def device_share(row: dict, model_config) -> float:
@@ -70,9 +73,13 @@ def curves(rows: list[dict], model_config) -> dict:
             for method, tasks in found.items()}
 
 
+def error(values: list[float]) -> float:
+    """The standard error of their mean; 0 for one value."""
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
 def with_error(values: list[float]) -> str:
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{mean(values):.3f} ± {error:.3f}"
+    return f"{mean(values):.3f} ± {error(values):.3f}"
 
 
 def cell(found: dict, method: str, share: float) -> str:
@@ -100,16 +107,17 @@ def table(models: dict) -> str:
 
 
 def draw(models: dict, path: Path):
-    """Loss against bytes, a panel a model."""
+    """Loss against bytes, a panel a model. Bars are standard errors."""
     figure, axes = pyplot.subplots(1, len(models), figsize=(6.2 * len(models), 4.4), sharey=True,
                                    squeeze=False, layout="constrained")
     for axis, (name, found) in zip(axes[0], models.items()):
-        for method, colour in zip(PICTURE, (plots.BLUE, plots.ORANGE, plots.VIOLET, plots.BROWN)):
-            if method in found:
-                columns = list(zip(*found[method].values()))  # the points of a budget
-                x = [mean(100 * share for share, _ in column) for column in columns]
-                y = [mean(loss for _, loss in column) for column in columns]
-                axis.plot(x, y, marker="o", color=colour, label=method,
+        for method in filter(found.get, PICTURE):
+            columns = list(zip(*found[method].values()))  # the points of a budget
+            x = [mean(100 * share for share, _ in column) for column in columns]
+            y = [mean(loss for _, loss in column) for column in columns]
+            errors = [error([loss for _, loss in column]) for column in columns]
+            label, colour = PICTURE[method]
+            axis.errorbar(x, y, errors, marker="o", color=colour, label=label, elinewidth=0.8,
                           linewidth=2.4 if method == "sentencekv" else 1.4)
         axis.set_xscale("log")
         axis.set_xticks([5, 10, 20, 40], ["5", "10", "20", "40"])

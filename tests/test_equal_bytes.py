@@ -49,7 +49,7 @@ def test_the_share_is_that_of_the_tensors_of_a_cache(rows, tiny_folder):
         full = 308 * cache.report()["full_kv_bytes"] / 300 / len(cache.layers)
         found = equal_bytes.device_share(row, model.config)
         # The report counts the plan, too; the row, a sentence or two that were written.
-        assert found == pytest.approx(held / full, rel=0.03)
+        assert found == pytest.approx(held / full, rel=0.05)
 
 
 def test_a_table_and_a_picture(rows, tiny_folder, capsys):
