@@ -343,21 +343,19 @@ def test_texts_in_parts_on_the_default_weights(default_model, default_folder, tm
         want_positions(cache)
         default_model.prefill(prompt, cache, part_ends=(100, 250))
         kept, first = snapshot(cache), answer(cache)
+        identity = identity_of("", cache.config, torch.float32)
         if budget == 1024:
             torch.testing.assert_close(first, expected, rtol=0, atol=2e-3)
         cache.truncate(300)
         assert torch.equal(answer(cache), first)
         cache.truncate(300)
         save_document(tmp_path / "document", Document(text, ids[:300], spans, tokenizer.now),
-                      kept, IDENTITY, 32)
+                      kept, identity, 32)
         loaded = new_cache(budget)
-        document = load_document(tmp_path / "document", IDENTITY, 32,
+        document = load_document(tmp_path / "document", identity, 32,
                                  default_model.config, device)
         restore(loaded, document.kept, document.release)
         assert torch.equal(answer(loaded), first)
-
-
-IDENTITY = identity_of("", SentenceKVConfig(), torch.float32)
 
 
 class Traced(GraphedDecode):

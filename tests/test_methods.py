@@ -30,8 +30,8 @@ COARSE = {"quest": 16, "shadowkv": 8, "arkvale": 32, "actqkv": 40, "adakv": 1, "
           "think": 2, "snapkv_4bit": 4,
           "pyramidkv": 4}
 # A budget for everything is not everything: channels or bits are lost, or a layer gets little.
-LOSSY = {"pyramidkv", "windowkv", "think", "snapkv_4bit", "sentencekv_4bit", "kvsharer",
-         "dbudgetkv"}
+LOSSY = {"pyramidkv", "windowkv", "think", "snapkv_4bit", "sentencekv", "sentencekv_4bit",
+         "kvsharer", "dbudgetkv"}
 MADE_UP = ("retroinfer", "less", "think", "snapkv_4bit", "kvmerger", "sentencekv_4bit")  # keys
 
 
@@ -375,6 +375,8 @@ def test_no_method_holds_more_than_its_budget(config, n_prompt):
             held.append(cost(cache).held)
         assert max(held) <= BUDGET + 1e-4, method
         enough = min(n_prompt + 1, BUDGET) - COARSE.get(method, 0)
+        if method == "sentencekv":  # its budget counts rows, which have 8 bits
+            enough *= (TINY.head_dim + 2) / (2 * TINY.head_dim)
         assert held[0] >= enough - 1e-4, method
 
 
@@ -425,7 +427,7 @@ def test_nothing_of_a_forgotten_token_is_left(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in METHODS if has_budget(m)])
+@pytest.mark.parametrize("method", [m for m in METHODS if has_budget(m) and m != "sentencekv"])
 def test_every_token_is_attended_to_where_it_was_read(method):
     """A key is turned to its position: those that are not made up are the prompt's own, or written
     ones, each once."""

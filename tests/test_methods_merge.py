@@ -271,7 +271,7 @@ def test_what_is_read_of_the_prompt_has_the_precision_of_the_host(recording):
 
 
 def test_the_bits_do_not_change_what_sentencekv_selects(recording):
-    ours, exact = filled(recording, "sentencekv_4bit"), filled(recording, "sentencekv")
+    ours, exact = filled(recording, "sentencekv_4bit"), filled(recording, "sentencekv_16bit")
     for step in range(20):
         for layer in range(LAYERS):
             token = random_token(2 * step + layer)
