@@ -154,7 +154,7 @@ class LayerCache:
         self.vectors = self.packing.zeros(heads, capacity)
         self.variances = torch.zeros(heads, capacity, device=device)
         self.lengths, self.scores = self.variances.clone(), self.variances.clone()
-        self.starts = torch.zeros_like(self.lengths, dtype=torch.int32)  # a place has few bytes
+        self.starts = torch.zeros_like(self.lengths, dtype=torch.int32)  # many places
         self.ends, self.n_resident = self.starts.clone(), self.starts.clone()
         n_slots = plan.n_row_slots + plan.n_window_slots
         self.slots = self.packing.zeros(heads, n_slots, 2)
@@ -222,7 +222,7 @@ class LayerCache:
 
     def add_sentences(self, keys, bounds, first_row: int = 0, n_all_sinks=0):
         """Give S sentences the next places of the table. keys (H_kv, n, D') of the rows from
-        `first_row` on, bounds (H_kv, S + 1) counted from it, n_all_sinks (H_kv, 1)"""
+        `first_row` on, bounds (H_kv, S + 1) counted from it, n_all_sinks 0 or (H_kv, 1)"""
         first_place = self.plan.n_places
         places = slice(first_place, first_place + bounds.shape[-1] - 1)
         vectors, self.variances[:, places] = sentence_vectors(self.packing.unpack(keys), bounds)
@@ -244,11 +244,11 @@ class LayerCache:
 
     def decode(self, q, k, v) -> tuple:
         """Select rows, load those that are missing, return all slots, unpacked, and a mask."""
-        plan = self.plan
-        self.slots.index_copy_(1, plan.next_slot, self.packing.pack(torch.stack((k, v), dim=2)))
+        kv = torch.stack((k, v), dim=2)  # (H_kv, 1, 2, D)
+        self.slots.index_copy_(1, self.plan.next_slot, self.packing.pack(kv))
         self.select(q.view(len(k), -1, q.shape[-1]))
         self.load()
-        mask = torch.cat((self.slot_row < NO_ROW, plan.in_window.expand(len(k), -1)), dim=1)
+        mask = torch.cat((self.slot_row < NO_ROW, self.plan.in_window.expand(len(k), -1)), dim=1)
         return *self.packing.unpack(self.slots).unbind(dim=2), mask.unsqueeze(1)  # (H_kv, 1, B + R)
 
     def select(self, q):

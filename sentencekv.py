@@ -40,7 +40,7 @@ class SentenceKVConfig:
     observation_window: int = 32  # last queries of the prompt: their attention is importance
     score: str = "gaussian"  # a name in SCORES; benchmarks/scores.py adds one
     query_decay: float = 0.9  # weight of a query is this ** (tokens since); 1 in the paper
-    kv_bits: int = 8  # of keys, values and sentence vectors; 16: the model's dtype, as in the paper
+    kv_bits: int = 8  # of each channel that is remembered; 16: the model's dtype, as in the paper
     sentence_limit: int = 16  # tokens; a longer sentence is cut, at a clause if possible
 
     def __post_init__(self):

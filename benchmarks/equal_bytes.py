@@ -17,6 +17,7 @@ import torch
 from matplotlib import pyplot
 
 from benchmarks import plots
+from benchmarks.leaderboard import with_error
 from benchmarks.methods import settings_of
 from benchmarks.methods.sentences import vectors_in_tokens
 from benchmarks.rows import at_every_budget, differences
@@ -73,15 +74,6 @@ def curves(rows: list[dict], model_config) -> dict:
             for method, tasks in found.items()}
 
 
-def error(values: list[float]) -> float:
-    """The standard error of their mean; 0 for one value."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def with_error(values: list[float]) -> str:
-    return f"{mean(values):.3f} ± {error(values):.3f}"
-
-
 def cell(found: dict, method: str, share: float) -> str:
     """The mean loss, and in brackets by how much it differs from BEFORE, passage by passage."""
     losses = {name: {task: interpolate(points, share) for task, points in found[name].items()}
@@ -89,10 +81,10 @@ def cell(found: dict, method: str, share: float) -> str:
     values = [loss for loss in losses[method].values() if not math.isnan(loss)]
     if len(values) < len(losses[method]):
         return ""
-    text, before = with_error(values), losses.get(BEFORE, {})
+    text, before = with_error(values, 1, "{:.3f}"), losses.get(BEFORE, {})
     pairs = [loss - before[task] for task, loss in losses[method].items()
              if not math.isnan(before.get(task, math.nan))]
-    return text if method == BEFORE or not pairs else f"{text} ({with_error(pairs)})"
+    return text if method == BEFORE or not pairs else f"{text} ({with_error(pairs, 1, '{:.3f}')})"
 
 
 def table(models: dict) -> str:
@@ -115,7 +107,8 @@ def draw(models: dict, path: Path):
             columns = list(zip(*found[method].values()))  # the points of a budget
             x = [mean(100 * share for share, _ in column) for column in columns]
             y = [mean(loss for _, loss in column) for column in columns]
-            errors = [error([loss for _, loss in column]) for column in columns]
+            errors = [stdev(loss for _, loss in column) / math.sqrt(len(column))
+                      if len(column) > 1 else 0 for column in columns]
             label, colour = PICTURE[method]
             axis.errorbar(x, y, errors, marker="o", color=colour, label=label, elinewidth=0.8,
                           linewidth=2.4 if method == "sentencekv" else 1.4)

@@ -2,7 +2,7 @@
 
 `benchmarks.speed` starts it for each turn, with a request on standard input, and reads the answer
 from standard output: seconds to the first token, and of each token after it. Both are JSON. Nothing
-else is alive in the process. With PyTorch in it, llama.cpp takes half as long again for a token.
+else is alive in the process: the threads of PyTorch would slow llama.cpp down.
 """
 
 import json

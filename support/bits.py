@@ -3,10 +3,10 @@
     z = (x - mean) / deviation       of each channel: all channels have one size
     z ≈ scale · numbers              whole numbers from -127 to 127, one scale for all channels
 
-The keys of some models have a channel that is 20 times as large as the others (Qwen2.5: its bias).
-With one scale for both, the others would be rounded to a few steps. Mean and deviation are those of
-a head's channels in its first text, of keys and of values. The scale is a vector's own. So nothing
-is out of range, however short that text is.
+Some keys have a channel that is far larger than the others: in layer 0 of Qwen2.5-Coder-0.5B, one
+reaches 145, and the others 10 in the median. With one scale for both, the others would be rounded
+to a few steps. Mean and deviation are those of a head's channels in its first text, of keys and of
+values. The scale is a vector's own. So nothing is out of range, however short that text is.
 """
 
 import math
@@ -73,6 +73,6 @@ class Packing:
         numbers, scales = packed[..., :-SCALE_BYTES], packed[..., -SCALE_BYTES:]
         # float16 ends at 65504, and a z can be larger.
         dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
-        # In place: of a million tokens, the vectors of a layer fill 86 MB, and fresh memory is slow.
+        # In place: with a million tokens, a layer's vectors fill 86 MB, and fresh memory is slow.
         z = numbers.to(dtype).mul_(scales.view(torch.bfloat16))
         return torch.addcmul(mean, z, deviation, out=z).to(self.dtype)

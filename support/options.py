@@ -15,7 +15,7 @@ SETTINGS = {  # of the method: the flags, and what --help says
     "recent_window": "last tokens, always attended to",
     "score": "score of a sentence, {scores}; paper: mean_query",
     "query_decay": "each token multiplies the weight of earlier queries by it; paper: 1",
-    "kv_bits": "of what is remembered: 8, or 16 for the model's dtype; paper: 16",
+    "kv_bits": "of each channel that is remembered: 8, or 16 for the model's dtype; paper: 16",
     "sentence_limit": "most tokens in a sentence; a longer one is cut",
 }
 SWITCHES = {

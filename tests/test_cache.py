@@ -237,6 +237,25 @@ def read_and_write(model, cache, ids, parts=1):
             at += n_read
 
 
+@pytest.mark.parametrize("n_tokens", [1, 300])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_8_bits_are_off_by_half_a_step(device, n_tokens, dtype):
+    """Also later keys, far from those of a short text; in float16 z would be too large."""
+    packing, dim = bits.Packing(2, 8, 8, device, dtype), 8
+    first, later = (torch.randn(2, n, 2, dim, device=device).to(dtype) for n in (n_tokens, 50))
+    first[..., 3], later[..., 3] = first[..., 3] + 145, 20 * later[..., 3] + 145
+    packing.fit(first)
+    for kv in (first, later, later[:, :, 0]):
+        packed = packing.pack(kv)
+        mean, deviation = (x.double() for x in packing.channels[kv.dim()])
+        scale = packed[..., dim:].view(torch.bfloat16).double()
+        found = packing.unpack(packed)
+        rounding = 4 * torch.finfo(dtype).eps * (kv.double().abs() + mean.abs())
+        # A scale is a bfloat16, so the largest channel is 127.25 of them at most.
+        assert found.dtype == dtype and found.isfinite().all()
+        assert ((found - kv).double().abs() <= 0.501 * scale * deviation + rounding).all()
+
+
 def test_8_bits_take_half_the_bytes(tiny, device):
     caches = {n: sentencekv_cache(SentenceKVConfig(**SMALL | {"kv_bits": n}), 300, device,
                                   dtype=torch.bfloat16) for n in (16, 8)}

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from cache import LayerCache, SentenceKVCache
 from sentencekv import gaussian
-from support.bits import SCALE_BYTES
 
 
 def index_tokens(layer) -> float:
@@ -35,7 +34,7 @@ def vectors_in_tokens(layer, n_vectors: float) -> float:
 
 def packed_share(packing) -> float:
     """The bytes of a packed vector, as a part of one with 16 bits a channel."""
-    return (packing.dim + SCALE_BYTES) / (2 * packing.dim) if packing.bits == 8 else 1.0
+    return packing.width / (2 * packing.dim) if packing.bits == 8 else 1.0
 
 
 class TwoVectors(SentenceKVCache):
