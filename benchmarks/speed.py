@@ -1,7 +1,6 @@
 """Time and memory against the length of the prompt, next to what the hardware allows.
 
-    python -m benchmarks.speed --lengths 1024,3900,7500 --token-budget 512
-    python -m benchmarks.speed --lengths 1024,3900,7500 --token-budget 512 --compare transformers
+    python -m benchmarks.speed --data walden --lengths 1024,3900,7500 --compare transformers
     python -m benchmarks.speed --config llama-3.1-8b --lengths 4096,32768,131072 --cuda-graph
 
 With a model's own weights the text is `--data`, and its continuation is read token by token, so
@@ -16,13 +15,11 @@ the host, `load`, is not in it. `host KV` is what is stored there; PyTorch round
 to a power of two. Stage times are of tokens after those. `--cuda-graph` adds SentenceKV with each
 token replayed as one graph, `--compile` with a compiled step (and with both, if both are given),
 `--compare transformers` Hugging Face's Llama, and `--compare llama.cpp` that of llama.cpp, where
-they are installed. Each of their turns is a process of its own. `its own ms` is what llama.cpp says.
-`--scale` measures one layer of SentenceKV instead, up to a million tokens: see benchmarks/scale.py.
+they are installed. Each of their turns is a process of its own. `its own ms` is by llama.cpp.
 """
 
 import argparse
 import json
-import platform
 import random
 import subprocess
 import sys
@@ -36,10 +33,11 @@ from statistics import median, quantiles
 import torch
 from tqdm import tqdm
 
-from benchmarks import scale
-from benchmarks.llamacpp import BF16, FOUR_BITS, make_files
-from benchmarks.methods import SENTENCE_METHODS, settings_of
+from benchmarks import data, llamacpp, pictures, tables
+from benchmarks.engine import numbers, provenance
+from benchmarks.methods import KNOWN, settings_of
 from benchmarks.rival import KINDS
+from benchmarks.rows import write
 from cache import SentenceKVCache
 from generate import make_cache, next_logits, prefill
 from model import Llama
@@ -290,45 +288,15 @@ def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[d
     return rows
 
 
-COLUMNS = {  # heading: (key, divisor, format)
-    "ttft s": ("ttft_ms", 1e3, ".2f"), "ms a token": ("decode_ms_per_token", 1, ".1f"),
-    "p90": ("decode_p90_ms", 1, ".1f"), "its own ms": ("own_ms_per_token", 1, ".1f"),
-    "floor ms": ("floor_ms", 1, ".1f"),
-    "device KV MiB": ("device_kv_bytes", 2**20, ".1f"),
-    "host KV MiB": ("host_kv_bytes", 2**20, ".1f"),
-    "load KiB a token": ("loaded_bytes_per_token", 2**10, ".0f"),
-    "hits": ("hit_rate", 1, ".0%"), "peak MiB": ("peak_device_bytes", 2**20, ".0f"),
-}
-
-
-def table(rows: list[dict]) -> str:
-    columns = {head: column for head, column in COLUMNS.items()
-               if any(row[column[0]] is not None for row in rows)}
-    lines = ["| tokens | method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for row in rows:
-        cells = ["" if row[key] is None else format(row[key] / divisor, form)
-                 for key, divisor, form in columns.values()]
-        lines.append(f"| {row['length']} | {row['method']} | " + " | ".join(cells) + " |")
-    names = dict.fromkeys(n for row in rows for n in row["stages_ms_per_token"])
-    lines += ["", "| tokens | method, ms a token by stage | " + " | ".join(names) + " |",
-              "|---" * (len(names) + 2) + "|"]
-    for row in rows:
-        if stages := row["stages_ms_per_token"]:
-            cells = [f"{stages[n]:.2f}" if n in stages else "" for n in names]
-            lines.append(f"| {row['length']} | {row['method']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="benchmarks.speed", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add, defaults = parser.add_argument, SentenceKVConfig()
     add("--model", type=Path, help="DIR, FILE.gguf or NAME (smollm2-135m-instruct)")
     add("--config", choices=CONFIGS, help="a real shape with random weights instead")
-    examples = sorted((Path(__file__).parent.parent / "examples").glob("*.txt"))
-    add("--data", type=Path, nargs="+", default=examples, help="texts to read (default: examples/)")
-    add("--lengths", type=lambda text: [int(part) for part in text.split(",")],
-        default=[1024, 4096])
+    add("--data", nargs="+", default=sorted((TOP / "examples").glob("*.txt")),
+        help="files, or names of benchmarks/data.py (default: examples/)")
+    add("--lengths", type=numbers(), default=[1024, 4096])
     add("--methods", type=lambda text: text.replace(";", " ").split(),
         default=["full", "sentencekv"], help="separated by blanks; sentencekv:name=value,... too")
     add("--compare", choices=["transformers", "llama.cpp"], action="append", default=[],
@@ -341,42 +309,19 @@ def parse(arguments):
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--cuda-graph", action="store_true", help=f"measure {GRAPHED!r} too")
     add("--compile", action="store_true", help=f"measure {COMPILED!r} too, and with a graph")
-    add("--scale", action="store_true", help="one layer, to a million tokens, instead")
-    add("--out", type=Path, help="JSON lines; a table and a picture beside it")
+    add("--out", type=Path, help="results: see benchmarks/rows.py; and a picture beside them")
     args = parser.parse_args(arguments)
-    if args.scale and args.lengths == parser.get_default("lengths"):
-        args.lengths = scale.LENGTHS
     for name, least in (("new_tokens", 2), ("repeats", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, at least {least}")
     names = {method.partition(":")[0] for method in args.methods}
-    settings = [name for name, kind in SENTENCE_METHODS.items() if kind is SentenceKVCache]
+    settings = [name for name, known in KNOWN.items() if known.kind is SentenceKVCache]
     if unknown := names - {"full", *settings}:
         parser.error(f"--methods {', '.join(unknown)}: the choices are full, {', '.join(settings)}")
     return args
 
 
-def machine_name(device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
-    return f"{torch.get_num_threads()} threads of {cpu}"
-
-
-def run_scale(args) -> list[dict]:
-    device = pick_device(args.device)
-    dtype, copied = pick_dtype(args.dtype, device), bandwidth(device)
-    print(f"one layer of 8 KV heads, {str(dtype)[6:]}, {machine_name(device)}, torch"
-          f" {torch.__version__}, budget {args.token_budget}; a copy moves {copied / 1e9:.1f} GB/s")
-    return [{"dtype": str(dtype)[6:], "machine": machine_name(device), "torch": torch.__version__,
-             "copy_bytes_per_second": copied, **row} for row in scale.rows(
-                 tqdm(args.lengths, disable=None), args.token_budget, args.new_tokens, device,
-                 dtype, copied)]
-
-
-def run(args) -> list[dict]:
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
+def asked_methods(args, device, dtype) -> list[str]:
     methods = list(args.methods)
     if args.cuda_graph:
         check_cuda_graph(device)
@@ -389,54 +334,56 @@ def run(args) -> list[dict]:
     if "llama.cpp" in args.compare:
         if args.config or args.model or device.type != "cpu":
             raise ValueError("--compare llama.cpp is for the default model on a CPU")
-        methods += [BF16, FOUR_BITS]
-        place = tempfile.TemporaryDirectory()  # of the files, until this function ends
-    if args.config:
-        model = random_model(args.config, device, dtype)
-    else:
-        args.model = model_folder(args.model)
-        model = load_model(args.model, device, dtype)
-    args.files = make_files(args.model, Path(place.name)) if "llama.cpp" in args.compare else {}
+        methods += llamacpp.methods(str(dtype)[6:])
+    return methods
+
+
+def run(args) -> tuple[dict, list[dict]]:
+    """Provenance and rows."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    methods = asked_methods(args, device, dtype)
     room = 2 * args.new_tokens + 2 * WARM_UP
-    if not args.config:
+    if args.config:
+        name, args.data, model = args.config, [], random_model(args.config, device, dtype)
+    else:
+        args.data = [data.find(str(name)) for name in args.data]
+        name = args.model = model_folder(args.model)
+        model = load_model(args.model, device, dtype)
         check_positions(max(args.lengths), room, model.config)
-    machine = machine_name(device)
+    place = tempfile.TemporaryDirectory()  # of llama.cpp's files, until this function ends
+    args.files = {}
+    if "llama.cpp" in args.compare:
+        args.files = llamacpp.make_files(args.model, Path(place.name), str(dtype)[6:])
+    asked = {"token_budget": str(args.token_budget), "keep_factor": str(args.keep_factor)}
+    about = provenance("speed", asked, name, args.data, device, dtype)
     copied, rows = bandwidth(device), []
-    print(f"{args.config or args.model.name}, {str(dtype)[6:]}, {machine}, torch"
-          f" {torch.__version__}, budget {args.token_budget}; a copy moves {copied / 1e9:.1f} GB/s")
+    about["copy_bytes_per_second"] = copied
+    print("{model}, {dtype}, {machine}, torch {torch}".format(**about), f"budget"
+          f" {args.token_budget}; a copy moves {copied / 1e9:.1f} GB/s", sep=", ")
     for length in tqdm(args.lengths, disable=None):
         text = Text(args, model, length + room)
         subjects = [
             (Rival if method.split()[0] in KINDS else Ours)(method, args, model, text, length)
             for method in methods]
         measured = measure(subjects, args, weight_bytes(model), copied)
-        rows += [{"model": args.config or args.model.name, "method": method, "length": length,
-                  "token_budget": args.token_budget, "dtype": str(dtype)[6:], "machine": machine,
-                  "torch": torch.__version__, "copy_bytes_per_second": copied, **row}
+        rows += [{"method": method, "length": length, **row}
                  for method, row in zip(methods, measured)]
         if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+            write(args.out, about, rows)
+    return about, rows
 
 
 def main(arguments=None) -> int:
     args = parse(arguments)
     try:
-        rows = run_scale(args) if args.scale else run(args)
+        about, rows = run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"benchmarks.speed: {error}", file=sys.stderr)
         return 2
-    report = scale.table(rows) if args.scale else table(rows)
-    print(report)
+    print(tables.speed(rows), tables.stages(rows), sep="\n\n")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        args.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
-        from benchmarks import plots
-
-        draw = plots.stages_by_length if args.scale else plots.ms_by_length
-        draw(rows, args.out.with_suffix(".png"))
+        pictures.ms_by_length(about, rows, args.out.with_suffix(".png"))
     return 0
 
 

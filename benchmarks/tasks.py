@@ -76,8 +76,22 @@ def code_similarity(text, answer, classes):
     return fuzz.ratio(lines[0] if lines else "", answer) / 100
 
 
+def characters_f1(text, answer, classes):
+    """Of Chinese, without punctuation and white space. LongBench cuts words first."""
+    found, expected = ([c for c in x.lower() if c.isalnum()] for x in (text, answer))
+    common = sum((Counter(found) & Counter(expected)).values())
+    return 2 * common / (len(found) + len(expected)) if common else 0.0
+
+
+def paragraph_match(text, answer, classes):
+    """Whether the first number after the word for paragraph is the right one."""
+    number, right = (re.search(r"段落\D*(\d+)", x) for x in (text, answer))
+    return float(number is not None and number[1] == right[1])
+
+
 METRICS = {"qa_f1": qa_f1, "rouge_l_f": rouge_l_f, "classification": class_match,
-           "code_sim": code_similarity}
+           "code_sim": code_similarity, "qa_f1_zh": characters_f1,
+           "retrieval_zh": paragraph_match}
 
 
 def warn(problem: str):
@@ -201,17 +215,3 @@ def requests(paragraphs: list[str], count: int, seed: int = 0) -> Iterator[list[
 
 
 FAMILIES = ("single", "multikey", "multivalue", "multiquery", "vt")
-
-
-def needle_grid(paragraphs_of, lengths: list[int], depths: list[float]) -> Iterator[Example]:
-    """One needle at every depth of every length; `paragraphs_of(n)` is a haystack of n tokens."""
-    needle = "The secret password of the lighthouse keeper is \"{}\"."
-    words = "marmalade compass lantern juniper velvet saffron harbour thimble".split()
-    for row, length in enumerate(lengths):
-        paragraphs = paragraphs_of(length)
-        for column, depth in enumerate(depths):
-            word = words[(row * len(depths) + column) % len(words)]
-            text = spread(paragraphs, [needle.format(word)], [depth])
-            yield Example(f"needle {length} {depth:g}", row * len(depths) + column,
-                          f"{text}\n\nWhat is the secret password of the lighthouse keeper"
-                          " mentioned in the text above?", (word,), max_new_tokens=24)

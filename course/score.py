@@ -3,14 +3,14 @@
 The file has a function with the arguments and the result of `sentencekv.mean_query`. It is compared
 with the scores of the project, with the default settings otherwise: how many hidden numbers are
 found, and how much of the attention goes to what is selected. The text is an example of the
-project. Use benchmarks/quality.py for longer texts and other budgets.
+project. Use benchmarks/answers.py for longer texts and other budgets.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import quality
+from benchmarks import answers, compare
 from course import check
 from sentencekv import SCORES
 
@@ -28,18 +28,16 @@ def main(arguments=None) -> int:
     except ValueError as error:
         print(f"course.score: {error}", file=sys.stderr)
         return 2
-    shared = ["--data", str(BOOK), "--length", str(LENGTH), "--budgets", str(BUDGET), "--methods",
-              METHODS]
     print(f"one of four numbers hidden in {LENGTH} tokens, token budget {BUDGET}, {args.count}"
           " prompts: per cent found ± standard error", flush=True)
-    if status := quality.main(["ruler", "--generate", "multikey", "--count", str(args.count),
-                               *shared]):
+    if status := answers.main(["needles", "--families", "multikey", "--count", str(args.count),
+                               "--data", str(BOOK), "--length", str(LENGTH), "--budgets",
+                               str(BUDGET), "--methods", METHODS]):
         return status
-    print("\nreading on for 64 tokens in the same text: the share of the full cache's attention"
-          "\nthat goes to the tokens within the budget (mass, higher is better), and the relative"
-          "\nerror of the output (lower is better). The mean of all layers ± standard error",
-          flush=True)
-    return quality.main(["recall", "--new-tokens", "64", *shared])
+    print(f"\nthe question of {BOOK.name}: the share of the full cache's attention that goes to the"
+          "\ntokens within the budget (higher is better), the relative error of the output (lower is"
+          "\nbetter), and the answer", flush=True)
+    return compare.main(["--prompt", str(BOOK), "--budget", str(BUDGET), "--methods", METHODS])
 
 
 if __name__ == "__main__":

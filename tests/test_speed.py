@@ -3,15 +3,14 @@ import json
 import subprocess
 import sys
 from queue import Queue
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-
 from conftest import ROOT
 
-from benchmarks import llamacpp, rival, scale, speed
-from sentencekv import gaussian, select_rows
+from benchmarks import llamacpp, rival, rows, scale, speed
 from weights.gguf_file import half_split_rows
 
 
@@ -24,19 +23,19 @@ def test_a_table_a_row_for_each_length_and_method_and_a_picture(tiny_folder, tmp
     book.write_text("A sentence is here. And another one! " * 60)
     assert run("--model", tiny_folder, "--data", book, "--lengths", "200,400", "--token-budget", 96,
                "--new-tokens", 10, "--repeats", 1, "--device", "cpu", "--out", out) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(r["length"], r["method"]) for r in rows] == [
+    about, found = rows.read(out)
+    assert about["inputs"].keys() == {"book.txt"} and about["copy_bytes_per_second"] > 0
+    assert [(r["length"], r["method"]) for r in found] == [
         (200, "full"), (200, "sentencekv"), (400, "full"), (400, "sentencekv")]
-    for row in rows:
+    for row in found:
         stages = row["stages_ms_per_token"]
         parts = sum(ms for name, ms in stages.items() if name != "total")
         assert parts == pytest.approx(stages["total"])
         assert 0 < row["floor_ms"] and 0 < row["decode_ms_per_token"] <= row["decode_p90_ms"] * 1.01
         assert row["peak_device_bytes"] is None
-    assert {"select", "load", "seal"} <= rows[1]["stages_ms_per_token"].keys()
-    assert rows[3]["full_kv_bytes"] > 1.5 * rows[1]["full_kv_bytes"]
+    assert {"select", "load", "seal"} <= found[1]["stages_ms_per_token"].keys()
+    assert found[3]["full_kv_bytes"] > 1.5 * found[1]["full_kv_bytes"]
     assert capsys.readouterr().out.count("| 400 | sentencekv |") == 2
-    assert "| 200 | full |" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 1000
 
 
@@ -74,22 +73,21 @@ def test_bad_options_are_one_line(tiny_folder, capsys, arguments, message):
 
 def test_one_layer_is_measured_at_every_length(tmp_path, capsys):
     out = tmp_path / "scale.jsonl"
-    assert speed.main(["--scale", "--lengths", "1000,3000", "--token-budget", "128", "--new-tokens",
-                       "30", "--device", "cpu", "--dtype", "float32", "--out", str(out)]) == 0
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["length"] for row in rows] == [1000, 3000]
-    for row in rows:
-        assert set(scale.STAGES) | {"all", "two levels"} <= row.keys()
+    assert scale.main(["--lengths", "1000,3000", "--token-budget", "128", "--new-tokens", "30",
+                       "--device", "cpu", "--dtype", "float32", "--out", str(out)]) == 0
+    _, found = rows.read(out)
+    assert [row["length"] for row in found] == [1000, 3000]
+    for row in found:
+        assert {*scale.STAGES, "all"} <= row.keys()
         assert 0 < row["hits"] < 1 and row["host"] >= row["length"] * 8 * 2 * (128 + 2)
         assert row["bound_ms"].keys() == set(scale.STAGES)
-        assert 0 < row["two levels"] and all(0 < row[stage] < row["all"] for stage in scale.STAGES)
-    assert "| 3,000 |" in out.with_suffix(".md").read_text()
-    assert out.with_suffix(".png").stat().st_size > 1000
+        assert all(0 < row[stage] < row["all"] for stage in scale.STAGES)
+    assert "| 3,000 |" in capsys.readouterr().out
 
 
 def test_what_is_restored_is_a_document_that_was_read():
     """Its rows are in sentences, whose vectors are means of their keys. Place 0 are the sinks."""
-    n = scale.PARAGRAPH + 3
+    n = 19
     cache = scale.filled_cache(n, 128, 100, torch.device("cpu"), torch.float32)
     layer, plan = cache.layers[0], cache.plan
     assert (plan.num_tokens, plan.n_places) == (n * scale.SENTENCE, 1 + n)
@@ -99,23 +97,6 @@ def test_what_is_restored_is_a_document_that_was_read():
     torch.testing.assert_close(vectors, means, rtol=0, atol=0.03)  # in 8 bits
     assert layer.vectors[:, 0].eq(0).all() and layer.lengths[:, 0].eq(0).all()
     assert (layer.starts[0, :3].tolist(), layer.ends[0, :3].tolist()) == ([0, 4, 25], [4, 25, 50])
-
-
-def test_two_levels_choose_as_one_if_every_paragraph_is_among_the_best():
-    n = scale.PARAGRAPH * 3
-    cache = scale.filled_cache(n, 128, 100, torch.device("cpu"), torch.float32)
-    q, layer, places = torch.randn(8, 4, 128), cache.layers[0], slice(1, 1 + n)
-    lengths = torch.full((8, n), scale.SENTENCE)
-    vectors = layer.packing.unpack(layer.vectors[:, places])
-    scores = gaussian(q, vectors, layer.variances[:, places], lengths.float())
-    expected = select_rows(scores, lengths, cache.plan.n_select - cache.plan.n_first_sinks)
-    two = scale.TwoLevels(cache)
-    paragraphs = gaussian(q, two.means, two.spread, two.sizes)
-    order = paragraphs.topk(3, dim=-1).indices  # (H_kv, 3): as they are taken
-    got = two(q).unflatten(1, (3, -1))
-    whole = torch.zeros(8, 3, scale.PARAGRAPH, dtype=torch.long)
-    whole.scatter_(1, order[..., None].expand_as(got), got)
-    assert torch.equal(whole.flatten(1), expected)
 
 
 def test_llama_cpp_gets_its_own_order_of_rows():
@@ -181,7 +162,7 @@ def test_a_rival_has_a_process_of_its_own(tiny_folder, tmp_path, capsys, monkeyp
         answers.append(out)
         return subprocess.CompletedProcess(command, code, out, err)
 
-    monkeypatch.setattr(speed.subprocess, "run", start)
+    monkeypatch.setattr(speed, "subprocess", SimpleNamespace(run=start))
     out = tmp_path / "speed.jsonl"
     assert run("--model", tiny_folder, "--data", tmp_path / "book.txt", "--lengths", length,
                "--token-budget", 96, "--new-tokens", 4, "--repeats", 2, "--device", "cpu",
@@ -189,7 +170,7 @@ def test_a_rival_has_a_process_of_its_own(tiny_folder, tmp_path, capsys, monkeyp
     if status:
         assert capsys.readouterr().err.splitlines()[-1].endswith("transformers: 300 is too long")
         return
-    row = json.loads(out.read_text().splitlines()[-1])
+    row = rows.read(out)[1][-1]
     assert row["method"] == "transformers" and row["own_ms_per_token"] == torch.get_num_threads()
     assert len(answers) == 2 and row["floor_ms"] > 0 and row["hit_rate"] is None
 

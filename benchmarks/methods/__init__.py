@@ -15,10 +15,14 @@ The files are a lesson, in this order:
     sentences      variants of SentenceKV
 
 A budget is bytes held for attention, in tokens of 16 bits a channel. `cost` says what else is kept,
-and what is read. To add a method, see benchmarks/README.md.
+what is read, and what must be on the device. A class is known by its `name`; `label` is what
+pictures call it, and `coarseness` how many tokens of a budget it may leave unused, because pages
+are whole or shares are rounded down. To add a method, see benchmarks/README.md.
 """
 
 import importlib.util
+import inspect
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,50 +41,45 @@ from benchmarks.methods import (
     sentences,
 )
 from benchmarks.methods.base import Cost, Recording
-from cache import NO_ROW, SentenceKVCache
+from cache import SentenceKVCache
 from model import FullCache, LlamaConfig
 from sentencekv import SentenceKVConfig
 
-PUBLISHED = {
-    "streamingllm": evict_prompt.StreamingLLM, "l2norm": evict_prompt.L2Norm,
-    "snapkv": evict_prompt.SnapKV, "chunkkv": evict_prompt.ChunkKV,
-    "windowkv": evict_prompt.WindowKV, "shotkv": evict_prompt.ShotKV,
-    "expected_attention": evict_prompt.ExpectedAttention,
-    "h2o": evict_writing.H2O, "morphkv": evict_writing.MorphKV, "corm": evict_writing.CORM,
-    "cascading": evict_writing.CascadingKV,
-    "quest": retrieve.Quest, "arkvale": retrieve.ArkVale, "shadowkv": retrieve.ShadowKV,
-    "actqkv": retrieve.ActQKV, "clusterkv": retrieve.ClusterKV,
-    "pyramidkv": budgets.PyramidKV, "adakv": budgets.AdaKV, "prefixkv": budgets.PrefixKV,
-    "dbudgetkv": budgets.DBudgetKV, "kvcompress": budgets.KVCompress, "duo_heads": budgets.DuoHeads,
-    "think": channels.ThinK, "snapkv_4bit": precision.SnapKVBits,
-    "kvmerger": merge.KVMerger, "less": merge.LESS, "kvsharer": layers.KVSharer,
-    "retroinfer": estimate.RetroInfer,
-}
-# `_dense`: the first two layers keep and read everything, as in the papers.
-DENSE = ("l2norm", "quest", "arkvale", "clusterkv")
-SENTENCE_METHODS = {
-    "sentencekv": SentenceKVCache, "published": SentenceKVCache, "plain": SentenceKVCache,
-    "last_query": SentenceKVCache, "sentencekv_16bit": SentenceKVCache,
-    "sentencekv_4bit": precision.SentenceKVBits,
-    "two_level": sentences.TwoLevel, "boxes": sentences.Boxes,
-    "two_vectors": sentences.TwoVectors, "two_bit_keys": sentences.TwoBitKeys,
-    "best_sentences": sentences.BestSentences,
-}
-CLASSES = {"full": FullCache} | PUBLISHED | {f"{name}_dense": PUBLISHED[name] for name in DENSE}
-CLASSES |= SENTENCE_METHODS | {"best_tokens": retrieve.BestTokens}
-METHODS = tuple(CLASSES)
+FAMILIES = (evict_prompt, evict_writing, retrieve, budgets, channels, precision, merge, layers,
+            estimate, sentences)
 
-# What some names set, and `sentencekv` does not. `published` has the authors' settings: 32 sinks
-# are their code's, the paper has none; the paper's keep_factor is 1 to 5. But its sentences, its
-# one choice per KV head and its sinks, the first tokens, are those of this project. `plain` has
-# the Gaussian score, and keeps everything. All but `sentencekv` have 16 bits a channel.
-PLAIN = {"query_decay": 1.0, "secondary_sinks": 0, "sentence_limit": 128, "kv_bits": 16}
-LAST_QUERY = {"query_decay": 0.0, "kv_bits": 16}
-SETTINGS = {name: {"kv_bits": 16} for name in SENTENCE_METHODS if name != "sentencekv"}
-SETTINGS |= {"plain": PLAIN, "last_query": LAST_QUERY, "best_sentences": LAST_QUERY,
-             "shotkv": {"sentence_limit": evict_prompt.ShotKV.sentence_limit},
-             "published": PLAIN | {"score": "mean_query", "sink_tokens": 32, "keep_factor": 2.0}}
-SETTINGS |= {f"{name}_dense": {"dense_layers": 2} for name in DENSE}
+
+@dataclass(frozen=True)
+class Known:
+    """A method that has a name."""
+
+    kind: type
+    label: str  # what pictures call it
+    settings: dict = field(default_factory=dict)  # that the name itself sets
+
+
+def registered() -> dict:
+    """name -> Known, in the order of the lesson: every class that has a `name` of its own, and the
+    variants of one class."""
+    found = {"full": Known(FullCache, "full cache")}
+    for module in FAMILIES:
+        for kind in filter(inspect.isclass, vars(module).values()):
+            if kind.__module__ == module.__name__ and "name" in vars(kind):
+                found[kind.name] = Known(kind, kind.label, getattr(kind, "own_settings", {}))
+                if hasattr(kind, "paper_dense"):
+                    found[f"{kind.name}_dense"] = Known(
+                        kind, f"{kind.label}, {kind.paper_dense} layers whole",
+                        {"dense_layers": kind.paper_dense})
+    for name, (label, settings) in sentences.VARIANTS.items():
+        found[name] = Known(SentenceKVCache, label, settings)
+    return found
+
+
+KNOWN = registered()
+METHODS = tuple(KNOWN)
+SENTENCE_METHODS = tuple(name for name in METHODS if issubclass(KNOWN[name].kind, SentenceKVCache))
+PUBLISHED = tuple(name for name in METHODS if name not in (*SENTENCE_METHODS, "full", "best_tokens")
+                  and not name.endswith("_dense"))
 
 
 def split(spec: str) -> tuple[str, str]:
@@ -94,10 +93,10 @@ def split(spec: str) -> tuple[str, str]:
 def class_of(method: str):
     """The class of a method, by name or from a file. ValueError if there is none."""
     if ".py:" not in method:
-        if method not in CLASSES:
+        if method not in KNOWN:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)},"
                              f" nor FILE.py:CLASS")
-        return CLASSES[method]
+        return KNOWN[method].kind
     path, _, name = method.rpartition(":")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -115,7 +114,7 @@ def settings_of(spec: str) -> dict:
     """The settings of `method:name=value,name=value`, and those that the name itself sets. They are
     fields of `SentenceKVConfig`, or attributes of the method's class; and `unit` and `sees`."""
     method, pairs = split(spec)
-    settings = dict(SETTINGS.get(method, {}))
+    settings = dict(KNOWN[method].settings) if method in KNOWN else {}
     known = SentenceKVConfig if method in SENTENCE_METHODS else class_of(method)
     for pair in filter(None, pairs.split(",")):
         name, equals, value = pair.partition("=")
@@ -172,16 +171,8 @@ def cost(cache) -> Cost:
     if hasattr(cache, "cost"):
         return cache.cost()
     if isinstance(cache, FullCache):
-        return Cost(cache.num_tokens, 0, cache.num_tokens)
-    in_window, n_rows = cache.plan.in_window.sum().item(), cache.plan.open_row
-    in_slots = torch.stack([layer.slot_row < NO_ROW for layer in cache.layers]).sum(dim=-1)
-    held = in_window + in_slots.float().mean().item()
-    layer = cache.layers[0]
-    share, index = sentences.packed_share(layer.packing), sentences.index_tokens(layer)
-    n_first = len(layer.host.first)  # rows of the prompt, which may take fewer bits
-    rows = n_first * getattr(layer, "row_size", share) + (n_rows - n_first) * share
-    held *= share
-    return Cost(held, rows + index, held + index)
+        return Cost(cache.num_tokens, 0, cache.num_tokens, cache.num_tokens)
+    return sentences.cost(cache)
 
 
 def try_out(spec: str):

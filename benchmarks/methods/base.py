@@ -35,6 +35,7 @@ class Cost(NamedTuple):
     held: float  # for attention: this is the budget
     elsewhere: float  # what else is kept, on the host or to choose by; copies count
     read: float  # to write one token
+    device: float  # must be on the device to write a token: what is attended to, an index, scores
 
 
 class NumberedLayer:
@@ -211,10 +212,18 @@ class MethodCache:
         """Tensors that are read in order to choose, of all layers."""
         return []
 
+    def bookkeeping(self) -> list:
+        """Tensors that must be on the device besides keys, values and index, of all layers: 32 bits
+        a number."""
+        return []
+
     def cost(self) -> Cost:
         """After the last token. All that is held is read, and the index."""
-        held, index = self.held(), in_tokens(self.index(), self.model_config.kv_shape)
-        return Cost(held, index + self.keeps_all * (self.num_tokens - held), held + index)
+        held = self.held()
+        index, state = (in_tokens(tensors, self.model_config.kv_shape)
+                        for tensors in (self.index(), self.bookkeeping()))
+        return Cost(held, index + self.keeps_all * (self.num_tokens - held), held + index,
+                    held + index + 2 * state)
 
     def fork(self):
         """A copy that can go on by itself. Tensors are replaced, never changed."""

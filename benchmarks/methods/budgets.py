@@ -17,6 +17,9 @@ class PyramidKV(SnapKV):
     20 of the paper). Rest: dropped.
     """
 
+    name, label = "pyramidkv", "PyramidKV"
+    coarseness = 4
+
     def layer_budget(self, layer):
         room = self.budget - self.window
         last = room // 20
@@ -32,6 +35,8 @@ class AdaKV(SnapKV):
     down. Rest: dropped.
     """
 
+    name, label = "adakv", "Ada-KV"
+    coarseness = 1
     reads_on = False
     evenly = 0.2
 
@@ -53,6 +58,8 @@ class PrefixKV(Evicting):
     always; p is chosen to meet the budget. Rest: dropped. The paper finds the layers' budgets once,
     on other texts; here each prompt has its own (its profile mode).
     """
+
+    name, label = "prefixkv", "PrefixKV"
 
     def importance(self, layer, q, k, v):
         scores = attention_received(q, k).mean(dim=0)
@@ -85,6 +92,7 @@ class DBudgetKV(SnapKV):
     dropped; while writing, other layers do not grow.
     """
 
+    name, label = "dbudgetkv", "DBudgetKV"
     budgeted = False
     pool, dense_layers, tolerance = 1, 2, 0.01
 
@@ -121,6 +129,7 @@ class KVCompress(Evicting):
     into blocks from the best one down, where the code cuts from the worst one up.
     """
 
+    name, label = "kvcompress", "KV-Compress"
     reads_on = False
     block = 16
 
@@ -150,6 +159,8 @@ class DuoHeads(StreamingLLM):
     shared out to all. Rest: dropped, while writing the oldest that is no sink.
     """
 
+    name, label = "duo_heads", "DuoAttention's split, untrained"
+    coarseness = 2
     reads_on = False
     positions = 500
 

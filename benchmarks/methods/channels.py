@@ -14,6 +14,8 @@ class ThinK(SnapKV):
     Written keys are whole.
     """
 
+    name, label = "think", "ThinK"
+    coarseness = 2
     keep = 0.6
 
     def __init__(self, model_config, budget, spans):

@@ -21,6 +21,7 @@ class RetroInfer(Clustered):
     every 32 written tokens are a cluster.
     """
 
+    name, label = "retroinfer", "RetroInfer"
     local, per_cluster, steps, centred, estimated = 32, 16, 10, True, 0.232
 
     def find(self, layer, q, room):
@@ -38,6 +39,7 @@ class RetroInfer(Clustered):
         return torch.cat((read, take(means, next_best)), 1), torch.cat((mask, bias), dim=-1)
 
     def cost(self):
-        """Mean values are kept as well, and those of estimates are among what is held."""
-        held, elsewhere, read = super().cost()
-        return Cost(held, elsewhere + read - held, read)
+        """Mean values are kept on the device as well, and those of estimates are among what is
+        held."""
+        held, elsewhere, read, device = super().cost()
+        return Cost(held, elsewhere + read - held, read, device + read - held)

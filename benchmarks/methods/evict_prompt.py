@@ -19,6 +19,7 @@ class StreamingLLM(Evicting):
     Departure: positions are not renumbered.
     """
 
+    name, label = "streamingllm", "StreamingLLM"
     sinks = 4
 
     def importance(self, layer, q, k, v):
@@ -37,6 +38,9 @@ class L2Norm(Evicting):
     paper leaves the first two layers whole (`l2norm_dense`). Rest: dropped.
     """
 
+    name, label = "l2norm", "L2-norm"
+    paper_dense = 2
+
     def importance(self, layer, q, k, v):
         return -k.float().norm(dim=-1)
 
@@ -48,6 +52,7 @@ class SnapKV(Evicting):
     Budget: the same in all heads. Rest: dropped.
     """
 
+    name, label = "snapkv", "SnapKV"
     pool = 7
 
     def importance(self, layer, q, k, v):
@@ -61,6 +66,7 @@ class ChunkKV(SnapKV):
     same in all heads; every second layer takes the choice of the one before. Rest: dropped.
     """
 
+    name, label = "chunkkv", "ChunkKV"
     pool, chunk, reuse = 1, 10, 2
 
     def by_unit(self, scores):
@@ -84,6 +90,7 @@ class WindowKV(SnapKV):
     take the choice of its first. Rest: dropped. Departure: no classifier chooses the mode.
     """
 
+    name, label = "windowkv", "WindowKV"
     pool, size, best_tokens, group = 1, 8, 4, 6
 
     def by_unit(self, scores):
@@ -115,6 +122,7 @@ class ShotKV(SnapKV):
     written tokens are dropped by age here.
     """
 
+    name, label = "shotkv", "ShotKV"
     pool, sentence_limit = 1, 128  # the sentences have at most so many tokens
 
     def by_unit(self, scores):
@@ -154,6 +162,8 @@ class ExpectedAttention(Evicting):
     Unit: token. Score: the attention of Gaussian queries, times the length of the value; the first
     4 tokens always. Budget: the same in all heads. Rest: dropped. Departure: the last 32 stay.
     """
+
+    name, label = "expected_attention", "Expected Attention"
 
     def importance(self, layer, q, k, v):
         scores = expected_attention(q, k, self.model_config) * v[:, 4:].norm(dim=-1)

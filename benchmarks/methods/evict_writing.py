@@ -22,6 +22,7 @@ class H2O(MethodCache):
     half of it for the latest tokens. Rest: dropped, one for every new token.
     """
 
+    name, label = "h2o", "H2O"
     reads_on = False
 
     def __init__(self, model_config, budget, spans):
@@ -47,6 +48,9 @@ class H2O(MethodCache):
         self.kept[layer], self.received[layer] = kv, F.pad(received, (0, 1)) + attention
         return keys, values, None
 
+    def bookkeeping(self):
+        return self.received
+
     def make_room(self, kv, received):
         """Forget each head's least attended token that is not among the latest."""
         n_tokens = kv.shape[1]
@@ -67,6 +71,7 @@ class MorphKV(MethodCache):
     prompt is cut to the budget.
     """
 
+    name, label = "morphkv", "MorphKV"
     reads_on = False
     latest = 32
 
@@ -111,6 +116,7 @@ class CORM(MethodCache):
     queries; a token stays if one head of the group needs it; t counts the dropped as well.
     """
 
+    name, label = "corm", "CORM"
     budgeted = reads_on = False
     latest = 256
 
@@ -130,6 +136,9 @@ class CORM(MethodCache):
         self.kept[layer], self.needed[layer] = torch.stack((k, v), dim=2), needed
         self.drop(layer)
         return k, v
+
+    def bookkeeping(self):
+        return self.needed
 
     def drop(self, layer):
         """Make the dropped zero, and cut off those that no head holds."""
@@ -164,6 +173,7 @@ class CascadingKV(MethodCache):
     the prompt's tokens are means over the whole prompt; the score is the mean of the group's heads.
     """
 
+    name, label = "cascading", "Cascading KV"
     reads_on = False
     sinks, buffers = 4, 4
 
@@ -210,6 +220,9 @@ class CascadingKV(MethodCache):
                 break
             buffers[i], token = torch.cat((buffer[:, 1:], token), dim=1), buffer[:, :1]
         return buffers
+
+    def bookkeeping(self):
+        return [*self.scores, *self.counts]
 
     def compact(self, layer, order):
         """Keep the sinks and what is in the buffers, and forget the others."""

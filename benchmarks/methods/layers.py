@@ -18,6 +18,7 @@ class KVSharer(MethodCache):
     without sharing.
     """
 
+    name, label = "kvsharer", "KVSharer"
     budgeted = False
     n_shared = 4
 
@@ -61,4 +62,4 @@ class KVSharer(MethodCache):
 
     def cost(self):
         held = self.num_tokens * len(set(self.source)) / self.n_layers
-        return Cost(held, 0, self.num_tokens)
+        return Cost(held, 0, self.num_tokens, held)

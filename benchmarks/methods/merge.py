@@ -23,6 +23,7 @@ class KVMerger(SnapKV):
     p.
     """
 
+    name, label = "kvmerger", "KVMerger"
     reads_on = False
     pool, sigma, whole = 1, 5.0, 4
 
@@ -73,6 +74,7 @@ class LESS(Evicting):
     that are dropped at the end of the prompt join the state, none later.
     """
 
+    name, label = "less", "LESS, untrained"
     reads_on = False
     features = 8
 

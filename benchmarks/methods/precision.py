@@ -31,6 +31,8 @@ class SnapKVBits(SnapKV):
     vector, where the code uses HQQ; written tokens and the window have 16 bits.
     """
 
+    name, label = "snapkv_4bit", "SnapKV at 4 bits"
+    coarseness = 4
     bits = 4
 
     def __init__(self, model_config, budget, spans):
@@ -47,6 +49,9 @@ class SentenceKVBits(SentenceKVCache):
     Unit, score and budget: SentenceKV's; what is attended to has the host's precision, and takes 16
     bits. Rest: kept, at 4 bits. Vectors are of the exact keys. Written tokens have 16 bits.
     """
+
+    name, label = "sentencekv_4bit", "SentenceKV, 4 bits on the host"
+    own_settings = {"kv_bits": 16}
 
     class Layer(LayerCache):
         bits = 4

@@ -30,6 +30,10 @@ class Quest(Paged):
     reads the first two layers whole (`quest_dense`). Rest: kept.
     """
 
+    name, label = "quest", "Quest"
+    coarseness = 16
+    paper_dense = 2
+
     def summary(self, layer, keys):
         return torch.stack(keys.aminmax(dim=2))
 
@@ -46,6 +50,9 @@ class ArkVale(Quest):
     being filled; the paper reads the first two layers whole (`arkvale_dense`). Rest: kept.
     """
 
+    name, label = "arkvale", "ArkVale"
+    coarseness = 32
+    paper_dense = 2
     page, first_pages, last_pages = 32, 2, 2
 
     def summary(self, layer, keys):
@@ -70,6 +77,8 @@ class ShadowKV(Paged):
     kept. Departures: keys are not of low rank; the local chunks are the latest, not the prompt's.
     """
 
+    name, label = "shadowkv", "ShadowKV's chunks"
+    coarseness = 8
     page, local_chunks = 8, 4
 
     def __init__(self, model_config, budget, spans):
@@ -110,6 +119,8 @@ class ActQKV(Paged):
     choice, where the code joins heads; while decoding only.
     """
 
+    name, label = "actqkv", "ActQKV"
+    coarseness = 40
     reads_on = False
     page, best_keys = 32, 4
 
@@ -270,6 +281,9 @@ class ClusterKV(Clustered):
     tokens are a cluster, where the code makes 8 clusters from 320.
     """
 
+    name, label = "clusterkv", "ClusterKV"
+    paper_dense = 2
+
     def find(self, layer, q, room):
         scores = (q @ self.means[layer][:, :, 0].mT).mean(dim=1)  # (H_kv, C)
         budget = torch.full((len(scores), 1), room)
@@ -283,6 +297,8 @@ class BestTokens(FullCache):
     only when every key has been read. Budget: the same in all heads. Rest: kept.
     """
 
+    name, label = "best_tokens", "best tokens"
+
     def __init__(self, model_config, budget, spans, max_new_tokens: int):
         super().__init__(model_config, spans[-1][1] + max_new_tokens, "cpu", torch.float32)
         self.budget = budget
@@ -290,7 +306,8 @@ class BestTokens(FullCache):
 
     def cost(self):
         held = min(self.budget, self.num_tokens)
-        return Cost(held, self.num_tokens - held, held / 2 + self.num_tokens / 2)
+        read = held / 2 + self.num_tokens / 2  # values of the chosen, and all keys
+        return Cost(held, self.num_tokens - held, read, read)
 
 
 class BestTokensLayer(FullLayer):

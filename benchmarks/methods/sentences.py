@@ -2,8 +2,8 @@
 
 `sentencekv` is `cache.SentenceKVCache`. The classes here have layers with another score. Place 0 of
 a layer's table stands for all sinks, which are selected whatever their score is: a score computes
-it with lengths of 0, or leaves it at 0. All but `sentencekv` have 16 bits a channel (`SETTINGS`):
-these classes take rows and vectors as they are, and do not unpack them.
+it with lengths of 0, or leaves it at 0. All but `sentencekv` have 16 bits a channel: these classes
+take rows and vectors as they are, and do not unpack them.
 """
 
 import math
@@ -11,147 +11,84 @@ import math
 import torch
 import torch.nn.functional as F
 
-from cache import LayerCache, SentenceKVCache
-from sentencekv import gaussian
+from benchmarks.methods.base import Cost
+from cache import NO_ROW, LayerCache, SentenceKVCache
+
+# `published` has the authors' settings: 32 sinks are their code's, the paper has none; the paper's
+# keep_factor is 1 to 5. But its sentences, its one choice per KV head and its sinks, the first
+# tokens, are those of this project. `plain` has the Gaussian score, and keeps everything.
+PLAIN = {"query_decay": 1.0, "secondary_sinks": 0, "sentence_limit": 128, "kv_bits": 16}
+LAST_QUERY = {"query_decay": 0.0, "kv_bits": 16}
+VARIANTS = {  # of SentenceKVCache: label, settings
+    "sentencekv": ("SentenceKV, ours", {}),
+    "sentencekv_16bit": ("SentenceKV, ours, 16 bits", {"kv_bits": 16}),
+    "published": ("SentenceKV as published, r = 2",
+                  PLAIN | {"score": "mean_query", "sink_tokens": 32, "keep_factor": 2.0}),
+    "plain": ("SentenceKV, Gaussian score alone", PLAIN),
+    "last_query": ("SentenceKV, last query", LAST_QUERY),
+}
 
 
-def index_tokens(layer) -> float:
-    """What a layer of a SentenceKVCache reads in order to choose, in tokens of a KV head."""
+def cost(cache: SentenceKVCache) -> Cost:
+    """On the device are the slots, and the table of sentences or what a layer has in its place. The
+    table has no spare places here. Bytes are counted as in bfloat16."""
+    layer, plan = cache.layers[0], cache.plan
+    packing = layer.packing
+    in_slots = torch.stack([layer.slot_row < NO_ROW for layer in cache.layers]).sum(dim=-1)
+    held = plan.in_window.sum().item() + in_slots.float().mean().item()
+    packed = packing.width / (2 * packing.dim) if packing.bits == 8 else 1.0  # size of a row
+    n_first = len(layer.host.first)  # rows of the prompt, which may take fewer bits
+    n_rows = n_first * getattr(layer, "row_size", packed) + (plan.open_row - n_first) * packed
+
+    n_slots, n_sentences = layer.slots.shape[1], plan.n_places - 1
+    slot_bytes = sum(x[:, :1].nbytes for x in (layer.slot_row, layer.slot_place,
+                                               layer.slot_missing)) / len(layer.slots)
+    token = 4 * packing.dim  # bytes of 16 bits a channel, in a KV head
+    device = n_slots * (packed + slot_bytes / token) + 2 * (packing.bits == 8)  # mean, deviation
     if hasattr(layer, "index_tokens"):
-        return layer.index_tokens()
-    return vectors_in_tokens(layer, layer.plan.n_places - 1)
-
-
-def vectors_of(layer) -> torch.Tensor:
-    """The sentence vectors of a layer (H_kv, P, D), not packed."""
-    return layer.packing.unpack(layer.vectors)
-
-
-def vectors_in_tokens(layer, n_vectors: float) -> float:
-    """So many vectors, each with a variance of 16 bits, in tokens of a KV head."""
-    return n_vectors * (packed_share(layer.packing) / 2 + 1 / (2 * layer.packing.dim))
-
-
-def packed_share(packing) -> float:
-    """The bytes of a packed vector, as a part of one with 16 bits a channel."""
-    return packing.width / (2 * packing.dim) if packing.bits == 8 else 1.0
-
-
-class TwoVectors(SentenceKVCache):
-    """SentenceKV with a second vector a sentence: its key k* that is farthest from the mean.
-
-    The attention that the sentence receives is taken for (n - 1) exp(Gaussian) + exp(q · k*), of n
-    keys; the score is again that of one token. Sentences that are alike differ in a token or two.
-    Mean and variance are still those of all n keys.
-    """
-
-    class Layer(LayerCache):
-        """Also on the device: farthest (H_kv, S, D), the second vectors."""
-
-        TABLE = (*LayerCache.TABLE, "farthest")
-
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.farthest = torch.zeros_like(vectors_of(self))
-
-        def index_tokens(self):
-            return vectors_in_tokens(self, self.plan.n_places - 1) + (self.plan.n_places - 1) / 2
-
-        def add_sentences(self, keys, bounds, *rest, **named):
-            super().add_sentences(keys, bounds, *rest, **named)
-            first = self.plan.n_places
-            places = slice(first, first + bounds.shape[-1] - 1)
-            self.farthest[:, places] = self.choose(keys, bounds, vectors_of(self)[:, places])
-
-        @staticmethod
-        def choose(keys, bounds, vectors):
-            """keys (H_kv, N, D), bounds (H_kv, S + 1), vectors (H_kv, S, D) -> (H_kv, S, D)"""
-            rows = torch.arange(keys.shape[1]).expand(len(keys), -1).contiguous()
-            # Of each row, from 1; 0 if it is in no sentence.
-            sentence = torch.searchsorted(bounds.contiguous(), rows, right=True)
-            means = F.pad(vectors, (0, 0, 1, 0))
-            distances = (keys - means.gather(1, sentence[..., None].expand_as(keys))).norm(dim=-1)
-            order = distances.argsort(dim=-1, descending=True, stable=True)
-            order = order.gather(-1, sentence.gather(-1, order).argsort(dim=-1, stable=True))
-            farthest = order.gather(-1, bounds[:, :-1].clamp(max=keys.shape[1] - 1))
-            return keys.gather(1, farthest[..., None].expand_as(vectors))
-
-        def score(self, q):
-            lengths, q = self.lengths.unsqueeze(1), q / math.sqrt(q.shape[-1])
-            squared_norms = q.square().sum(dim=-1, keepdim=True)
-            others = q @ vectors_of(self).mT + squared_norms * self.variances.unsqueeze(1) / 2
-            farthest = (q @ self.farthest.mT).masked_fill(lengths == 0, -math.inf)
-            others = others + (lengths - 1).clamp(min=0).log()
-            attention = torch.logaddexp(others, farthest).softmax(dim=-1)
-            return attention.sum(dim=1) / self.lengths.clamp(min=1)
-
-
-class GroupedLayer(LayerCache):
-    """Looks at groups of 16 sentences first, and then into a few of them. The sentences of the
-    others receive nothing from this token. A version for speed would read one or two vectors a
-    group, and those of the sentences in open groups; this one scores all, and sets others to 0."""
-
-    group = 16
-
-    def score(self, q):
-        n_sentences = self.lengths.shape[1] - 1  # without place 0
-
-        def grouped(x):  # (H_kv, P, n) -> (H_kv, groups, 16, n)
-            return F.pad(x[:, 1:], (0, 0, 0, -n_sentences % self.group)).unflatten(
-                1, (-1, self.group))
-
-        is_open = self.open_groups(q.float(), grouped(vectors_of(self).float()),
-                                   grouped(self.lengths.unsqueeze(-1)),
-                                   grouped(self.variances.unsqueeze(-1)))  # (H_kv, groups)
-        is_open = is_open.repeat_interleave(self.group, dim=1)[:, :n_sentences]
-        return super().score(q) * F.pad(is_open, (1, 0))
-
-    def open_groups(self, q, vectors, lengths, variances):
-        """Which groups to look into: q (H_kv, G, D), the others (H_kv, groups, 16, n)."""
-        raise NotImplementedError
-
-
-def best(scores, n: int):
-    """True where the n largest scores of a head are."""
-    first = scores.topk(min(n, scores.shape[1]), dim=-1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, first, True)
-
-
-class TwoLevel(SentenceKVCache):
-    """SentenceKV that scores paragraphs first, 16 sentences each, and then the sentences of the
-    best 4 alone. A paragraph's Gaussian has the mean and the variance of all its keys.
-    """
-
-    class Layer(GroupedLayer):
-        n_best = 4
-
-        def index_tokens(self):
-            n_paragraphs = (self.plan.n_places - 1) / self.group
-            return vectors_in_tokens(self, n_paragraphs + self.n_best * self.group)
-
-        def open_groups(self, q, vectors, lengths, variances):
-            counts = lengths.sum(dim=2)  # (H_kv, groups, 1)
-            squares = vectors.square().mean(dim=-1, keepdim=True) + variances
-            means = (vectors * lengths).sum(dim=2) / counts.clamp(min=1)
-            variances = (squares * lengths).sum(dim=2) / counts.clamp(min=1)
-            variances = variances - means.square().mean(-1, keepdim=True)
-            return best(gaussian(q, means, variances.squeeze(-1), counts.squeeze(-1)), self.n_best)
+        index = layer.index_tokens()
+        device += index
+    else:  # a vector and a variance of 16 bits, which are read
+        index = n_sentences * (packed / 2 + 2 / token)
+        names = [name for name in layer.TABLE if name != "vectors"]
+        place = sum(getattr(layer, name)[0, :1].nbytes for name in names)
+        device += plan.n_places * (packed / 2 + place / token)
+    return Cost(held * packed, n_rows + index, held * packed + index, device)
 
 
 class Boxes(SentenceKVCache):
-    """SentenceKV that looks into a quarter of the groups: those whose box allows the largest q · k.
-    A box has the least and the greatest number of each channel of its sentences' vectors, as a page
-    of Quest has of its keys. The first group and the last one are always open.
+    """SentenceKV that looks into a quarter of the groups of 16 sentences: those whose box allows
+    the largest q · k. A box has the least and the greatest number of each channel of its sentences'
+    vectors, as a page of Quest has of its keys. The first group and the last one are always open.
+    The sentences of the others receive nothing from this token. A version for speed would read two
+    vectors a group, and those of the sentences in open groups; this one scores all.
     """
 
-    class Layer(GroupedLayer):
-        share = 0.25
+    name, label = "boxes", "SentenceKV, boxes of vectors"
+    own_settings = {"kv_bits": 16}
+
+    class Layer(LayerCache):
+        group, share = 16, 0.25
 
         def index_tokens(self):
             n_sentences = self.plan.n_places - 1
-            return vectors_in_tokens(self, 2 * n_sentences / self.group + self.share * n_sentences)
+            n_vectors = 2 * n_sentences / self.group + self.share * n_sentences
+            return n_vectors * (1 / 2 + 1 / (2 * self.packing.dim))
 
-        def open_groups(self, q, vectors, lengths, variances):
+        def score(self, q):
+            n_sentences = self.lengths.shape[1] - 1  # without place 0
+
+            def grouped(x):  # (H_kv, P, n) -> (H_kv, groups, 16, n)
+                return F.pad(x[:, 1:], (0, 0, 0, -n_sentences % self.group)).unflatten(
+                    1, (-1, self.group))
+
+            is_open = self.open_groups(q.float(), grouped(self.vectors.float()),
+                                       grouped(self.lengths.unsqueeze(-1)))  # (H_kv, groups)
+            is_open = is_open.repeat_interleave(self.group, dim=1)[:, :n_sentences]
+            return super().score(q) * F.pad(is_open, (1, 0))
+
+        def open_groups(self, q, vectors, lengths):
+            """q (H_kv, G, D), the others (H_kv, groups, 16, n) -> (H_kv, groups)"""
             empty = lengths == 0
             low = vectors.masked_fill(empty, math.inf).amin(dim=2)  # (H_kv, groups, D)
             high = vectors.masked_fill(empty, -math.inf).amax(dim=2)
@@ -162,7 +99,8 @@ class Boxes(SentenceKVCache):
             bounds[:, 0] = math.inf
             n_used = is_used.sum(dim=-1)
             bounds.scatter_(-1, n_used.clamp(min=1).unsqueeze(-1) - 1, math.inf)
-            return best(bounds, math.ceil(self.share * int(n_used.max())))
+            best = bounds.topk(math.ceil(self.share * int(n_used.max())), dim=-1).indices
+            return torch.zeros_like(is_used).scatter_(-1, best, True)
 
 
 class BestSentences(SentenceKVCache):
@@ -170,6 +108,8 @@ class BestSentences(SentenceKVCache):
 
     It reads every key, which no method may; a choice of whole sentences can hardly do better.
     """
+
+    name, label, own_settings = "best_sentences", "best sentences", LAST_QUERY
 
     class Layer(LayerCache):
         def __init__(self, *args):
@@ -210,6 +150,8 @@ class TwoBitKeys(SentenceKVCache):
     A sentence's score is the attention that its rows would receive. It shows what a vector gives
     away. These keys take an eighth of those of 16 bits.
     """
+
+    name, label, own_settings = "two_bit_keys", "2-bit keys", {"kv_bits": 16}
 
     class Layer(BestSentences.Layer):
         # The four levels that lose least of a Gaussian channel, and where they meet, in deviations.

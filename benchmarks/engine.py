@@ -1,0 +1,359 @@
+"""One prefill for all methods: the model, its prompts, and the caches that write from them.
+
+A prompt is read once, and what every layer computed of it is replayed into a cache for each method
+and budget. A method may carry settings of SentenceKVConfig, and the unit that it remembers by:
+`sentencekv:score=votes,keep_factor=3,unit=chunk16`. On the CPU, in float32.
+"""
+
+import argparse
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks import data
+from benchmarks.methods import (METHODS, PUBLISHED, SENTENCE_METHODS, class_of, cost, has_budget,
+                                make_cache, settings_of, split, try_out)
+from benchmarks.methods.base import Evicting, MethodCache, Recording, forget_shared
+from benchmarks.rows import Results, by_method, columns_of, differences
+from generate import prefill, seal_finished
+from model import LlamaConfig, rope_table
+from segment import SentenceStream, token_spans
+from sentencekv import SentenceKVConfig
+from support.prompts import check_positions
+from weights.checkpoint import fingerprint, load_model
+from weights.models import model_folder
+from weights.tokenizer import Tokenizer
+
+TOP = Path(__file__).parents[1]
+CODE = ("*.py", "support", "weights", "benchmarks/*.py", "benchmarks/methods")
+AUTHORS_ENDS = {".", "!", "?", "..."}  # tokens that end a sentence in the authors' code
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to remember, at one budget."""
+
+    spec: str  # as it was asked for
+    budget: int
+
+    @property
+    def name(self) -> str:
+        return split(self.spec)[0]
+
+    @property
+    def settings(self) -> dict:
+        return settings_of(self.spec)
+
+    @property
+    def sentence_limit(self) -> int:
+        default = getattr(class_of(self.name), "sentence_limit", SentenceKVConfig.sentence_limit)
+        return self.settings.get("sentence_limit", default)
+
+    @property
+    def row_budget(self) -> int | None:
+        return self.budget if has_budget(self.name) else None
+
+    def new_cache(self, model, pieces: list[str], max_new_tokens: int):
+        settings = self.settings
+        settings.pop("sees", None)
+        if "unit" in settings and self.name not in SENTENCE_METHODS:
+            raise ValueError(f"method {self.name!r} remembers by no unit")
+        spans = units(pieces, settings.pop("unit", "sentence"), self.sentence_limit)
+        return make_cache(self.name, model.config, self.budget, spans, max_new_tokens, **settings)
+
+
+def units(pieces: list[str], unit: str, limit: int) -> list[tuple[int, int]]:
+    """The prompt in sentences of at most `limit` tokens, or in what they are compared with.
+
+    `chunkN`: N tokens each; `authors`: an end after every token that is one of the marks of the
+    authors' code.
+    """
+    if unit == "sentence":
+        return token_spans(pieces, limit)
+    if unit.startswith("chunk"):
+        ends = [*range(int(unit[5:]), len(pieces), int(unit[5:]))]
+    elif unit == "authors":
+        ends = [i for i, piece in enumerate(pieces, 1) if piece in AUTHORS_ENDS]
+    else:
+        raise ValueError(f"unit {unit!r} is not sentence, chunkN or authors")
+    ends = sorted({*ends, len(pieces)})
+    return list(zip([0, *ends], ends))
+
+
+class Writer:
+    """One method's cache, and the tokens written with it."""
+
+    def __init__(self, method: Method, cache, detokenize):
+        self.method, self.cache, self.detokenize = method, cache, detokenize
+        self.sentences = SentenceStream(method.sentence_limit)
+        self.tokens, self.pieces = [], []
+
+    def read_on(self, token: int):
+        """Take the token that is decoded next."""
+        piece = self.detokenize(token)
+        self.tokens.append(token)
+        self.pieces.append(piece)
+        seal_finished(self.cache, self.sentences, piece)
+
+    def row(self, **result) -> dict:
+        """Of a file of results. `device` is a share of what the full cache has there."""
+        costs = {name: round(value, 1) for name, value in cost(self.cache)._asdict().items()}
+        costs["device"] = round(costs["device"] / self.cache.num_tokens, 4)
+        return {"method": self.method.spec, "budget": self.method.row_budget, **result, **costs}
+
+
+@torch.inference_mode()
+def decode_together(model, writers: list[Writer]) -> torch.Tensor:
+    """Logits (M, vocab) after each writer's last token: `Llama.decode` with M caches.
+
+    All are at the same position. Each attends for itself; the weights are read once for all.
+    """
+    def attend(attention, layer, x):
+        qkv = (heads.split(1, dim=1) for heads in attention.qkv(x, rope))
+        return attention.o_proj(torch.cat([
+            attention.attend(q, *writer.cache.layers[layer].decode(q, k, v))
+            for writer, q, k, v in zip(writers, *qkv)]))
+
+    x = model.embed_tokens(torch.tensor([writer.tokens[-1] for writer in writers]))
+    position = torch.tensor([writers[0].cache.num_tokens])
+    rope = rope_table(model.config, position, x.dtype)
+    for layer, block in enumerate(model.layers):
+        x = x + attend(block.self_attn, layer, block.input_layernorm(x))
+        x = x + block.mlp(block.post_attention_layernorm(x))
+    for writer in writers:
+        writer.cache.advance(1)
+    return model.logits(model.norm(x))
+
+
+class Bench:
+    """A model with its tokenizer, and prompts read once for all methods."""
+
+    def __init__(self, folder: Path):
+        self.tokenizer = Tokenizer(folder)
+        self.model = load_model(folder, torch.device("cpu"), torch.float32)
+        self.stop = self.tokenizer.stop_tokens()
+        self.folder = folder
+
+    def prompt_ids(self, example) -> list[int]:
+        return self.tokenizer.prompt_ids(example.message, not example.chat, example.prefix)
+
+    def record(self, ids: list[int]) -> tuple[Recording, int]:
+        """What the layers computed of the prompt, and the token that comes first after it."""
+        forget_shared()
+        recording = Recording()
+        first = prefill(self.model, recording, ids, lambda logits: logits.argmax().item())
+        return recording, first
+
+    def writers(self, recording, pieces: list[str], max_new_tokens: int, methods: list[Method]):
+        """Yield lists of writers that have read the prompt: so many at a time that their caches fit
+        into memory."""
+        for first in range(0, len(methods), 10):
+            yield [Writer(m, recording.replay(m.new_cache(self.model, pieces, max_new_tokens)),
+                          self.tokenizer.detokenizer()) for m in methods[first : first + 10]]
+
+    def answers(self, ids: list[int], max_new_tokens: int, methods: list[Method],
+                n_document: int | None = None):
+        """Yield a `Writer` for every method, when its answer to one prompt is written.
+
+        Full attention reads the prompt, or only its first `n_document` tokens: then each method
+        reads the others, the question, token by token as it writes.
+        """
+        n_read, n_new = n_document or len(ids), max_new_tokens + len(ids)
+        check_positions(len(ids), max_new_tokens, self.model.config)
+        recording, first = self.record(ids[:n_read])
+        pieces = self.tokenizer.pieces(ids)[:n_read]
+        for writers in self.writers(recording, pieces, n_new - n_read, methods):
+            tokens = [first] * len(writers)
+            for token in ids[n_read:]:
+                tokens = self.step(writers, [token] * len(writers))
+            for writer in writers:
+                writer.tokens, writer.pieces = [], []
+            yield from self.write(writers, tokens, max_new_tokens)
+
+    def step(self, writers: list[Writer], tokens: list[int]) -> list[int]:
+        """Each writer decodes its token. Returns what it would write next."""
+        for writer, token in zip(writers, tokens):
+            writer.read_on(token)
+        return decode_together(self.model, writers).argmax(dim=-1).tolist()
+
+    def write(self, writers: list[Writer], tokens: list[int], max_new_tokens: int) -> list[Writer]:
+        """All writers go on from their first tokens, until each has ended its answer."""
+        live = list(zip(writers, tokens))
+        for n_written in range(1, max_new_tokens + 1):
+            ended = [pair for pair in live if pair[1] in self.stop or n_written == max_new_tokens]
+            for writer, token in ended:
+                writer.read_on(token)
+            live = [pair for pair in live if pair not in ended]
+            if not live:
+                break
+            left, tokens = zip(*live)
+            live = list(zip(left, self.step(left, tokens)))
+        return writers
+
+    def document_length(self, example, ids: list[int]) -> int:
+        """So many tokens of a prompt do not depend on its last line, the question."""
+        text = example.message.rpartition("\n")[0].rstrip()
+        other = self.tokenizer.prompt_ids(text, not example.chat)
+        return len(os.path.commonprefix([ids, other]))
+
+    def requests(self, questions: list, methods: list[Method]):
+        """Yield (question, `Writer`) for every question of one document and every method."""
+        prompts = [self.prompt_ids(example) for example in questions]
+        n = min(self.document_length(questions[0], prompts[0]),
+                len(os.path.commonprefix(prompts)))
+        pieces = self.tokenizer.pieces(prompts[0])[:n]
+        seen = self.record(prompts[0])[0].document_and_last_queries(n)
+        blind, caches = self.record(prompts[0][:n])[0], []
+        for method in methods:
+            cache = method.new_cache(self.model, pieces, len(prompts[0]) - n + 99)
+            sees = isinstance(cache, Evicting) and method.settings.get("sees") != "nothing"
+            (seen if sees else blind).replay(cache)
+            if sees:
+                cache.forget_window()
+            caches.append(cache)
+        for example, ids in zip(questions, prompts):
+            writers, tokens = [], []
+            for method, cache in zip(methods, caches):
+                if isinstance(cache, MethodCache):
+                    cache = cache.fork()
+                else:
+                    cache.truncate(n)
+                writers.append(Writer(method, cache, self.tokenizer.detokenizer()))
+                tokens.append(self.read_question(cache, ids[n:], method))
+            yield from zip([example] * len(writers), self.write(writers, tokens,
+                                                                example.max_new_tokens))
+
+    def read_question(self, cache, ids: list[int], method: Method) -> int:
+        """Returns the first token of the answer."""
+        cache.expect(token_spans(self.tokenizer.pieces(ids), method.sentence_limit))
+        states = self.model.prefill(torch.tensor(ids), cache)
+        return self.model.logits(states[-1:])[0].argmax().item()
+
+    def text(self, writer: Writer) -> str:
+        pairs = zip(writer.tokens, writer.pieces)
+        return "".join(piece for token, piece in pairs if token not in self.tokenizer.special)
+
+    def losses(self, ids: list[int], n_prompt: int, methods: list[Method]):
+        """Yield (`Writer`, mean NLL of the tokens after the prompt), read one by one."""
+        recording, _ = self.record(ids[:n_prompt])
+        pieces = self.tokenizer.pieces(ids)[:n_prompt]
+        for readers in self.writers(recording, pieces, len(ids) - n_prompt, methods):
+            losses = []
+            for i in range(n_prompt, len(ids) - 1):
+                for reader in readers:
+                    reader.read_on(ids[i])
+                losses.append(-decode_together(self.model, readers).log_softmax(-1)[:, ids[i + 1]])
+            yield from zip(readers, torch.stack(losses).mean(dim=0).tolist())
+
+
+def haystack(bench: Bench, text: str, n_tokens: int) -> list[str]:
+    """Paragraphs from the middle of a book that have about so many tokens."""
+    paragraphs = [p.strip() for p in text.replace("\r\n", "\n").split("\n\n") if p.strip()]
+    taken, count = [], 0
+    for paragraph in paragraphs[len(paragraphs) // 3 :]:
+        count += len(bench.tokenizer.encode(paragraph, add_bos=False)) + 1
+        if count > n_tokens:
+            break
+        taken.append(paragraph)
+    return taken
+
+
+def numbers(kind=int):
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def parser(program: str, doc: str) -> argparse.ArgumentParser:
+    """With the options of every program of quality."""
+    made = argparse.ArgumentParser(prog=f"benchmarks.{program}", description=doc,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.set_defaults(program=program)
+    add = made.add_argument
+    add("--data", nargs="+", required=True, help="files, or names of benchmarks/data.py")
+    add("--model", type=Path, help="DIR, FILE.gguf or NAME (smollm2-135m-instruct)")
+    add("--methods", help="separated by blanks or semicolons",
+        default=" ".join(("full", "sentencekv", "published", *PUBLISHED)))
+    add("--budgets", type=numbers(), default=[128, 256])
+    add("--limit", type=int, help="so many prompts of every task, documents, or passages")
+    add("--pair", metavar="METHOD", help="show also by how much each method differs from this one")
+    add("--out", type=Path, help="results: see benchmarks/rows.py. What is there is not done again")
+    return made
+
+
+def asked_methods(args) -> list[Method]:
+    """What has no budget is run once. A class from a file is tried out."""
+    methods = []
+    for spec in args.methods.replace(";", " ").split():
+        name = split(spec)[0]
+        methods += [Method(spec, b) for b in args.budgets
+                    if b == max(args.budgets) or has_budget(name)]
+        if name not in METHODS:
+            try_out(spec)
+    for method in methods:
+        method.new_cache(_Shape, ["."], 1)
+    return methods
+
+
+class _Shape:
+    """Just enough of a model to find out whether a method's settings are possible."""
+
+    config = LlamaConfig(1, 1, 1, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
+                         head_dim=1, max_position_embeddings=1)
+
+
+def commit() -> str:
+    """The last that changed the code that measures, and whether it has changed since."""
+    def git(*arguments):
+        return subprocess.run(["git", *arguments, "--", *CODE], cwd=TOP, text=True,
+                              capture_output=True).stdout.strip()
+
+    try:
+        found = git("log", "-1", "--format=%h") or "not in a repository"
+        return found + " and changes" * bool(git("status", "--porcelain"))
+    except OSError:
+        return "without git"
+
+
+def machine_name(device=torch.device("cpu")) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    cpu = torch.cpu.get_capabilities().get("cpu_name") or platform.machine()
+    return f"{torch.get_num_threads()} threads of {cpu}"
+
+
+def provenance(program: str, asked: dict, model: Path | str, files: list[Path],
+               device=torch.device("cpu"), dtype=torch.float32) -> dict:
+    """The first line of a file of results. `asked` are the options that choose what is asked; a
+    model is the folder of its files, or the name of a shape that has random weights."""
+    real = isinstance(model, Path)
+    return {"command": shlex.join(["python", "-m", f"benchmarks.{program}", *sys.argv[1:]]),
+            "commit": commit(), "torch": torch.__version__, "dtype": str(dtype)[6:],
+            "machine": machine_name(device), "model": model.name if real else model,
+            "model_sha256": fingerprint(model) if real else "random weights",
+            "inputs": {path.name: data.digest_of(path) for path in files}, "asked": asked}
+
+
+def run(args, asked: tuple, work, overall: str | None) -> int:
+    """Let `work(args, bench, methods, results)` measure what is missing, and print a table. Returns
+    the status of the program."""
+    try:
+        args.data = [data.find(name) for name in args.data]
+        methods, bench = asked_methods(args), Bench(model_folder(args.model))
+        chosen = {name: str(getattr(args, name)) for name in asked}
+        results = Results(args.out, provenance(args.program, chosen, bench.folder,
+                                               args.data))
+        work(args, bench, methods, results)
+        columns = columns_of(results.rows, overall)
+        print(by_method(columns))
+        if args.pair:
+            print(f"\nThe difference from `{args.pair}`, prompt by prompt:\n")
+            print(by_method([c._replace(rows=differences(c.rows, args.pair)) for c in columns]))
+    except (ValueError, OSError) as error:
+        print(f"benchmarks.{args.program}: {error}", file=sys.stderr)
+        return 2
+    return 0
