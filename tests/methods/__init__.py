@@ -1,0 +1,1 @@
+"""A package, so that `methods.conftest` and the `conftest` above are two modules."""

@@ -1,0 +1,132 @@
+"""Variants of SentenceKV: what a sentence is known by, and how it is scored."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_spans
+from methods.conftest import DIM, GROUP, HEADS, N_PROMPT, filled, random_qkv, settings_of
+
+from cache import LayerCache
+from support.table import make_room
+
+
+def random_query():
+    """Of one token: (H_kv, G, D)"""
+    return random_qkv(1, seed=3)[0].view(len(HEADS), GROUP, DIM)
+
+
+def sentences_of(cache, recording, layer, head):
+    """The prompt's sentences without the secondary sinks, in positions. The sinks are found by
+    their keys: they are the first rows of place 0, before the first tokens."""
+    keys, layer = recording.qkv[layer][1][head].tolist(), cache.layers[layer]
+    rows = layer.host.first[: layer.ends[head, 0] - cache.plan.n_first_sinks, head, 0].tolist()
+    sentences = [[i for i in range(a, b) if keys[i] not in rows] for a, b in random_spans(N_PROMPT)]
+    return list(filter(None, sentences))
+
+
+def test_the_second_vector_is_the_key_farthest_from_the_mean(recording):
+    cache = filled("two_vectors", recording)
+    for head in HEADS:
+        keys = recording.qkv[1][1][head]
+        for i, rows in enumerate(sentences_of(cache, recording, 1, head)):
+            mean = keys[rows].mean(dim=0)
+            expected = max(keys[rows], key=lambda key: (key - mean).norm().item())
+            assert torch.equal(cache.layers[1].farthest[head, 1 + i], expected)
+
+
+def test_the_second_vectors_have_as_many_places_as_the_table(recording):
+    cache = filled("two_vectors", recording)
+    before, n_places = cache.layers[0].farthest.clone(), cache.plan.n_places
+    make_room(cache.layers, before.shape[1] + 1)
+    layer = cache.layers[0]
+    assert layer.farthest.shape == layer.vectors.shape != before.shape
+    assert torch.equal(layer.farthest[:, :n_places], before[:, :n_places])
+
+
+def test_the_second_vector_counts_as_one_token(recording):
+    layer, q = filled("two_vectors", recording).layers[0], random_query()
+    for head, score in enumerate(layer.score(q)):
+        lengths = layer.lengths[head, 1:]
+        lengths = lengths[lengths > 0]  # empty sentences are last
+        expected = torch.zeros(len(lengths))
+        for one in q[head] / DIM**0.5:
+            attention = []
+            for s, n in enumerate(lengths, start=1):
+                mean = one @ layer.vectors[head, s] + one @ one * layer.variances[head, s] / 2
+                attention.append((n - 1) * mean.exp() + (one @ layer.farthest[head, s]).exp())
+            expected += torch.stack(attention) / sum(attention)
+        assert score[0] == 0  # of all sinks
+        torch.testing.assert_close(score[1 : 1 + len(lengths)], expected / lengths)
+
+
+def test_two_levels_score_the_sentences_of_the_best_paragraphs(recording):
+    cache, q = filled("two_level", recording), random_query()
+    layer, n = cache.layers[1], cache.plan.n_places - 1
+    layer.group, layer.n_best = 3, 2
+    everywhere = LayerCache.score(layer, q)
+    for head, score in enumerate(layer.score(q)):
+        n_secondary = layer.ends[head, 0].long() - cache.plan.n_first_sinks
+        lengths = layer.lengths[head, 1 : 1 + n].long()
+        bounds = [n_secondary, *(n_secondary + lengths.cumsum(0))]
+        keys = layer.host.read(0, cache.plan.open_row)[head, :, 0]
+        parts = [keys[bounds[a] : bounds[min(a + 3, n)]] for a in range(0, n, 3)]
+        shares = [0.0] * len(parts)
+        for one in q[head]:
+            each = [(one @ part.mean(dim=0) / 8**0.5 + one @ one / 16
+                     * (part - part.mean(dim=0)).square().mean()).exp() for part in parts]
+            total = sum(len(part) * x for part, x in zip(parts, each))
+            shares = [share + x / total for share, x in zip(shares, each)]
+        firsts = sorted(range(len(shares)), key=lambda i: -shares[i])[:2]
+        assert {i // 3 for i, x in enumerate(score[1 : 1 + n]) if x > 0} == set(firsts)
+        inside = [1 + i for i in range(n) if i // 3 in firsts]
+        assert torch.equal(score[inside], everywhere[head, inside])
+
+
+def test_boxes_score_the_sentences_of_the_groups_that_allow_most(recording):
+    cache, q = filled("boxes", recording), random_query()
+    layer, n = cache.layers[1], cache.plan.n_places - 1
+    layer.group, layer.share = 2, 0.5
+    everywhere = LayerCache.score(layer, q)
+    for head, score in enumerate(layer.score(q)):
+        used = [s for s in range(n) if layer.lengths[head, 1 + s] > 0]  # empty ones are last
+        groups = [used[a : a + 2] for a in range(0, len(used), 2)]
+        allowed = []
+        for group in groups:
+            box = layer.vectors[head, [1 + s for s in group]]
+            allowed.append(max(sum(max(x * low, x * high) for x, low, high in zip(
+                one.tolist(), box.amin(dim=0).tolist(), box.amax(dim=0).tolist()))
+                for one in q[head]))
+        order = sorted(range(1, len(groups) - 1), key=lambda i: -allowed[i])
+        opened = {0, len(groups) - 1, *order[: math.ceil(len(groups) / 2) - 2]}
+        inside = [1 + s for i in sorted(opened) for s in groups[i]]
+        assert torch.equal(score[inside], everywhere[head, inside])
+        assert (score > 0).sum() == len(inside)
+
+
+@pytest.mark.parametrize("method", ["best_sentences", "two_bit_keys"])
+def test_a_row_of_a_sentence_counts_if_it_can_be_selected(recording, method):
+    cache, q = filled(method, recording), random_query()
+    known = cache.layers[0].known(recording.qkv[0][1])
+    window = cache.plan.select_end + cache.plan.n_dropped
+    for head, score in enumerate(cache.layers[0].score(q)):
+        attention = (q[head] @ known[head].T / DIM**0.5).softmax(dim=-1).mean(dim=0)
+        for got, rows in zip(score[1:].tolist(), sentences_of(cache, recording, 0, head)):
+            rows = [i for i in rows if cache.plan.n_first_sinks <= i < window]
+            expected = attention[rows].sum().item() / max(len(rows), 1)
+            assert got == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_two_bits_a_channel_are_four_values(recording):
+    keys = recording.qkv[0][1]
+    known = filled("two_bit_keys", recording).layers[0].known(keys)
+    assert all(len(channel.unique()) <= 4 for head in known for channel in head.T)
+    left = ((known - keys).square().mean() / keys.var(dim=1).mean()).item()
+    assert 0.05 < left < 0.2  # 0.1175 for a Gaussian
+
+
+def test_the_published_settings_are_the_authors(recording):
+    config = filled("published", recording).config
+    assert (config.score, config.sink_tokens, config.recent_window) == ("mean_query", 32, 32)
+    assert (config.keep_factor, config.secondary_sinks, config.query_decay) == (2, 0, 1)
+    assert settings_of("published:keep_factor=3")["keep_factor"] == 3
