@@ -40,11 +40,10 @@ def cost(cache: SentenceKVCache) -> Cost:
     n_first = len(layer.host.first)  # rows of the prompt, which may take fewer bits
     n_rows = n_first * getattr(layer, "row_size", packed) + (plan.open_row - n_first) * packed
 
-    n_slots, n_sentences = layer.slots.shape[1], plan.n_places - 1
-    slot_bytes = sum(x[:, :1].nbytes for x in (layer.slot_row, layer.slot_place,
-                                               layer.slot_missing)) / len(layer.slots)
-    token = 4 * packing.dim  # bytes of 16 bits a channel, in a KV head
-    device = n_slots * (packed + slot_bytes / token) + 2 * (packing.bits == 8)  # mean, deviation
+    token, n_sentences = 4 * packing.dim, plan.n_places - 1  # bytes of 16 bits a channel
+    marks = sum(x[0].nbytes for x in (layer.slot_row, layer.slot_place, layer.slot_missing))
+    device = layer.slots.shape[1] * packed + marks / token
+    device += 2 * (packing.bits == 8)  # mean and deviation
     if hasattr(layer, "index_tokens"):
         index = layer.index_tokens()
         device += index

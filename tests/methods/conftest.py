@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import TINY, random_ids, random_llama, random_spans
 
-from benchmarks.methods import (METHODS, PUBLISHED, cost, has_budget, make_cache,  # noqa: F401
-                                reads_on, settings_of, try_out)
+from benchmarks.methods import (KNOWN, METHODS, PUBLISHED, cost, has_budget,  # noqa: F401
+                                make_cache, reads_on, settings_of, try_out)
 from benchmarks.methods.base import Cost, Evicting, Recording  # noqa: F401  for the tests
 
 BUDGET, N_PROMPT, N_LONG, N_NEW, WINDOW = 72, 150, 300, 70, 32
@@ -27,8 +27,7 @@ BUDGETED = [method for method in METHODS if has_budget(method)]
 # No layer is whole, whatever the budget.
 STRICT = [method for method in BUDGETED if not method.endswith("_dense")]
 # So many tokens may be left of a budget: pages are whole, and shares are rounded down.
-COARSE = {"quest": 16, "shadowkv": 8, "arkvale": 32, "actqkv": 40, "adakv": 1, "duo_heads": 2,
-          "think": 2, "snapkv_4bit": 4, "pyramidkv": 4}
+COARSE = {method: getattr(KNOWN[method].kind, "coarseness", 0) for method in METHODS}
 # Tokens are merged or have fewer bits, and yet less than one of 16 bits is left of a budget.
 FILLED_UP = ("snapkv_4bit", "sentencekv_4bit", "kvmerger", "less")
 # A budget counts rows, which have 8 bits: what is read is rounded.

@@ -38,7 +38,7 @@ def test_no_method_holds_more_than_its_budget(config, n_prompt):
             assert model.decode(token[None], cache).isfinite().all()
             held.append(cost(cache).held)
         assert max(held) <= BUDGET + 1e-4, method
-        enough = min(n_prompt + 1, BUDGET) - COARSE.get(method, 0)
+        enough = min(n_prompt + 1, BUDGET) - COARSE[method]
         if method in EIGHT_BITS:
             enough *= (DIM + 2) / (2 * DIM)
         assert held[0] >= enough - 1e-4, method
@@ -50,6 +50,35 @@ def test_what_is_held_stays_within_the_budget_of_sixty_written_tokens(recording,
     cache = filled(method, recording)
     for _ in writing(cache, recording, 60):
         assert BUDGET - 1 < cost(cache).held <= BUDGET
+
+
+@pytest.mark.parametrize("spec", ["sentencekv", "sentencekv_16bit", "published",
+                                  "sentencekv:sentence_limit=8"])
+def test_the_device_of_sentencekv_is_counted_as_its_tensors_in_bfloat16(recording, spec):
+    cache = filled(spec, recording)
+    kept = make_cache(spec.partition(":")[0], TINY, BUDGET, [(0, 5)], 200, torch.bfloat16,
+                      **settings_of(spec)).layers[0]
+    table = sum(getattr(kept, name)[:, :1].nbytes for name in kept.TABLE)
+    held = sum(x.nbytes for x in (kept.slots, kept.slot_row, kept.slot_place, kept.slot_missing,
+                                  kept.packing.mean, kept.packing.deviation))
+    tokens = (held + table * cache.plan.n_places) / (len(HEADS) * 2 * DIM * 2)
+    assert cost(cache).device == pytest.approx(tokens)
+
+
+@pytest.mark.parametrize("method, numbers", [("h2o", 1), ("cascading", 2), ("snapkv", 0)])
+def test_the_device_also_has_scores_of_32_bits(recording, method, numbers):
+    cache = filled(method, recording)
+    for _ in writing(cache, recording, 1):
+        held, _, read, device = cost(cache)
+    assert device == pytest.approx(read + held * 2 * numbers / (2 * DIM))
+
+
+@pytest.mark.parametrize("method, whole", [("full", 1), ("best_tokens", 0.5),
+                                           ("best_sentences", 0.5)])
+def test_what_reads_every_key_has_every_key_on_the_device(recording, method, whole):
+    cache = filled(method, recording)
+    for _ in writing(cache, recording, 1):
+        assert cost(cache).device >= whole * (N_PROMPT - 2)  # the last 2 are in no sentence yet
 
 
 def tensors(value) -> list:
@@ -145,8 +174,8 @@ def test_a_second_text_is_read_and_a_fork_does_not_disturb(model, recording, met
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="method 'magic' is not one of full, streamingllm"):
         make_cache("magic", TINY, 100, [(0, 10)], 5)
-    with pytest.raises(ValueError, match="method 'two_vectors' has a score of its own"):
-        make_cache("two_vectors", TINY, 100, [(0, 10)], 5, score="gaussian")
+    with pytest.raises(ValueError, match="method 'boxes' has a score of its own"):
+        make_cache("boxes", TINY, 100, [(0, 10)], 5, score="gaussian")
     with pytest.raises(ValueError, match="method 'full' has no settings"):
         make_cache("full", TINY, 100, [(0, 10)], 5, page=3)
 

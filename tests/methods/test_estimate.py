@@ -114,5 +114,6 @@ def test_retroinfer_is_exact_if_the_keys_of_a_cluster_are_alike(model, values_al
 def test_retroinfer_keeps_all_tokens_and_the_means_of_all_clusters(long_prompt):
     """264 tokens in 17 clusters, and 64 more in two."""
     for n_new, n_means in ((1, 17), (70, 19)):
-        held, elsewhere, _ = cost_after("retroinfer", long_prompt, n_new, 130)
+        held, elsewhere, _, device = cost_after("retroinfer", long_prompt, n_new, 130)
         assert held == 130 and held + elsewhere == N_LONG + n_new + n_means
+        assert device == held + n_means  # the mean keys and the mean values

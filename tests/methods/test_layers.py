@@ -68,7 +68,7 @@ def test_a_shared_layer_reads_the_earlier_one_s_tokens_and_the_new_one(recording
         for layer, source in enumerate(cache.source):
             (_, *expected), (_, (*got, mask)) = seen[source][0], seen[layer]
             assert all(map(torch.equal, got, expected)) and mask is None
-        assert cost(cache) == (n_tokens * 4 / 8, 0, n_tokens)
+        assert cost(cache) == (n_tokens * 4 / 8, 0, n_tokens, n_tokens * 4 / 8)
     numbers = sum(kv.numel() for kv in cache.kv if kv is not None)
     assert cost(cache).held == numbers / (8 * len(HEADS) * 2 * DIM)
 

@@ -69,9 +69,9 @@ def test_tokens_of_fewer_bits_fill_the_same_bytes(dim, bits):
         kept = int((BUDGET - latest) * 16 // bits)
         for _, (keys, _, mask) in seen:
             assert mask is None and keys.shape[1] == kept + latest
-        held, elsewhere, read = cost(cache)
+        held, elsewhere, read, device = cost(cache)
         assert held == pytest.approx(latest + kept * bits / 16)
-        assert (elsewhere, read) == (0, held) and BUDGET - bits / 16 < held <= BUDGET
+        assert (elsewhere, read, device) == (0, held, held) and BUDGET - bits / 16 < held <= BUDGET
 
 
 def test_the_written_tokens_of_snapkv_are_exact(recording):

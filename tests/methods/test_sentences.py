@@ -8,7 +8,6 @@ from conftest import random_spans
 from methods.conftest import DIM, GROUP, HEADS, N_PROMPT, filled, random_qkv, settings_of
 
 from cache import LayerCache
-from support.table import make_room
 
 
 def random_query():
@@ -23,64 +22,6 @@ def sentences_of(cache, recording, layer, head):
     rows = layer.host.first[: layer.ends[head, 0] - cache.plan.n_first_sinks, head, 0].tolist()
     sentences = [[i for i in range(a, b) if keys[i] not in rows] for a, b in random_spans(N_PROMPT)]
     return list(filter(None, sentences))
-
-
-def test_the_second_vector_is_the_key_farthest_from_the_mean(recording):
-    cache = filled("two_vectors", recording)
-    for head in HEADS:
-        keys = recording.qkv[1][1][head]
-        for i, rows in enumerate(sentences_of(cache, recording, 1, head)):
-            mean = keys[rows].mean(dim=0)
-            expected = max(keys[rows], key=lambda key: (key - mean).norm().item())
-            assert torch.equal(cache.layers[1].farthest[head, 1 + i], expected)
-
-
-def test_the_second_vectors_have_as_many_places_as_the_table(recording):
-    cache = filled("two_vectors", recording)
-    before, n_places = cache.layers[0].farthest.clone(), cache.plan.n_places
-    make_room(cache.layers, before.shape[1] + 1)
-    layer = cache.layers[0]
-    assert layer.farthest.shape == layer.vectors.shape != before.shape
-    assert torch.equal(layer.farthest[:, :n_places], before[:, :n_places])
-
-
-def test_the_second_vector_counts_as_one_token(recording):
-    layer, q = filled("two_vectors", recording).layers[0], random_query()
-    for head, score in enumerate(layer.score(q)):
-        lengths = layer.lengths[head, 1:]
-        lengths = lengths[lengths > 0]  # empty sentences are last
-        expected = torch.zeros(len(lengths))
-        for one in q[head] / DIM**0.5:
-            attention = []
-            for s, n in enumerate(lengths, start=1):
-                mean = one @ layer.vectors[head, s] + one @ one * layer.variances[head, s] / 2
-                attention.append((n - 1) * mean.exp() + (one @ layer.farthest[head, s]).exp())
-            expected += torch.stack(attention) / sum(attention)
-        assert score[0] == 0  # of all sinks
-        torch.testing.assert_close(score[1 : 1 + len(lengths)], expected / lengths)
-
-
-def test_two_levels_score_the_sentences_of_the_best_paragraphs(recording):
-    cache, q = filled("two_level", recording), random_query()
-    layer, n = cache.layers[1], cache.plan.n_places - 1
-    layer.group, layer.n_best = 3, 2
-    everywhere = LayerCache.score(layer, q)
-    for head, score in enumerate(layer.score(q)):
-        n_secondary = layer.ends[head, 0].long() - cache.plan.n_first_sinks
-        lengths = layer.lengths[head, 1 : 1 + n].long()
-        bounds = [n_secondary, *(n_secondary + lengths.cumsum(0))]
-        keys = layer.host.read(0, cache.plan.open_row)[head, :, 0]
-        parts = [keys[bounds[a] : bounds[min(a + 3, n)]] for a in range(0, n, 3)]
-        shares = [0.0] * len(parts)
-        for one in q[head]:
-            each = [(one @ part.mean(dim=0) / 8**0.5 + one @ one / 16
-                     * (part - part.mean(dim=0)).square().mean()).exp() for part in parts]
-            total = sum(len(part) * x for part, x in zip(parts, each))
-            shares = [share + x / total for share, x in zip(shares, each)]
-        firsts = sorted(range(len(shares)), key=lambda i: -shares[i])[:2]
-        assert {i // 3 for i, x in enumerate(score[1 : 1 + n]) if x > 0} == set(firsts)
-        inside = [1 + i for i in range(n) if i // 3 in firsts]
-        assert torch.equal(score[inside], everywhere[head, inside])
 
 
 def test_boxes_score_the_sentences_of_the_groups_that_allow_most(recording):
