@@ -331,7 +331,8 @@ def provenance(program: str, asked: dict, model: Path | str, files: list[Path],
     """The first line of a file of results. `asked` are the options that choose what is asked; a
     model is the folder of its files, or the name of a shape that has random weights."""
     real = isinstance(model, Path)
-    return {"command": shlex.join(["python", "-m", f"benchmarks.{program}", *sys.argv[1:]]),
+    options = [" ".join(option.split()) for option in sys.argv[1:]]
+    return {"command": shlex.join(["python", "-m", f"benchmarks.{program}", *options]),
             "commit": commit(), "torch": torch.__version__, "dtype": str(dtype)[6:],
             "machine": machine_name(device), "model": model.name if real else model,
             "model_sha256": fingerprint(model) if real else "random weights",

@@ -8,10 +8,10 @@ that every method does the same. A `--config` has random weights, made on the de
 is random tokens in sentences of 8 to 42: its times are real, its hit rate is not.
 
 `ttft` is making the cache, reading the prompt and choosing a token, the median of `--repeats`; `ms
-a token` is the median over `--new-tokens` of every repeat, `p90` their 90th percentile. In every
-repeat the methods take turns. The floor is the time to read the weights and what the device holds
-of the cache once: their bytes over the bandwidth of a large copy, measured first. What comes from
-the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up
+a token` is the median over `--new-tokens` of every repeat, `p10` and `p90` percentiles of them. In
+every repeat the methods take turns. The floor is the time to read the weights and what the device
+holds of the cache once: their bytes over the bandwidth of a large copy, measured first. What comes
+from the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up
 to a power of two. Stage times are of tokens after those. `--cuda-graph` adds SentenceKV with each
 token replayed as one graph, `--compile` with a compiled step (and with both, if both are given),
 `--compare transformers` Hugging Face's Llama, and `--compare llama.cpp` that of llama.cpp, where
@@ -270,10 +270,10 @@ def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[d
         report = subject.report()
         peak[i] += [report["peak_device_bytes"]] if "peak_device_bytes" in report else []
         if repeat == args.repeats - 1:
-            read = subject.read_bytes()
+            read, tenths = subject.read_bytes(), quantiles(tokens[i], n=10, method="inclusive")
             rows.append({
                 "ttft_ms": 1e3 * median(ttft[i]), "decode_ms_per_token": 1e3 * median(tokens[i]),
-                "decode_p90_ms": 1e3 * quantiles(tokens[i], n=10, method="inclusive")[-1],
+                "decode_p10_ms": 1e3 * tenths[0], "decode_p90_ms": 1e3 * tenths[-1],
                 "own_ms_per_token": report.get("own_ms_per_token"),
                 "floor_ms": None if read is None else 1e3 * (weights + read) / bytes_a_second,
                 "device_kv_bytes": report.get("device_kv_bytes"),

@@ -9,13 +9,14 @@
     <!-- end of table -->
 
 The first word says which function here makes it. The lines of `methods` are columns: heading, files
-of results joined by +, which rows, and what of them. `of` is `percent`, the score; `loss`, the
+of results joined by +, which rows (tasks are patterns, as of files), and what of them. `of` is `percent`, the score; `loss`, the
 score above the full cache's; `device`, the per cent of the full cache's bytes on the device; or a
 value in tokens, as `held`. No torch here; the pictures are `python -m benchmarks.pictures`.
 """
 
 import re
 import sys
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def column(heading: str, files: str, of: str = "percent", budget: int | None = N
            tasks: str = "") -> Column:
     rows = differences(rows_of(files), "full") if of == "loss" else rows_of(files)
     if tasks:
-        rows = [row for row in rows if row["task"] in tasks.split(",")]
+        rows = [row for row in rows if any(fnmatch(row["task"], t) for t in tasks.split(","))]
     return Column(heading, rows, int(budget), *LOOKS.get(of, (1, ",.0f", of)))
 
 
