@@ -17,8 +17,9 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
-from benchmarks import data, tasks
-from benchmarks.engine import units
+from benchmarks import data, tables, tasks
+from benchmarks.engine import provenance, units
+from benchmarks.rows import write
 from segment import sentence_ends
 from support.document import read_text
 from weights.models import model_folder
@@ -92,34 +93,39 @@ def cut_in_the_middle(rows: list[dict], tokenizer: Tokenizer, unit: str) -> list
     return [len(lengths), median(lengths), max(lengths), middle / len(lengths)]
 
 
-def parse(arguments) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.segmentation", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--golden", default="golden_english")
-    parser.add_argument("--pages", default="ud_ewt_dev")
-    parser.add_argument("--book", default="tale_of_two_cities")
-    parser.add_argument("--model", type=Path, help="DIR with a tokenizer, or NAME")
-    return parser.parse_args(arguments)
+def measure(args) -> tuple[dict, list[dict]]:
+    """Provenance and rows."""
+    golden = read_rows(args.golden, "sentences", lambda field: isinstance(field, str))
+    pages = read_rows(args.pages, "sentence_char_spans", is_span)
+    files = [data.find(name) for name in (args.golden, args.pages, args.book)]
+    book, folder = read_text(files[-1]), model_folder(args.model)
+    tokenizer, (precision, recall, f1) = Tokenizer(folder), score(pages)
+    rows = [{"golden": count_golden(golden), "of": len(golden), "precision": precision,
+             "recall": recall, "f1": f1, "characters_per_second": characters_per_second(book)}]
+    for name, unit in (("authors' rule", "authors"), ("ours", "sentence")):
+        n, middle, longest, share = cut_in_the_middle(pages, tokenizer, unit)
+        rows.append({"rule": name, "spans": n, "median": middle, "longest": longest,
+                     "in_the_middle": share})
+    return provenance("segmentation", {}, folder, files), rows
 
 
 def main(arguments=None) -> int:
-    args = parse(arguments)
+    parser = argparse.ArgumentParser(prog="benchmarks.segmentation", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("golden", "golden_english"), ("pages", "ud_ewt_dev"),
+                          ("book", "tale_of_two_cities")):
+        parser.add_argument(f"--{name}", default=default, help="a file, or a name of inputs.json")
+    parser.add_argument("--model", type=Path, help="DIR with a tokenizer, or NAME")
+    parser.add_argument("--out", type=Path, help="results: see benchmarks/rows.py")
+    args = parser.parse_args(arguments)
     try:
-        golden = read_rows(args.golden, "sentences", lambda field: isinstance(field, str))
-        pages = read_rows(args.pages, "sentence_char_spans", is_span)
-        book = read_text(data.find(args.book))
-        tokenizer = Tokenizer(model_folder(args.model))
+        about, rows = measure(args)
     except ValueError as error:
         print(f"benchmarks.segmentation: {error}", file=sys.stderr)
         return 2
-    precision, recall, f1 = score(pages)
-    print(f"golden rules      {count_golden(golden)} of {len(golden)}")
-    print(f"web pages         precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}")
-    print(f"speed             {characters_per_second(book) / 1e6:.1f} million characters a second")
-    print(f"\n{'token spans':20}{'spans':>9} {'median':>6} {'longest':>7} {'in middle':>9}")
-    for name, unit in (("authors' rule", "authors"), ("ours", "sentence")):
-        n, middle, longest, share = cut_in_the_middle(pages, tokenizer, unit)
-        print(f"{name:20}{n:9,} {middle:6.0f} {longest:7} {share:9.1%}")
+    print(tables.segmentation(rows))
+    if args.out:
+        write(args.out, about, rows)
     return 0
 
 

@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
@@ -56,38 +55,18 @@ TOP = Path(__file__).parents[1]
 WARM_UP = 4  # tokens that are not timed
 GRAPHED, COMPILED = "sentencekv, graph", "sentencekv, compiled"
 BOTH = "sentencekv, compiled, graph"
-LLAMA_3 = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5,
-           "max_position_embeddings": 131072, "rope_theta": 500000.0, "num_attention_heads": 32,
-           "num_key_value_heads": 8}
-CONFIGS = {
-    "smollm2-135m": {
-        "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-        "max_position_embeddings": 8192, "rope_theta": 1e5, "tie_word_embeddings": True},
-    "llama-3.2-1b": LLAMA_3 | {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "tie_word_embeddings": True},
-    "llama-3.1-8b": LLAMA_3 | {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-}
-
-
-@contextmanager
-def made_on(device, dtype):
-    """What is made in here is made there."""
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
+CONFIGS = json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
 
 
 def random_model(name: str, device, dtype) -> Llama:
     """A real shape, its weights drawn on the device itself."""
     torch.manual_seed(0)
-    with made_on(device, dtype):
-        model = Llama(parse_config(CONFIGS[name]))
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = Llama(parse_config(CONFIGS[name]))
+    finally:
+        torch.set_default_dtype(torch.float32)
     model.requires_grad_(False).eval()
     return model
 
@@ -261,7 +240,7 @@ class Rival:
 
 def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[dict]:
     """A row for each subject. They take turns, so that a slow minute is shared out."""
-    ttft, tokens, peak = ([[] for _ in subjects] for _ in range(3))
+    ttft, tokens, peak, own = ([[] for _ in subjects] for _ in range(4))
     rows = []
     for repeat, (i, subject) in product(range(args.repeats), enumerate(subjects)):
         first, others = subject.turn()
@@ -269,12 +248,13 @@ def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[d
         tokens[i] += others
         report = subject.report()
         peak[i] += [report["peak_device_bytes"]] if "peak_device_bytes" in report else []
+        own[i] += [report["own_ms_per_token"]] if report.get("own_ms_per_token") else []
         if repeat == args.repeats - 1:
             read, tenths = subject.read_bytes(), quantiles(tokens[i], n=10, method="inclusive")
             rows.append({
                 "ttft_ms": 1e3 * median(ttft[i]), "decode_ms_per_token": 1e3 * median(tokens[i]),
                 "decode_p10_ms": 1e3 * tenths[0], "decode_p90_ms": 1e3 * tenths[-1],
-                "own_ms_per_token": report.get("own_ms_per_token"),
+                "own_ms_per_token": median(own[i]) if own[i] else None,
                 "floor_ms": None if read is None else 1e3 * (weights + read) / bytes_a_second,
                 "device_kv_bytes": report.get("device_kv_bytes"),
                 "host_kv_bytes": report.get("host_kv_bytes"),

@@ -3,27 +3,30 @@
     <!-- table methods
     methods: full sentencekv
     single: needles_smollm2 tasks=single budget=256
-    loss above full: reading_smollm2 budget=256 of=loss
+    loss: reading_smollm2 budget=128,256 of=loss
     -->
     (the table)
     <!-- end of table -->
 
-The first word says which function here makes it. The lines of `methods` are columns: heading, files
-of results joined by +, which rows (tasks are patterns, as of files), and what of them. `of` is `percent`, the score; `loss`, the
-score above the full cache's; `device`, the per cent of the full cache's bytes on the device; or a
-value in tokens, as `held`. No torch here; the pictures are `python -m benchmarks.pictures`.
+The first word says which function here makes it. A line of `methods` is a column, or one for each of
+several budgets and values: heading, file of results, which rows (tasks are patterns, as of files),
+and what of them. `of` is `percent`, the score; `loss`, the score above the full cache's; `device`,
+the per cent of the full cache's bytes on the device; or a value in tokens, as `held`. Of files joined
+by + are shown the prompts of the last one. No torch here: `python -m benchmarks.pictures` draws.
 """
 
 import re
 import sys
 from fnmatch import fnmatch
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 from benchmarks.rows import FOLDER, Column, at_every_budget, by_method, differences, markdown, read
 
 TOP = Path(__file__).parents[1]
-FILES = [TOP / "README.md", TOP / "benchmarks/README.md", *sorted((TOP / "course").glob("*.md"))]
+FILES = [TOP / "README.md", *(TOP / "benchmarks" / name for name in ("README.md", "methods/README.md")),
+         *sorted((TOP / "course").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table (\w+)(.*?)-->\n).*?(<!-- end of table -->)", re.DOTALL)
 LOOKS = {"percent": (100, ".0f", "score"), "loss": (1, ".3f", "score"),
          "device": (100, ".1f", "device")}
@@ -31,16 +34,21 @@ LOOKS = {"percent": (100, ".0f", "score"), "loss": (1, ".3f", "score"),
 
 @cache
 def rows_of(name: str) -> list[dict]:
-    """Of files joined by +, the methods without a budget repeated at all budgets."""
-    found = [row for part in name.split("+") for row in read(FOLDER / f"{part}.jsonl")[1]]
-    return at_every_budget(found) if "budget" in found[0] else found
+    """Of files joined by +, those of the prompts of the last one. What has no budget is repeated at
+    all budgets."""
+    files = [read(FOLDER / f"{part}.jsonl")[1] for part in name.split("+")]
+    if "budget" not in files[0][0]:
+        return files[0]
+    prompts = {(row["task"], row["index"]) for row in files[-1]}
+    found = {(row["task"], row["index"], row["method"], row["budget"]): row
+             for rows in files for row in rows if (row["task"], row["index"]) in prompts}
+    return at_every_budget([*found.values()])
 
 
 def column(heading: str, files: str, of: str = "percent", budget: int | None = None,
-           tasks: str = "") -> Column:
+           tasks: str = "*") -> Column:
     rows = differences(rows_of(files), "full") if of == "loss" else rows_of(files)
-    if tasks:
-        rows = [row for row in rows if any(fnmatch(row["task"], t) for t in tasks.split(","))]
+    rows = [row for row in rows if any(fnmatch(row["task"], task) for task in tasks.split(","))]
     return Column(heading, rows, int(budget), *LOOKS.get(of, (1, ",.0f", of)))
 
 
@@ -57,9 +65,14 @@ def methods(spec: str) -> str:
         heading, _, what = line.partition(": ")
         if heading == "methods":
             names = what.split()
-        else:
-            files, *pairs = what.split()
-            columns.append(column(heading, files, **dict(pair.split("=") for pair in pairs)))
+            continue
+        files, *pairs = what.split()
+        options = dict(pair.split("=") for pair in pairs)
+        budgets = options.pop("budget").split(",")
+        values = options.pop("of", "percent").split(",")
+        for budget, of in product(budgets, values):
+            words = [heading, *[budget] * (len(budgets) > 1), *[of] * (len(values) > 1)]
+            columns.append(column(" ".join(words).strip(), files, of, budget, **options))
     return by_method(columns, names)
 
 
@@ -67,30 +80,49 @@ SPEED = {  # heading: (key, divisor, format)
     "ttft s": ("ttft_ms", 1e3, ".2f"), "ms a token": ("decode_ms_per_token", 1, ".1f"),
     "p10": ("decode_p10_ms", 1, ".1f"), "p90": ("decode_p90_ms", 1, ".1f"),
     "its own ms": ("own_ms_per_token", 1, ".1f"), "floor ms": ("floor_ms", 1, ".1f"),
-    "device KV MiB": ("device_kv_bytes", 2**20, ".1f"),
-    "host KV MiB": ("host_kv_bytes", 2**20, ".1f"),
-    "load KiB a token": ("loaded_bytes_per_token", 2**10, ".0f"),
-    "hits": ("hit_rate", 1, ".0%"), "peak MiB": ("peak_device_bytes", 2**20, ".0f"),
+    "device KV MiB": ("device_kv_bytes", 2**20, ",.1f"),
+    "host KV MiB": ("host_kv_bytes", 2**20, ",.0f"),
+    "load KiB a token": ("loaded_bytes_per_token", 2**10, ",.0f"),
+    "hits": ("hit_rate", 1, ".0%"), "peak MiB": ("peak_device_bytes", 2**20, ",.0f"),
 }
 
 
-def speed(rows: str | list[dict]) -> str:
-    """Of a file, or of rows themselves."""
-    rows = rows_of(rows.strip()) if isinstance(rows, str) else rows
-    columns = {heading: column for heading, column in SPEED.items()
-               if any(row.get(column[0]) is not None for row in rows)}
-
-    def cells(row):
-        for key, divisor, form in columns.values():
-            yield "" if row.get(key) is None else format(row[key] / divisor, form)
-
-    return markdown(["tokens", "method", *columns],
-                    ([row["length"], row["method"], *cells(row)] for row in rows))
+def speed_cell(row: dict, heading: str) -> str:
+    """Empty if it was not measured."""
+    key, divisor, form = SPEED[heading]
+    return "" if row.get(key) is None else format(row[key] / divisor, form)
 
 
-def stages(rows: str | list[dict]) -> str:
+def speed(rows: list[dict]) -> str:
+    headings = [heading for heading in SPEED if any(speed_cell(row, heading) for row in rows)]
+    return markdown(["tokens", "method", *headings],
+                    ([row["length"], row["method"], *(speed_cell(row, h) for h in headings)]
+                     for row in rows))
+
+
+def times(spec: str) -> str:
+    """Of a file, and of methods if they are named. A line a method: ms a token after each length,
+    in brackets the percentiles 10 (if it was measured) and 90, and what the method says itself. The
+    other columns are of the last length."""
+    file, *names = spec.split()
+    rows = [row for row in rows_of(file) if not names or row["method"] in names]
+    at = {(row["method"], row["length"]): row for row in rows}
+    names, lengths = (dict.fromkeys(row[key] for row in rows) for key in ("method", "length"))
+    headings = [h for h in SPEED if h not in ("ms a token", "p10", "p90", "its own ms", "peak MiB")]
+
+    def ms(row):
+        spread = " to ".join(filter(None, (speed_cell(row, h) for h in ("p10", "p90"))))
+        own = speed_cell(row, "its own ms")
+        return f"{speed_cell(row, 'ms a token')} ({spread}{own and ', own ' + own})"
+
+    return markdown(["method", *(f"ms after {length:,}" for length in lengths), *headings],
+                    ([name, *(ms(at[name, n]) if (name, n) in at else "" for n in lengths),
+                      *(speed_cell(at.get((name, max(lengths)), {}), h) for h in headings)]
+                     for name in names))
+
+
+def stages(rows: list[dict]) -> str:
     """ms a token of each stage."""
-    rows = rows_of(rows.strip()) if isinstance(rows, str) else rows
     timed = [row for row in rows if row["stages_ms_per_token"]]
     names = dict.fromkeys(name for row in timed for name in row["stages_ms_per_token"])
     return markdown(["tokens", "method", *names],
@@ -99,9 +131,8 @@ def stages(rows: str | list[dict]) -> str:
                      for row in timed))
 
 
-def scale(rows: str | list[dict]) -> str:
+def scale(rows: list[dict]) -> str:
     """ms of each stage, with the bound in brackets."""
-    rows = rows_of(rows.strip()) if isinstance(rows, str) else rows
     names = ("score", "select", "load", "attend")
     return markdown(
         ["tokens", *names, "all", "bound", "hits", "device MiB", "host MiB"],
@@ -111,7 +142,47 @@ def scale(rows: str | list[dict]) -> str:
           f"{row['device'] / 2**20:,.1f}", f"{row['host'] / 2**20:,.0f}"] for row in rows))
 
 
-MAKERS = {"methods": methods, "speed": speed, "stages": stages, "scale": scale}
+def segmentation(rows: list[dict]) -> str:
+    first, *rules = rows
+    return "\n\n".join((
+        markdown(["golden rules", "precision", "recall", "F1", "million characters a second"], [[
+            f"{first['golden']} of {first['of']}", f"{first['precision']:.3f}",
+            f"{first['recall']:.3f}", f"{first['f1']:.3f}",
+            f"{first['characters_per_second'] / 1e6:.1f}"]]),
+        markdown(["spans of tokens", "number", "median", "longest", "end in the middle"], (
+            [row["rule"], f"{row['spans']:,}", f"{row['median']:.0f}", row["longest"],
+             f"{row['in_the_middle']:.1%}"] for row in rules))))
+
+
+def lesson(spec: str) -> str:
+    """The answers of a lesson's runs."""
+    rows = [row for row in rows_of("lessons") if row["task"] == f"lesson {spec.strip()}"]
+    return markdown(["options", "device", "ms/token", "answer"], (
+        [f"`{row['run']}`", f"{row['device_kv_bytes'] / row['full_kv_bytes']:.1%}",
+         f"{row['decode_ms_per_token']:.0f}", row["text"]] for row in rows))
+
+
+def lesson_bytes(spec: str) -> str:
+    """What the runs of a lesson hold, in bytes and in tokens of 46,080 bytes."""
+    rows = [row for row in rows_of("lessons") if row["task"] == f"lesson {spec.strip()}"]
+    sizes = [(row["run"], f"{name}_kv_bytes", row[f"{name}_kv_bytes"])
+             for row in rows for name in ("device", "host", "full")]
+    return markdown(["options", "", "bytes", "tokens"], (
+        [f"`{run}`", f"`{name}`", f"{size:,}", f"{size / 46080:,.1f}"] for run, name, size in sizes))
+
+
+def lesson_parts(spec: str) -> str:
+    """The parts of what one run has on the device, and their share of the full cache."""
+    (row,) = [row for row in rows_of("lessons") if row["run"] == spec.strip()]
+    return markdown(["part", "bytes", "measured"], (
+        [name, f"{size:,}", f"{size / row['full_kv_bytes']:.1%}"]
+        for name, size in row["device_kv_parts"].items()))
+
+
+MAKERS = {"methods": methods, "times": times, "lesson": lesson, "lesson_bytes": lesson_bytes,
+          "lesson_parts": lesson_parts}
+MAKERS |= {make.__name__: lambda spec, make=make: make(rows_of(spec.strip()))
+           for make in (scale, segmentation)}
 
 
 def made_again(text: str) -> str:

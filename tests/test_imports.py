@@ -1,6 +1,8 @@
 """Arrows go down: `support/` knows none of the five files, a file knows those above it alone."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -69,3 +71,18 @@ def test_no_modules_import_each_other():
 def test_a_cycle_is_found():
     with pytest.raises(CycleError):
         TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+def test_others_take_the_loop_of_generate_and_not_its_command_line():
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "generate":
+                names = {alias.name for alias in node.names}
+                assert names <= {"generate", "make_cache", "next_logits", "prefill", "sampler",
+                                 "seal_finished"}, path
+
+
+def test_rows_tables_and_inputs_need_no_torch():
+    code = ("import sys, benchmarks.rows, benchmarks.tables, benchmarks.data;"
+            " assert 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -77,18 +77,22 @@ def test_a_column_has_the_rows_that_its_line_asks_for(tmp_path, monkeypatch):
 methods: a full
 per cent: found tasks=one budget=9
 loss: found budget=9 of=loss
-device: found budget=9 of=device
+: found tasks=t* budget=9 of=device,percent
 -->
 | old |
 <!-- end of table -->
 after
 """
     again = tables.made_again(text)
-    assert again == text.replace("| old |", """| method | per cent | loss | device |
-|---|---|---|---|
-| a | 50 | 0.000 ± 0.500 | 12.5 |
-| full | 100 | 0.000 ± 0.000 | 100.0 |""")
+    assert again == text.replace("| old |", """| method | per cent | loss | device | percent |
+|---|---|---|---|---|
+| a | 50 | 0.000 ± 0.500 | 12.5 | 150 |
+| full | 100 | 0.000 ± 0.000 | 100.0 | 100 |""")
     assert tables.made_again(again) == again
+    rows.write(tmp_path / "ours.jsonl", ABOUT, [line | {"results": [
+        {"method": "b", "budget": 9, "score": 1.0}]} for line in (*lines, lines[0] | {"index": 1})])
+    assert tables.values_of("ours+found", "percent", 9) == {"full": [1, 1], "a": [0.5, 1.5],
+                                                            "b": [1, 1]}
     tables.rows_of.cache_clear()
 
 

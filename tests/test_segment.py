@@ -12,7 +12,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import segment
-from benchmarks import segmentation
+from benchmarks import rows, segmentation, tables
 from segment import ABBREVIATED, INSIDE, SentenceStream, marked, sentence_ends, token_spans
 from weights.tokenizer import Tokenizer
 
@@ -507,7 +507,7 @@ def test_the_benchmark_answers_a_bad_file_with_one_line(lines, message, tmp_path
     path = tmp_path / "golden.jsonl"
     if lines is not None:
         path.write_text(lines, encoding="utf-8")
-    assert segmentation.main([str(path), str(path), str(path)]) == 2
+    assert segmentation.main(["--golden", str(path), "--pages", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and str(path) in error and message in error
 
@@ -517,17 +517,10 @@ def test_the_benchmark_compares_both_rules(tmp_path, capsys, default_folder):
     golden.write_text('{"text": "Hi. Ho!", "sentences": ["Hi.", "Ho!"]}')
     pages.write_text('{"text": "It is 3.5. Ho!", "sentence_char_spans": [[0, 10], [11, 14]]}')
     book.write_text("Mr. Li saw it.\n\nWhy?")
-    assert segmentation.main([str(golden), str(pages), str(book)]) == 0
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["golden", "rules", "1", "of", "1"] in printed
-    assert ["web", "pages,", "authors'", "3", "2", "5", "33.3%"] in printed
-    assert ["book,", "ours", "2", "5", "8", "0.0%"] in printed
-
-
-def test_the_authors_rule_and_ends_in_the_middle():
-    pieces = ["He", " is", " 3", ".", "5", ".", "\n", "Mr", ".", " Li", "!"]
-    assert segmentation.authors_spans(pieces) == [(0, 4), (4, 6), (6, 9), (9, 11)]
-    assert segmentation.authors_spans(["Oh", "...", "\n\n", "?!", "Hm"]) == [(0, 2), (2, 5)]
-    text = "".join(pieces)
-    ends = [text.index("5"), text.index("\n"), text.index(" Li"), len(text)]
-    assert [segmentation.is_inside(text, end) for end in ends] == [True, False, True, False]
+    out = tmp_path / "segmentation.jsonl"
+    assert segmentation.main(["--golden", str(golden), "--pages", str(pages), "--book", str(book),
+                              "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "| 1 of 1 | 1.000 | 1.000 | 1.000 |" in printed
+    assert "| authors' rule | 3 | 2 | 5 | 33.3% |" in printed
+    assert tables.segmentation(rows.read(out)[1]) == printed.rstrip("\n")

@@ -55,53 +55,6 @@ def cost(cache: SentenceKVCache) -> Cost:
     return Cost(held * packed, n_rows + index, held * packed + index, device)
 
 
-class Boxes(SentenceKVCache):
-    """SentenceKV that looks into a quarter of the groups of 16 sentences: those whose box allows
-    the largest q · k. A box has the least and the greatest number of each channel of its sentences'
-    vectors, as a page of Quest has of its keys. The first group and the last one are always open.
-    The sentences of the others receive nothing from this token. A version for speed would read two
-    vectors a group, and those of the sentences in open groups; this one scores all.
-    """
-
-    name, label = "boxes", "SentenceKV, boxes of vectors"
-    own_settings = {"kv_bits": 16}
-
-    class Layer(LayerCache):
-        group, share = 16, 0.25
-
-        def index_tokens(self):
-            n_sentences = self.plan.n_places - 1
-            n_vectors = 2 * n_sentences / self.group + self.share * n_sentences
-            return n_vectors * (1 / 2 + 1 / (2 * self.packing.dim))
-
-        def score(self, q):
-            n_sentences = self.lengths.shape[1] - 1  # without place 0
-
-            def grouped(x):  # (H_kv, P, n) -> (H_kv, groups, 16, n)
-                return F.pad(x[:, 1:], (0, 0, 0, -n_sentences % self.group)).unflatten(
-                    1, (-1, self.group))
-
-            is_open = self.open_groups(q.float(), grouped(self.vectors.float()),
-                                       grouped(self.lengths.unsqueeze(-1)))  # (H_kv, groups)
-            is_open = is_open.repeat_interleave(self.group, dim=1)[:, :n_sentences]
-            return super().score(q) * F.pad(is_open, (1, 0))
-
-        def open_groups(self, q, vectors, lengths):
-            """q (H_kv, G, D), the others (H_kv, groups, 16, n) -> (H_kv, groups)"""
-            empty = lengths == 0
-            low = vectors.masked_fill(empty, math.inf).amin(dim=2)  # (H_kv, groups, D)
-            high = vectors.masked_fill(empty, -math.inf).amax(dim=2)
-            is_used = ~empty.all(dim=2).squeeze(-1)  # (H_kv, groups)
-            low, high = (x.masked_fill(~is_used.unsqueeze(-1), 0) for x in (low, high))
-            bounds = q.clamp(min=0) @ high.mT + q.clamp(max=0) @ low.mT  # (H_kv, G, groups)
-            bounds = bounds.amax(dim=1).masked_fill(~is_used, -math.inf)
-            bounds[:, 0] = math.inf
-            n_used = is_used.sum(dim=-1)
-            bounds.scatter_(-1, n_used.clamp(min=1).unsqueeze(-1) - 1, math.inf)
-            best = bounds.topk(math.ceil(self.share * int(n_used.max())), dim=-1).indices
-            return torch.zeros_like(is_used).scatter_(-1, best, True)
-
-
 class BestSentences(SentenceKVCache):
     """The ceiling of a choice of sentences: ranked by this token's mean attention to their rows.
 

@@ -174,8 +174,8 @@ def test_a_second_text_is_read_and_a_fork_does_not_disturb(model, recording, met
 def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="method 'magic' is not one of full, streamingllm"):
         make_cache("magic", TINY, 100, [(0, 10)], 5)
-    with pytest.raises(ValueError, match="method 'boxes' has a score of its own"):
-        make_cache("boxes", TINY, 100, [(0, 10)], 5, score="gaussian")
+    with pytest.raises(ValueError, match="method 'two_bit_keys' has a score of its own"):
+        make_cache("two_bit_keys", TINY, 100, [(0, 10)], 5, score="gaussian")
     with pytest.raises(ValueError, match="method 'full' has no settings"):
         make_cache("full", TINY, 100, [(0, 10)], 5, page=3)
 

@@ -7,7 +7,6 @@ import torch
 from conftest import random_spans
 from methods.conftest import DIM, GROUP, HEADS, N_PROMPT, filled, random_qkv, settings_of
 
-from cache import LayerCache
 
 
 def random_query():
@@ -22,27 +21,6 @@ def sentences_of(cache, recording, layer, head):
     rows = layer.host.first[: layer.ends[head, 0] - cache.plan.n_first_sinks, head, 0].tolist()
     sentences = [[i for i in range(a, b) if keys[i] not in rows] for a, b in random_spans(N_PROMPT)]
     return list(filter(None, sentences))
-
-
-def test_boxes_score_the_sentences_of_the_groups_that_allow_most(recording):
-    cache, q = filled("boxes", recording), random_query()
-    layer, n = cache.layers[1], cache.plan.n_places - 1
-    layer.group, layer.share = 2, 0.5
-    everywhere = LayerCache.score(layer, q)
-    for head, score in enumerate(layer.score(q)):
-        used = [s for s in range(n) if layer.lengths[head, 1 + s] > 0]  # empty ones are last
-        groups = [used[a : a + 2] for a in range(0, len(used), 2)]
-        allowed = []
-        for group in groups:
-            box = layer.vectors[head, [1 + s for s in group]]
-            allowed.append(max(sum(max(x * low, x * high) for x, low, high in zip(
-                one.tolist(), box.amin(dim=0).tolist(), box.amax(dim=0).tolist()))
-                for one in q[head]))
-        order = sorted(range(1, len(groups) - 1), key=lambda i: -allowed[i])
-        opened = {0, len(groups) - 1, *order[: math.ceil(len(groups) / 2) - 2]}
-        inside = [1 + s for i in sorted(opened) for s in groups[i]]
-        assert torch.equal(score[inside], everywhere[head, inside])
-        assert (score > 0).sum() == len(inside)
 
 
 @pytest.mark.parametrize("method", ["best_sentences", "two_bit_keys"])

@@ -1,0 +1,44 @@
+"""The runs of generate.py that lessons show: `python -m benchmarks.lessons --out FILE`.
+
+A row is what `--json` prints, with the options of its `run`. Three repeats, the one with the median
+time a token.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.engine import TOP, provenance
+from benchmarks.rows import write
+from weights.models import model_folder
+
+PROMPT = "examples/walden_house.txt"
+RUNS = {  # lesson: the options that are tried
+    0: ("--kv-bits 16 --token-budget 192", "--kv-bits 16 --token-budget 512",
+        "--kv-bits 16 --token-budget 1024", "--cache full"),
+    1: ("--cache full", "--kv-bits 16"),
+}
+
+
+def run(options: str) -> dict:
+    command = [sys.executable, "generate.py", "--prompt", PROMPT, "--dtype", "float32", "--device",
+               "cpu", "--json", *options.split()]
+    answers = [json.loads(subprocess.run(command, cwd=TOP, text=True, check=True,
+                                         stdout=subprocess.PIPE).stdout) for _ in range(3)]
+    return sorted(answers, key=lambda answer: answer["decode_ms_per_token"])[1]
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.lessons", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    about = provenance("lessons", {}, model_folder(None), [TOP / PROMPT])
+    write(args.out, about, [{"task": f"lesson {number}", "run": options, **run(options)}
+                            for number, asked in RUNS.items() for options in asked])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
