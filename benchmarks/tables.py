@@ -165,10 +165,10 @@ def lesson(spec: str) -> str:
 def lesson_bytes(spec: str) -> str:
     """What the runs of a lesson hold, in bytes and in tokens of 46,080 bytes."""
     rows = [row for row in rows_of("lessons") if row["task"] == f"lesson {spec.strip()}"]
-    sizes = [(row["run"], f"{name}_kv_bytes", row[f"{name}_kv_bytes"])
-             for row in rows for name in ("device", "host", "full")]
     return markdown(["options", "", "bytes", "tokens"], (
-        [f"`{run}`", f"`{name}`", f"{size:,}", f"{size / 46080:,.1f}"] for run, name, size in sizes))
+        [f"`{row['run']}`", f"`{name}_kv_bytes`", f"{size:,}", f"{size / 46080:,.1f}"]
+        for row in rows for name in ("device", "host", "full")
+        if (size := row[f"{name}_kv_bytes"])))
 
 
 def lesson_parts(spec: str) -> str:

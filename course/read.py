@@ -13,6 +13,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 INCLUDE = re.compile(r"^```include\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+HIDDEN = re.compile(r"^<!--.*?-->\n", re.MULTILINE | re.DOTALL)  # how a table is made
 
 
 def lesson(number: int) -> Path:
@@ -30,11 +31,11 @@ def source(name: str) -> str:
 
 
 def with_code(text: str) -> str:
-    """The text of a lesson with the source of the functions that it names."""
+    """What a reader sees of a lesson, with the source of the functions that it names."""
     def replace(block):
         return "```python\n" + "\n\n".join(map(source, block[1].split())) + "```"
 
-    return INCLUDE.sub(replace, text)
+    return INCLUDE.sub(replace, HIDDEN.sub("", text))
 
 
 def main(arguments=None) -> int:
