@@ -101,23 +101,24 @@ def speed(rows: list[dict]) -> str:
 
 
 def times(spec: str) -> str:
-    """Of a file, and of methods if they are named. A line a method: ms a token after each length,
-    in brackets the percentiles 10 (if it was measured) and 90, and what the method says itself. The
-    other columns are of the last length."""
+    """A line a method: ms a token after each length, in brackets the percentiles 10 (if it was
+    measured) and 90, and what the method says itself. The other columns are of the last length.
+    If methods are named after the file, their bytes alone are shown besides."""
     file, *names = spec.split()
+    shown = ("device KV MiB", "host KV MiB") if names else (
+        "ttft s", "floor ms", "device KV MiB", "host KV MiB", "load KiB a token", "hits")
     rows = [row for row in rows_of(file) if not names or row["method"] in names]
     at = {(row["method"], row["length"]): row for row in rows}
     names, lengths = (dict.fromkeys(row[key] for row in rows) for key in ("method", "length"))
-    headings = [h for h in SPEED if h not in ("ms a token", "p10", "p90", "its own ms", "peak MiB")]
 
     def ms(row):
         spread = " to ".join(filter(None, (speed_cell(row, h) for h in ("p10", "p90"))))
         own = speed_cell(row, "its own ms")
         return f"{speed_cell(row, 'ms a token')} ({spread}{own and ', own ' + own})"
 
-    return markdown(["method", *(f"ms after {length:,}" for length in lengths), *headings],
+    return markdown(["method", *(f"ms after {length:,}" for length in lengths), *shown],
                     ([name, *(ms(at[name, n]) if (name, n) in at else "" for n in lengths),
-                      *(speed_cell(at.get((name, max(lengths)), {}), h) for h in headings)]
+                      *(speed_cell(at.get((name, max(lengths)), {}), h) for h in shown)]
                      for name in names))
 
 
