@@ -28,18 +28,8 @@ from pathlib import Path
 import torch
 
 import benchmarks.scores  # noqa: F401  registers the scores that a method can name
-from benchmarks.methods import (
-    budgets,
-    channels,
-    estimate,
-    evict_prompt,
-    evict_writing,
-    layers,
-    merge,
-    precision,
-    retrieve,
-    sentences,
-)
+from benchmarks.methods import (budgets, channels, estimate, evict_prompt, evict_writing, layers,
+                                merge, precision, retrieve, sentences)
 from benchmarks.methods.base import Cost, Recording
 from cache import SentenceKVCache
 from model import FullCache, LlamaConfig
