@@ -96,12 +96,11 @@ class WindowKV(SnapKV):
     def by_unit(self, scores):
         chosen = []
         for score in scores[:: self.group]:
-            padded = F.pad(score, (0, -score.shape[1] % self.size), value=-math.inf)
-            highest = padded.unflatten(-1, (-1, self.size)).topk(self.best_tokens, dim=-1).values
-            highest = highest.masked_fill(highest == -math.inf, math.nan)  # the last may be short
-            means = highest.nanmean(dim=-1).mean(dim=0)
-            means = means.repeat_interleave(self.size)[: score.shape[1]]
-            chosen.append(means.expand(self.n_kv_heads, -1))
+            means = []
+            for window in score.split(self.size, dim=1):  # the last may be short
+                highest = window.topk(min(self.best_tokens, window.shape[1])).values
+                means.append(highest.mean(dim=1).mean().expand(window.shape[1]))
+            chosen.append(torch.cat(means).expand(self.n_kv_heads, -1))
         return [chosen[layer // self.group] for layer in range(self.n_layers)]
 
     def layer_budget(self, layer):
