@@ -15,6 +15,7 @@ tokens, D channels. `kv` is keys and values side by side (H_kv, n, 2, D).
 """
 
 import copy
+import inspect
 import math
 from functools import lru_cache
 from itertools import count
@@ -36,6 +37,10 @@ class Cost(NamedTuple):
     elsewhere: float  # what else is kept, on the host or to choose by; copies count
     read: float  # to write one token
     device: float  # must be on the device to write a token: what is attended to, an index, scores
+
+
+class PerLayer(list):
+    """`name: PerLayer` in a `MethodCache` declares a list with an entry a layer, at first None."""
 
 
 class NumberedLayer:
@@ -173,6 +178,10 @@ class MethodCache:
         self.n_layers, self.n_kv_heads, _ = model_config.kv_shape
         self.budget, self.num_tokens = budget, 0
         self.attended = [0.0] * self.n_layers  # tokens of a KV head, the mean
+        for kind in type(self).__mro__:
+            for name, declared in inspect.get_annotations(kind).items():
+                if declared is PerLayer:
+                    setattr(self, name, [None] * self.n_layers)
 
     @property
     def layers(self) -> list:
@@ -252,16 +261,13 @@ class Evicting(MethodCache):
 
     window = WINDOW
     kept_size = 1.0  # bytes of a kept token, as a part of one of 16 bits
-
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.prompt = [None] * self.n_layers  # (kv, importance), until all layers are known
-        self.kept = [None] * self.n_layers  # (H_kv, n, 2, D), the most important first
-        self.kept_at = [None] * self.n_layers  # (H_kv, n) positions of the kept
-        self.totals = [None] * self.n_layers  # (H_kv,) the budget of each head
-        self.recent = [None] * self.n_layers  # (H_kv, n, 2, D), the oldest first
-        self.bias = [None] * self.n_layers  # (H_kv, n) log of how many tokens each is; None: one
-        self.saved = [0.0] * self.n_layers  # tokens of 16 bits that compression saves
+    prompt: PerLayer  # (kv, importance), until all layers are known
+    kept: PerLayer  # (H_kv, n, 2, D), the most important first
+    kept_at: PerLayer  # (H_kv, n) positions of the kept
+    totals: PerLayer  # (H_kv,) the budget of each head
+    recent: PerLayer  # (H_kv, n, 2, D), the oldest first
+    bias: PerLayer  # (H_kv, n) log of how many tokens each is; None: one
+    saved: PerLayer  # tokens of 16 bits that compression saves
 
     def importance(self, layer, q, k, v):
         """The score (H_kv, T), or fewer columns if the last tokens need none."""
@@ -292,12 +298,12 @@ class Evicting(MethodCache):
 
     def prefill(self, layer, q, k, v):
         """The prompt, or a text after it, which attends to what is kept and makes no choice."""
-        kv = torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
         if self.num_tokens > 0:
-            self.recent[layer] = torch.cat((self.recent[layer], kv), dim=1)
+            self.recent[layer] = append(self.recent[layer], k, v)
             return torch.cat((self.kept[layer], self.recent[layer]), dim=1).unbind(dim=2)
         n_earlier = max(k.shape[1] - self.window, 0)
-        self.prompt[layer] = kv, self.importance(layer, q, k, v)[:, :n_earlier]
+        importance = self.importance(layer, q, k, v)[:, :n_earlier]
+        self.prompt[layer], self.saved[layer] = (torch.stack((k, v), dim=2), importance), 0.0
         return k, v
 
     def advance(self, n_tokens):
@@ -363,12 +369,9 @@ class Paged(MethodCache):
 
     keeps_all = True
     page = 16  # tokens
-
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.pages = [None] * self.n_layers  # (H_kv, P, page, 2, D), the full ones
-        self.summaries = [None] * self.n_layers  # (n, H_kv, P, D)
-        self.recent = [None] * self.n_layers  # (H_kv, n, 2, D), the page being filled
+    pages: PerLayer  # (H_kv, P, page, 2, D), the full ones
+    summaries: PerLayer  # (n, H_kv, P, D)
+    recent: PerLayer  # (H_kv, n, 2, D), the page being filled
 
     def summary(self, layer, keys):
         """Of keys (H_kv, P, page, D) -> (n, H_kv, P, D)"""

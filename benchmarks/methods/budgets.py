@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from benchmarks.methods.base import WHOLE, Evicting, attention_received, best, group_logits
+from benchmarks.methods.base import (WHOLE, Evicting, PerLayer, attention_received, best,
+                                     group_logits)
 from benchmarks.methods.evict_prompt import SnapKV, StreamingLLM
 from model import apply_rope, rope_table
 
@@ -95,10 +96,7 @@ class DBudgetKV(SnapKV):
     name, label = "dbudgetkv", "DBudgetKV"
     budgeted = False
     pool, dense_layers, tolerance = 1, 2, 0.01
-
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.rows = [None] * self.n_layers  # (H, T) the last query's attention
+    rows: PerLayer  # (H, T) the last query's attention
 
     def importance(self, layer, q, k, v):
         self.rows[layer] = group_logits(q[:, -1:], k).softmax(dim=-1).flatten(0, 2)
@@ -163,10 +161,7 @@ class DuoHeads(StreamingLLM):
     coarseness = 2
     reads_on = False
     positions = 500
-
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.looks = [None] * self.n_layers  # (H_kv,) how far back each head looks
+    looks: PerLayer  # (H_kv,) how far back each head looks
 
     def importance(self, layer, q, k, v):
         self.looks[layer] = self.look_back(q, k)

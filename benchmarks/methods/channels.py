@@ -2,6 +2,7 @@
 
 import torch
 
+from benchmarks.methods.base import PerLayer
 from benchmarks.methods.evict_prompt import SnapKV
 
 
@@ -17,12 +18,12 @@ class ThinK(SnapKV):
     name, label = "think", "ThinK"
     coarseness = 2
     keep = 0.6
+    dropped: PerLayer  # (H_kv, D) bool
 
     def __init__(self, model_config, budget, spans):
         super().__init__(model_config, budget, spans)
         self.n_kept = round(self.keep * model_config.head_dim)
         self.kept_size = (1 + self.n_kept / model_config.head_dim) / 2
-        self.dropped = [None] * self.n_layers  # (H_kv, D) bool
 
     def importance(self, layer, q, k, v):
         queries = q[:, -self.window :].unflatten(0, (len(k), -1))

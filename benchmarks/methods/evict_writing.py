@@ -5,14 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from benchmarks.methods.base import (
-    MethodCache,
-    append,
-    attention_received,
-    best,
-    group_logits,
-    take,
-)
+from benchmarks.methods.base import (MethodCache, PerLayer, append, attention_received, best,
+                                     group_logits, take)
 
 
 class H2O(MethodCache):
@@ -24,12 +18,12 @@ class H2O(MethodCache):
 
     name, label = "h2o", "H2O"
     reads_on = False
+    kept: PerLayer  # (H_kv, n, 2, D), the latest last
+    received: PerLayer  # (H_kv, n)
 
     def __init__(self, model_config, budget, spans):
         super().__init__(model_config, budget, spans)
         self.latest = budget // 2
-        self.kept = [None] * self.n_layers  # (H_kv, n, 2, D), the latest last
-        self.received = [None] * self.n_layers  # (H_kv, n)
 
     def prefill(self, layer, q, k, v):
         received, n_earlier = attention_received(q, k), max(k.shape[1] - self.latest, 0)
@@ -74,11 +68,8 @@ class MorphKV(MethodCache):
     name, label = "morphkv", "MorphKV"
     reads_on = False
     latest = 32
-
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.kept = [None] * self.n_layers  # (H_kv, n, 2, D), the latest last
-        self.queries = [None] * self.n_layers  # (H, latest, D)
+    kept: PerLayer  # (H_kv, n, 2, D), the latest last
+    queries: PerLayer  # (H, latest, D)
 
     def prefill(self, layer, q, k, v):
         self.queries[layer] = q[:, -self.latest :]
@@ -119,11 +110,8 @@ class CORM(MethodCache):
     name, label = "corm", "CORM"
     budgeted = reads_on = False
     latest = 256
-
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.kept = [None] * self.n_layers  # (H_kv, n, 2, D), dropped tokens are zeros
-        self.needed = [None] * self.n_layers  # (H_kv, n) the last t that needed it; -1: dropped
+    kept: PerLayer  # (H_kv, n, 2, D), dropped tokens are zeros
+    needed: PerLayer  # (H_kv, n) the last t that needed it; -1: dropped
 
     def prefill(self, layer, q, k, v):
         n_tokens, first = k.shape[1], max(k.shape[1] - self.latest, 0)
@@ -176,14 +164,14 @@ class CascadingKV(MethodCache):
     name, label = "cascading", "Cascading KV"
     reads_on = False
     sinks, buffers = 4, 4
+    kept: PerLayer  # (H_kv, n, 2, D)
+    scores: PerLayer  # (H_kv, n) attention received, and
+    counts: PerLayer  # (H_kv, n) from how many queries
+    order: PerLayer  # for every buffer (H_kv, m) of n, the oldest first
 
     def __init__(self, model_config, budget, spans):
         super().__init__(model_config, budget, spans)
         self.size = (budget - self.sinks) // self.buffers
-        self.kept = [None] * self.n_layers  # (H_kv, n, 2, D)
-        self.scores = [None] * self.n_layers  # (H_kv, n) attention received, and
-        self.counts = [None] * self.n_layers  # (H_kv, n) from how many queries
-        self.order = [None] * self.n_layers  # for every buffer (H_kv, m) of n, the oldest first
         self.step = 0  # tokens that came into the first buffer
 
     def prefill(self, layer, q, k, v):

@@ -4,7 +4,7 @@ from itertools import combinations
 
 import torch
 
-from benchmarks.methods.base import Cost, MethodCache, append
+from benchmarks.methods.base import Cost, MethodCache, PerLayer
 
 
 class KVSharer(MethodCache):
@@ -21,10 +21,10 @@ class KVSharer(MethodCache):
     name, label = "kvsharer", "KVSharer"
     budgeted = False
     n_shared = 4
+    kv: PerLayer  # (H_kv, n, 2, D); None: shared
 
     def __init__(self, model_config, budget, spans):
         super().__init__(model_config, budget, spans)
-        self.kv = [None] * self.n_layers  # (H_kv, n, 2, D); None: shared
         self.source = list(range(self.n_layers))  # the layer whose kv each layer reads
 
     def prefill(self, layer, q, k, v):
@@ -54,11 +54,7 @@ class KVSharer(MethodCache):
                 left -= 1
 
     def attend_to(self, layer, q, k, v):
-        source = self.source[layer]
-        if source == layer:
-            kv = append(self.kv[layer], k, v)
-            self.kv[layer] = kv
-        return *self.kv[source].unbind(dim=2), None
+        return *self.prefill(layer, q, k, v), None
 
     def cost(self):
         held = self.num_tokens * len(set(self.source)) / self.n_layers

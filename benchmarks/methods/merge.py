@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.methods.base import Evicting, attention_received, best, sums, take
+from benchmarks.methods.base import Evicting, PerLayer, attention_received, best, sums, take
 from benchmarks.methods.evict_prompt import SnapKV
 
 
@@ -77,13 +77,13 @@ class LESS(Evicting):
     name, label = "less", "LESS, untrained"
     reads_on = False
     features = 8
+    state: PerLayer  # z (H_kv, R) as its log, H / z (H_kv, R, D)
 
     def __init__(self, model_config, budget, spans):
         super().__init__(model_config, budget, spans)
         self.window, self.dim = budget // 2, model_config.head_dim
         generator = torch.Generator().manual_seed(0)
         self.random = torch.randn(self.features, self.dim, generator=generator)
-        self.state = [None] * self.n_layers  # z (H_kv, R) as its log, H / z (H_kv, R, D)
 
     def layer_budget(self, layer):
         return self.budget - self.features

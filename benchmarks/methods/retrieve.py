@@ -8,16 +8,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from benchmarks.methods.base import (
-    Cost,
-    MethodCache,
-    Paged,
-    append,
-    group_logits,
-    shared,
-    sums,
-    take,
-)
+from benchmarks.methods.base import (Cost, MethodCache, Paged, PerLayer, append, group_logits,
+                                     shared, sums, take)
 from model import FullCache, FullLayer
 from sentencekv import select_rows
 
@@ -80,10 +72,7 @@ class ShadowKV(Paged):
     name, label = "shadowkv", "ShadowKV's chunks"
     coarseness = 8
     page, local_chunks = 8, 4
-
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.outliers = [None] * self.n_layers  # (H_kv, n)
+    outliers: PerLayer  # (H_kv, n)
 
     def summary(self, layer, keys):
         return keys.mean(dim=2).unsqueeze(0)
@@ -123,17 +112,14 @@ class ActQKV(Paged):
     coarseness = 40
     reads_on = False
     page, best_keys = 32, 4
-
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.queries = [None] * self.n_layers  # (H_kv, page, D), the mean of a group
-        self.moments = [None] * self.n_layers  # count, sum and sum of squares of all queries
-        self.entropy = [(0.0, 0)] * self.n_layers  # sum, count
+    queries: PerLayer  # (H_kv, page, D), the mean of a group
+    moments: PerLayer  # count, sum and sum of squares of all queries
+    entropy: PerLayer  # sum, count
 
     def prefill(self, layer, q, k, v):
         q = q.unflatten(0, (len(k), -1)).mean(dim=1)  # (H_kv, T, D)
         self.moments[layer] = q.shape[1], q.sum(1, keepdim=True), q.square().sum(1, keepdim=True)
-        self.queries[layer] = q
+        self.queries[layer], self.entropy[layer] = q, (0.0, 0)
         everything = super().prefill(layer, q, k, v)
         self.queries[layer] = q[:, -self.page :]
         return everything
@@ -205,23 +191,19 @@ class Clustered(MethodCache):
 
     keeps_all = True
     sinks, local, fresh, per_cluster, steps, centred = 4, 0, 32, 80, 20, False
-
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.first = [None] * self.n_layers  # (H_kv, sinks, 2, D)
-        self.clustered = [None] * self.n_layers  # (H_kv, n, 2, D), cluster by cluster
-        self.sizes = [None] * self.n_layers  # (H_kv, C) tokens of each cluster
-        self.means = [None] * self.n_layers  # (H_kv, C, 2, D) their mean key and mean value
-        self.recent = [None] * self.n_layers  # (H_kv, n, 2, D)
+    first: PerLayer  # (H_kv, sinks, 2, D)
+    clustered: PerLayer  # (H_kv, n, 2, D), cluster by cluster
+    sizes: PerLayer  # (H_kv, C) tokens of each cluster
+    means: PerLayer  # (H_kv, C, 2, D) their mean key and mean value
+    recent: PerLayer  # (H_kv, n, 2, D)
 
     def prefill(self, layer, q, k, v):
         """The prompt, or a text after it, which attends to everything and makes no cluster."""
-        kv = torch.stack((k, v), dim=2)
         if self.num_tokens > 0:
-            self.recent[layer] = torch.cat((self.recent[layer], kv), dim=1)
+            self.recent[layer] = append(self.recent[layer], k, v)
             everything = self.first[layer], self.clustered[layer], self.recent[layer]
             return torch.cat(everything, dim=1).unbind(dim=2)
-        sinks = min(self.sinks, k.shape[1])
+        kv, sinks = torch.stack((k, v), dim=2), min(self.sinks, k.shape[1])
         last = max(k.shape[1] - self.local, sinks)
         n_clusters = math.ceil((last - sinks) / self.per_cluster)
         cluster = k_means(k, sinks, last, n_clusters, self.steps, self.centred)
