@@ -20,10 +20,9 @@ pictures call it, and `coarseness` how many tokens of a budget it may leave unus
 are whole or shares are rounded down. To add a method, see benchmarks/README.md.
 """
 
-import importlib.util
 import inspect
+import runpy
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
@@ -88,13 +87,10 @@ def class_of(method: str):
                              f" nor FILE.py:CLASS")
         return KNOWN[method].kind
     path, _, name = method.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        found = runpy.run_path(path).get(name)
     except Exception as error:
         raise ValueError(f"method {method!r}: {type(error).__name__}: {error}") from None
-    found = getattr(module, name, None)
     if not isinstance(found, type):
         raise ValueError(f"method {method!r}: there is no class {name!r} in {path}")
     return found
@@ -165,16 +161,19 @@ def cost(cache) -> Cost:
     return sentences.cost(cache)
 
 
+# Of a model that is just large enough to try out a method and its settings.
+SHAPE = LlamaConfig(1, 1, 1, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                    head_dim=8, max_position_embeddings=100)
+
+
 def try_out(spec: str):
     """Read and write a few random tokens. ValueError if the class cannot."""
-    shape = LlamaConfig(1, 1, 1, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                        head_dim=8, max_position_embeddings=100)
     recording = Recording()
     for layer in range(2):
         recording.prefill(layer, *(torch.randn(heads, 60, 8) for heads in (4, 2, 2)))
     recording.advance(60)
     try:
-        cache = make_cache(split(spec)[0], shape, 48, [(0, 60)], 2, **settings_of(spec))
+        cache = make_cache(split(spec)[0], SHAPE, 48, [(0, 60)], 2, **settings_of(spec))
         recording.replay(cache)
         for layer in range(2):
             q, k, v = (torch.randn(heads, 1, 8) for heads in (4, 2, 2))
