@@ -14,7 +14,7 @@ import sys
 
 from tqdm import tqdm
 
-from benchmarks import engine, tasks
+from benchmarks import engine, tasks, with_status
 from support.document import read_text
 
 
@@ -53,7 +53,8 @@ def measure(args, bench, methods, results):
                         tokens=len(ids))
 
 
-def main(arguments=None) -> int:
+@with_status
+def main(arguments=None):
     parser = engine.parser("answers", __doc__)
     add = parser.add_argument
     add("task", choices=("ruler", "needles", "longbench"))
@@ -68,7 +69,7 @@ def main(arguments=None) -> int:
         parser.error(f"--families {', '.join(unknown)}: they are {', '.join(tasks.FAMILIES)}")
     asked = ("task", "question", "families", "seed", "length") if args.task == "needles" else (
         "task", "question")
-    return engine.run(args, asked, measure, overall="mean")
+    engine.run(args, asked, measure, overall="mean")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ method makes up attract attention, too, so its mass may be no share. Held for at
 elsewhere and read for a token are in tokens of 16 bits a channel, the mean of all KV heads.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from statistics import mean
 
 import torch
 
+from benchmarks import plain_parser, with_status
 from benchmarks.engine import Bench, Method, Writer, asked_methods
 from benchmarks.methods import METHODS
 from benchmarks.methods.base import NumberedLayer
@@ -99,24 +99,20 @@ def table(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Metho
                      "device", "answer"], lines)
 
 
-def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--budget", type=int, default=256)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--methods", default=" ".join(METHODS))
+@with_status
+def main(arguments=None):
+    parser = plain_parser("compare", __doc__)
+    add = parser.add_argument
+    add("--prompt", required=True)
+    add("--model", type=Path)
+    add("--budget", type=int, default=256)
+    add("--max-new-tokens", type=int, default=48)
+    add("--methods", default=" ".join(METHODS))
     args = parser.parse_args(arguments)
     args.budgets = [args.budget]
-    try:
-        prompt, methods = read_text(args.prompt), asked_methods(args)
-        bench = Bench(model_folder(args.model))
-        print(table(bench, bench.tokenizer.prompt_ids(prompt), args.max_new_tokens, methods))
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.compare: {error}", file=sys.stderr)
-        return 2
-    return 0
+    prompt, methods = read_text(args.prompt), asked_methods(args)
+    bench = Bench(model_folder(args.model))
+    print(table(bench, bench.tokenizer.prompt_ids(prompt), args.max_new_tokens, methods))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ and budget. A method may carry settings of SentenceKVConfig, and the unit that i
 `sentencekv:score=votes,keep_factor=3,unit=chunk16`. On the CPU, in float32.
 """
 
-import argparse
 import os
 import platform
 import shlex
@@ -13,16 +12,17 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from benchmarks import data
-from benchmarks.methods import (METHODS, PUBLISHED, SENTENCE_METHODS, class_of, cost, has_budget,
-                                make_cache, settings_of, split, try_out)
+from benchmarks import TOP, data, plain_parser
+from benchmarks.methods import (METHODS, PUBLISHED, SENTENCE_METHODS, SHAPE, class_of, cost,
+                                has_budget, make_cache, settings_of, split, try_out)
 from benchmarks.methods.base import Evicting, MethodCache, Recording, forget_shared
 from benchmarks.rows import Results, by_method, columns_of, differences
 from generate import prefill, seal_finished
-from model import LlamaConfig, rope_table
+from model import rope_table
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
 from support.prompts import check_positions
@@ -30,7 +30,6 @@ from weights.checkpoint import fingerprint, load_model
 from weights.models import model_folder
 from weights.tokenizer import Tokenizer
 
-TOP = Path(__file__).parents[1]
 CODE = ("*.py", "support", "weights", "benchmarks/*.py", "benchmarks/methods")
 AUTHORS_ENDS = {".", "!", "?", "..."}  # tokens that end a sentence in the authors' code
 
@@ -268,10 +267,9 @@ def numbers(kind=int):
     return lambda text: [kind(part) for part in text.split(",")]
 
 
-def parser(program: str, doc: str) -> argparse.ArgumentParser:
+def parser(program: str, doc: str):
     """With the options of every program of quality."""
-    made = argparse.ArgumentParser(prog=f"benchmarks.{program}", description=doc,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = plain_parser(program, doc)
     made.set_defaults(program=program)
     add = made.add_argument
     add("--data", nargs="+", required=True, help="files, or names of benchmarks/data.py")
@@ -295,15 +293,8 @@ def asked_methods(args) -> list[Method]:
         if name not in METHODS:
             try_out(spec)
     for method in methods:
-        method.new_cache(_Shape, ["."], 1)
+        method.new_cache(SimpleNamespace(config=SHAPE), ["."], 1)  # are its settings possible?
     return methods
-
-
-class _Shape:
-    """Just enough of a model to find out whether a method's settings are possible."""
-
-    config = LlamaConfig(1, 1, 1, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1,
-                         head_dim=1, max_position_embeddings=1)
 
 
 def commit() -> str:
@@ -339,22 +330,15 @@ def provenance(program: str, asked: dict, model: Path | str, files: list[Path],
             "inputs": {path.name: data.digest_of(path) for path in files}, "asked": asked}
 
 
-def run(args, asked: tuple, work, overall: str | None) -> int:
-    """Let `work(args, bench, methods, results)` measure what is missing, and print a table. Returns
-    the status of the program."""
-    try:
-        args.data = [data.find(name) for name in args.data]
-        methods, bench = asked_methods(args), Bench(model_folder(args.model))
-        chosen = {name: str(getattr(args, name)) for name in asked}
-        results = Results(args.out, provenance(args.program, chosen, bench.folder,
-                                               args.data))
-        work(args, bench, methods, results)
-        columns = columns_of(results.rows, overall)
-        print(by_method(columns))
-        if args.pair:
-            print(f"\nThe difference from `{args.pair}`, prompt by prompt:\n")
-            print(by_method([c._replace(rows=differences(c.rows, args.pair)) for c in columns]))
-    except (ValueError, OSError) as error:
-        print(f"benchmarks.{args.program}: {error}", file=sys.stderr)
-        return 2
-    return 0
+def run(args, asked: tuple, work, overall: str | None):
+    """Let `work(args, bench, methods, results)` measure what is missing, and print a table."""
+    args.data = [data.find(name) for name in args.data]
+    methods, bench = asked_methods(args), Bench(model_folder(args.model))
+    chosen = {name: str(getattr(args, name)) for name in asked}
+    results = Results(args.out, provenance(args.program, chosen, bench.folder, args.data))
+    work(args, bench, methods, results)
+    columns = columns_of(results.rows, overall)
+    print(by_method(columns))
+    if args.pair:
+        print(f"\nThe difference from `{args.pair}`, prompt by prompt:\n")
+        print(by_method([c._replace(rows=differences(c.rows, args.pair)) for c in columns]))

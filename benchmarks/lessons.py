@@ -4,13 +4,13 @@ A row is what `--json` prints, with the options of its `run`. Three repeats, the
 time a token.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.engine import TOP, provenance
+from benchmarks import TOP, plain_parser, with_status
+from benchmarks.engine import provenance
 from benchmarks.rows import write
 from weights.models import model_folder
 
@@ -30,14 +30,14 @@ def run(options: str) -> dict:
     return sorted(answers, key=lambda answer: answer["decode_ms_per_token"])[1]
 
 
-def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.lessons", description=__doc__)
+@with_status
+def main(arguments=None):
+    parser = plain_parser("lessons", __doc__)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     about = provenance("lessons", {}, model_folder(None), [TOP / PROMPT])
     write(args.out, about, [{"task": f"lesson {number}", "run": options, **run(options)}
                             for number, asked in RUNS.items() for options in asked])
-    return 0
 
 
 if __name__ == "__main__":

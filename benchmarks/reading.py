@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from tqdm import tqdm
 
-from benchmarks import engine
+from benchmarks import engine, with_status
 from support.document import read_text
 from support.prompts import check_positions
 
@@ -39,7 +39,8 @@ def measure(args, bench, methods, results):
             results.add(name, args.length, found, tokens=len(ids))
 
 
-def main(arguments=None) -> int:
+@with_status
+def main(arguments=None):
     parser = engine.parser("reading", __doc__)
     add = parser.add_argument
     add("--length", type=int, default=3000, help="tokens read with full attention")
@@ -49,7 +50,7 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     if args.new_tokens < 2:
         parser.error(f"--new-tokens is {args.new_tokens}, must be at least 2")
-    return engine.run(args, ("length", "new_tokens"), measure, overall="above full")
+    engine.run(args, ("length", "new_tokens"), measure, overall="above full")
 
 
 if __name__ == "__main__":

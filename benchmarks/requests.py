@@ -10,7 +10,7 @@ import sys
 
 from tqdm import tqdm
 
-from benchmarks import engine, tasks
+from benchmarks import engine, tasks, with_status
 from benchmarks.methods import reads_on
 from support.document import read_text
 
@@ -29,12 +29,13 @@ def measure(args, bench, methods, results):
             results.add(example.task, example.index, result, answers=example.answers)
 
 
-def main(arguments=None) -> int:
+@with_status
+def main(arguments=None):
     parser = engine.parser("requests", __doc__)
     parser.add_argument("--count", type=int, default=8, help="documents")
     parser.add_argument("--seed", type=int, default=0, help="of what is hidden in them")
     parser.add_argument("--length", type=int, default=2000, help="tokens of a document")
-    return engine.run(parser.parse_args(arguments), ("length", "seed"), measure, overall="mean")
+    engine.run(parser.parse_args(arguments), ("length", "seed"), measure, overall="mean")
 
 
 if __name__ == "__main__":

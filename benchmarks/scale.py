@@ -11,7 +11,6 @@ and to find slots for their rows. `bound` is the time to move a stage's bytes on
 a large copy.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks import tables
+from benchmarks import plain_parser, tables, with_status
 from benchmarks.engine import numbers, provenance
 from benchmarks.rows import write
 from benchmarks.speed import bandwidth
@@ -129,9 +128,9 @@ def token_stages(cache, n_new: int) -> list[dict]:
     return found[N_WARM:]
 
 
-def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.scale", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+@with_status
+def main(arguments=None):
+    parser = plain_parser("scale", __doc__)
     add = parser.add_argument
     add("--lengths", type=numbers(), default=LENGTHS)
     add("--token-budget", type=int, default=1024)
@@ -140,23 +139,18 @@ def main(arguments=None) -> int:
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--out", type=Path, help="results: see benchmarks/rows.py")
     args = parser.parse_args(arguments)
-    try:
-        device = pick_device(args.device)
-        dtype, copied, rows = pick_dtype(args.dtype, device), bandwidth(device), []
-        about = provenance("scale", {"token_budget": str(args.token_budget)},
-                           "llama-3.1-8b, one layer", [], device, dtype)
-        about["copy_bytes_per_second"] = copied
-        for n_tokens in tqdm(args.lengths, disable=None):
-            measured, moved = one_layer(n_tokens, args.token_budget, args.new_tokens, device, dtype)
-            bounds = {stage: 1e3 * size / copied for stage, size in moved.items()}
-            rows.append({"length": n_tokens, "bound_ms": bounds, **measured})
-    except ValueError as error:
-        print(f"benchmarks.scale: {error}", file=sys.stderr)
-        return 2
+    device = pick_device(args.device)
+    dtype, copied, rows = pick_dtype(args.dtype, device), bandwidth(device), []
+    about = provenance("scale", {"token_budget": str(args.token_budget)},
+                       "llama-3.1-8b, one layer", [], device, dtype)
+    about["copy_bytes_per_second"] = copied
+    for n_tokens in tqdm(args.lengths, disable=None):
+        measured, moved = one_layer(n_tokens, args.token_budget, args.new_tokens, device, dtype)
+        bounds = {stage: 1e3 * size / copied for stage, size in moved.items()}
+        rows.append({"length": n_tokens, "bound_ms": bounds, **measured})
     print(tables.scale(rows))
     if args.out:
         write(args.out, about, rows)
-    return 0
 
 
 if __name__ == "__main__":

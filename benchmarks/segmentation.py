@@ -10,14 +10,13 @@ one of them. In a byte-level BPE these are the tokens `.`, `!`, `?` and `...`: a
 in the list, and other entries, such as an empty line, are no tokens.
 """
 
-import argparse
 import sys
 import time
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
 
-from benchmarks import data, tables, tasks
+from benchmarks import data, plain_parser, tables, tasks, with_status
 from benchmarks.engine import provenance, units
 from benchmarks.rows import write
 from segment import sentence_ends
@@ -109,24 +108,19 @@ def measure(args) -> tuple[dict, list[dict]]:
     return provenance("segmentation", {}, folder, files), rows
 
 
-def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.segmentation", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+@with_status
+def main(arguments=None):
+    parser = plain_parser("segmentation", __doc__)
     for name, default in (("golden", "golden_english"), ("pages", "ud_ewt_dev"),
                           ("book", "tale_of_two_cities")):
         parser.add_argument(f"--{name}", default=default, help="a file, or a name of inputs.json")
     parser.add_argument("--model", type=Path, help="DIR with a tokenizer, or NAME")
     parser.add_argument("--out", type=Path, help="results: see benchmarks/rows.py")
     args = parser.parse_args(arguments)
-    try:
-        about, rows = measure(args)
-    except ValueError as error:
-        print(f"benchmarks.segmentation: {error}", file=sys.stderr)
-        return 2
+    about, rows = measure(args)
     print(tables.segmentation(rows))
     if args.out:
         write(args.out, about, rows)
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ token replayed as one graph, `--compile` with a compiled step (and with both, if
 they are installed. Each of their turns is a process of its own. `its own ms` is by llama.cpp.
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -32,7 +31,7 @@ from statistics import median, quantiles
 import torch
 from tqdm import tqdm
 
-from benchmarks import data, llamacpp, pictures, tables
+from benchmarks import TOP, data, llamacpp, pictures, plain_parser, tables, with_status
 from benchmarks.engine import numbers, provenance
 from benchmarks.methods import KNOWN, settings_of
 from benchmarks.rival import KINDS
@@ -51,7 +50,6 @@ from weights.config import parse_config
 from weights.models import model_folder
 from weights.tokenizer import Tokenizer
 
-TOP = Path(__file__).parents[1]
 WARM_UP = 4  # tokens that are not timed
 GRAPHED, COMPILED = "sentencekv, graph", "sentencekv, compiled"
 BOTH = "sentencekv, compiled, graph"
@@ -269,8 +267,7 @@ def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[d
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(prog="benchmarks.speed", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = plain_parser("speed", __doc__)
     add, defaults = parser.add_argument, SentenceKVConfig()
     add("--model", type=Path, help="DIR, FILE.gguf or NAME (smollm2-135m-instruct)")
     add("--config", choices=CONFIGS, help="a real shape with random weights instead")
@@ -354,17 +351,13 @@ def run(args) -> tuple[dict, list[dict]]:
     return about, rows
 
 
-def main(arguments=None) -> int:
+@with_status
+def main(arguments=None):
     args = parse(arguments)
-    try:
-        about, rows = run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"benchmarks.speed: {error}", file=sys.stderr)
-        return 2
+    about, rows = run(args)
     print(tables.speed(rows), tables.stages(rows), sep="\n\n")
     if args.out:
         pictures.ms_by_length(about, rows, args.out.with_suffix(".png"))
-    return 0
 
 
 if __name__ == "__main__":

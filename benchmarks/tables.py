@@ -20,11 +20,10 @@ import sys
 from fnmatch import fnmatch
 from functools import cache
 from itertools import product
-from pathlib import Path
 
+from benchmarks import TOP
 from benchmarks.rows import FOLDER, Column, at_every_budget, by_method, differences, markdown, read
 
-TOP = Path(__file__).parents[1]
 FILES = [TOP / "README.md", *(TOP / "benchmarks" / name for name in ("README.md", "methods/README.md")),
          *sorted((TOP / "course").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table (\w+)(.*?)-->\n).*?(<!-- end of table -->)", re.DOTALL)
