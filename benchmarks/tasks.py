@@ -24,6 +24,12 @@ RULER = re.compile(  # a Llama 3 chat around the question, and the beginning of 
     r"<\|start_header_id\|>assistant<\|end_header_id\|>(?P<prefix>.*)$", re.DOTALL)
 
 
+# Cities that have numbers; and facts: what is asked for, and what the answer is drawn from.
+NEEDLES = json.loads(Path(__file__).with_name("needles.json").read_text(encoding="utf-8"))
+CITIES = NEEDLES["cities"].split()
+FAMILIES = ("single", "multikey", "multivalue", "multiquery", "vt")
+
+
 @dataclass(frozen=True)
 class Example:
     task: str
@@ -140,10 +146,6 @@ def longbench_file(path: Path) -> Iterator[Example]:
             chat=name not in ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"))
 
 
-CITIES = ("Lisbon Osaka Bergen Quito Tunis Perth Hanoi Turin Bruges Austin Malmo Lagos Cusco Split "
-          "Kyoto Derby").split()
-
-
 def spread(haystack: list[str], needles: list[str], depths: list[float]) -> str:
     """The paragraphs with each needle put in at its depth, from 0 to 1."""
     parts = list(haystack)
@@ -159,8 +161,8 @@ def ruler_generate(family: str, paragraphs: list[str], count: int, seed: int = 0
     """
     draw = random.Random(f"{family} {seed}")
     for index in range(count):
-        number = lambda: str(draw.randrange(1000000, 9999999))  # noqa: E731
-        cities, values = draw.sample(CITIES, 4), [number() for _ in range(4)]
+        cities = draw.sample(CITIES, 4)
+        values = [str(draw.randrange(1000000, 9999999)) for _ in range(4)]
         depths = [draw.random() for _ in range(5)]
         say = "One of the special magic numbers for {} is {}.".format
         ask = "What is the special magic number for {} mentioned in the text above?".format
@@ -187,24 +189,11 @@ def ruler_generate(family: str, paragraphs: list[str], count: int, seed: int = 0
         yield Example(family, index, f"{text}\n\n{ask(about)}", tuple(answers), prefix(about))
 
 
-FACTS = {  # what is asked for, and what the answer is drawn from
-    "secret password of the lighthouse keeper":
-        "marmalade compass lantern juniper velvet saffron harbour thimble",
-    "name of the captain's parrot": "Pepper Nestor Mango Sultan Biscuit Rollo Figaro Domino",
-    "hiding place of the mill key": "teapot chimney haystack wardrobe beehive birdcage umbrella",
-    "favourite colour of the doctor": "crimson turquoise ivory amber indigo scarlet maroon",
-    "number of the locker at the station": " ".join(map(str, range(113, 990, 37))),
-    "birthplace of the clockmaker": " ".join(CITIES),
-    "favourite flower of the widow": "tulip foxglove jasmine peony orchid dahlia magnolia",
-    "instrument of the mayor": "violin trombone harp bassoon flute accordion mandolin",
-}
-
-
 def requests(paragraphs: list[str], count: int, seed: int = 0) -> Iterator[list[Example]]:
     """For each of `count` documents eight facts in it, and a question about each."""
     draw = random.Random(f"requests {seed}")
     for index in range(count):
-        facts = [(what, draw.choice(values.split())) for what, values in FACTS.items()]
+        facts = [(what, draw.choice(values.split())) for what, values in NEEDLES["facts"].items()]
         draw.shuffle(facts)
         needles = [f"The {what} is {value}." for what, value in facts]
         text = spread(paragraphs, needles, [draw.random() for _ in facts])
@@ -212,6 +201,3 @@ def requests(paragraphs: list[str], count: int, seed: int = 0) -> Iterator[list[
                        f"{text}\n\nWhat is the {what} mentioned in the text above?", (value,),
                        f"The {what} mentioned in the text above is", max_new_tokens=16)
                for number, (what, value) in enumerate(facts, 1)]
-
-
-FAMILIES = ("single", "multikey", "multivalue", "multiquery", "vt")
