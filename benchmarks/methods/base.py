@@ -229,7 +229,8 @@ class MethodCache:
     def cost(self) -> Cost:
         """After the last token. All that is held is read, and the index."""
         held = self.held()
-        index, state = (in_tokens(tensors, self.model_config.kv_shape)
+        token = self.n_layers * self.n_kv_heads * 2 * self.model_config.head_dim  # its numbers
+        index, state = (sum(x.numel() for x in tensors) / token
                         for tensors in (self.index(), self.bookkeeping()))
         return Cost(held, index + self.keeps_all * (self.num_tokens - held), held + index,
                     held + index + 2 * state)
@@ -241,12 +242,6 @@ class MethodCache:
             if isinstance(value, list):
                 setattr(other, name, list(value))
         return other
-
-
-def in_tokens(tensors: list, kv_shape: tuple) -> float:
-    """How many tokens of a KV head take as many numbers."""
-    layers, heads, dim = kv_shape
-    return sum(x.numel() for x in tensors) / (layers * heads * 2 * dim)
 
 
 class Evicting(MethodCache):

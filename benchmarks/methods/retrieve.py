@@ -44,7 +44,6 @@ class ArkVale(Quest):
 
     name, label = "arkvale", "ArkVale"
     coarseness = 32
-    paper_dense = 2
     page, first_pages, last_pages = 32, 2, 2
 
     def summary(self, layer, keys):
