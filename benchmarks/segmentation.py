@@ -54,15 +54,11 @@ def count_golden(rows: list[dict]) -> int:
     return sum(found(row["text"]) == [s.strip() for s in row["sentences"]] for row in rows)
 
 
-def stripped_ends(text: str, ends) -> set[int]:
-    """Offsets after the last character that is not white space."""
-    return {len(text[:end].rstrip()) for end in ends} - {0}
-
-
 def score(rows: list[dict]) -> tuple[float, float, float]:
     right = found = true = 0
     for row in rows:
-        ends = stripped_ends(row["text"], sentence_ends(row["text"]))
+        text = row["text"]  # an end is after the last character that is not white space
+        ends = {len(text[:end].rstrip()) for end in sentence_ends(text)} - {0}
         gold = {end for _, end in row["sentence_char_spans"]}
         right, found, true = right + len(ends & gold), found + len(ends), true + len(gold)
     return right / max(found, 1), right / max(true, 1), 2 * right / max(found + true, 1)
