@@ -135,10 +135,9 @@ def draw_all():
     answered = [row for name in ("leaderboard_ruler", "leaderboard_needles")
                 for row in rows_of(name) if row["budget"] == 256]
     losses = values_of("leaderboard_reading", "loss", 256)
-    percent = {method: [100 * row["score"] for row in answered if row["method"] == method]
-               for method in losses}
-    device = {method: [100 * row["device"] for row in answered if row["method"] == method]
-              for method in losses}
+    percent, device = (
+        {method: [100 * row[of] for row in answered if row["method"] == method]
+         for method in losses} for of in ("score", "device"))
     ranked({"prompts answered, per cent": percent, "loss above the full cache's": losses,
             "bytes on the device, per cent": device}, FOLDER / "leaderboard.png")
     shown = ("full", "sentencekv_16bit", "published", "shadowkv", "best_tokens")
