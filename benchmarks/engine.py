@@ -30,7 +30,8 @@ from weights.checkpoint import fingerprint, load_model
 from weights.models import model_folder
 from weights.tokenizer import Tokenizer
 
-CODE = ("*.py", "support", "weights", "benchmarks/*.py", "benchmarks/methods")
+CODE = ("*.py", "support", "weights", "benchmarks/*.py", "benchmarks/needles.json",
+        "benchmarks/methods")
 AUTHORS_ENDS = {".", "!", "?", "..."}  # tokens that end a sentence in the authors' code
 
 
@@ -130,6 +131,10 @@ def decode_together(model, writers: list[Writer]) -> torch.Tensor:
     return model.logits(model.norm(x))
 
 
+def greedy(logits) -> int:
+    return logits.argmax().item()
+
+
 class Bench:
     """A model with its tokenizer, and prompts read once for all methods."""
 
@@ -146,8 +151,7 @@ class Bench:
         """What the layers computed of the prompt, and the token that comes first after it."""
         forget_shared()
         recording = Recording()
-        first = prefill(self.model, recording, ids, lambda logits: logits.argmax().item())
-        return recording, first
+        return recording, prefill(self.model, recording, ids, greedy)
 
     def writers(self, recording, pieces: list[str], max_new_tokens: int, methods: list[Method]):
         """Yield lists of writers that have read the prompt: so many at a time that their caches fit
@@ -204,8 +208,7 @@ class Bench:
     def requests(self, questions: list, methods: list[Method]):
         """Yield (question, `Writer`) for every question of one document and every method."""
         prompts = [self.prompt_ids(example) for example in questions]
-        n = min(self.document_length(questions[0], prompts[0]),
-                len(os.path.commonprefix(prompts)))
+        n = min(self.document_length(questions[0], prompts[0]), len(os.path.commonprefix(prompts)))
         pieces = self.tokenizer.pieces(prompts[0])[:n]
         seen = self.record(prompts[0])[0].document_and_last_queries(n)
         blind, caches = self.record(prompts[0][:n])[0], []
@@ -224,15 +227,11 @@ class Bench:
                 else:
                     cache.truncate(n)
                 writers.append(Writer(method, cache, self.tokenizer.detokenizer()))
-                tokens.append(self.read_question(cache, ids[n:], method))
+                rest = self.tokenizer.pieces(ids[n:])
+                cache.expect(token_spans(rest, method.sentence_limit))
+                tokens.append(prefill(self.model, cache, ids[n:], greedy))
             yield from zip([example] * len(writers), self.write(writers, tokens,
                                                                 example.max_new_tokens))
-
-    def read_question(self, cache, ids: list[int], method: Method) -> int:
-        """Returns the first token of the answer."""
-        cache.expect(token_spans(self.tokenizer.pieces(ids), method.sentence_limit))
-        states = self.model.prefill(torch.tensor(ids), cache)
-        return self.model.logits(states[-1:])[0].argmax().item()
 
     def text(self, writer: Writer) -> str:
         pairs = zip(writer.tokens, writer.pieces)

@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import TOP, data, llamacpp, pictures, plain_parser, tables, with_status
-from benchmarks.engine import numbers, provenance
+from benchmarks.engine import greedy, numbers, provenance
 from benchmarks.methods import KNOWN, settings_of
 from benchmarks.rival import KINDS
 from benchmarks.rows import write
@@ -138,16 +138,15 @@ class Ours:
         self.cache = make_cache("full" if self.method == "full" else "sentencekv", self.settings,
                                 self.model.config, len(self.text.ids), self.device, dtype)
         self.cache.expect(self.spans)
-        prefill(self.model, self.cache, self.text.ids[: self.length],
-                lambda logits: logits.argmax().item())
+        prefill(self.model, self.cache, self.text.ids[: self.length], greedy)
         self.at, self.sentences = self.length, SentenceStream(self.settings.sentence_limit)
         self.decode = self.model.decode
         if self.method in (GRAPHED, BOTH):
             self.decode = GraphedDecode(self.model)
 
     def step(self):
-        next_logits(self.model, self.cache, self.sentences, self.text.ids[self.at],
-                    self.text.pieces[self.at], self.decode).argmax().item()
+        greedy(next_logits(self.model, self.cache, self.sentences, self.text.ids[self.at],
+                           self.text.pieces[self.at], self.decode))
         self.at += 1
 
     def turn(self) -> tuple:
@@ -254,12 +253,10 @@ def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[d
                 "decode_p10_ms": 1e3 * tenths[0], "decode_p90_ms": 1e3 * tenths[-1],
                 "own_ms_per_token": median(own[i]) if own[i] else None,
                 "floor_ms": None if read is None else 1e3 * (weights + read) / bytes_a_second,
-                "device_kv_bytes": report.get("device_kv_bytes"),
-                "host_kv_bytes": report.get("host_kv_bytes"),
-                "full_kv_bytes": report.get("full_kv_bytes"),
+                **{name: report.get(name) for name in
+                   ("device_kv_bytes", "host_kv_bytes", "full_kv_bytes", "hit_rate")},
                 "loaded_bytes_per_token": report["loaded_bytes"] / args.new_tokens
                     if "loaded_bytes" in report else None,
-                "hit_rate": report.get("hit_rate"),
                 "peak_device_bytes": max(peak[i], default=None),
                 "stages_ms_per_token": subject.stages(args.new_tokens)})
         subject.forget()  # before another has its cache
