@@ -11,11 +11,11 @@ is random tokens in sentences of 8 to 42: its times are real, its hit rate is no
 a token` is the median over `--new-tokens` of every repeat, `p10` and `p90` percentiles of them. In
 every repeat the methods take turns. The floor is the time to read the weights and what the device
 holds of the cache once: their bytes over the bandwidth of a large copy, measured first. What comes
-from the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory up
-to a power of two. Stage times are of tokens after those. `--cuda-graph` adds SentenceKV with each
-token replayed as one graph, `--compile` with a compiled step (and with both, if both are given),
-`--compare transformers` Hugging Face's Llama, and `--compare llama.cpp` that of llama.cpp, where
-they are installed. Each of their turns is a process of its own. `its own ms` is by llama.cpp.
+from the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory
+up to a power of two. Stage times are of tokens after those. `--cuda-graph` adds SentenceKV with
+each token replayed as one graph, `--compile` with a compiled step (and with both, if both are
+given), `--compare transformers` Hugging Face's Llama, and `--compare llama.cpp` that of llama.cpp,
+where they are installed. Each of their turns is a process of its own. `its own ms` is by llama.cpp.
 """
 
 import json
