@@ -54,14 +54,15 @@ def count_golden(rows: list[dict]) -> int:
     return sum(found(row["text"]) == [s.strip() for s in row["sentences"]] for row in rows)
 
 
-def score(rows: list[dict]) -> tuple[float, float, float]:
+def score(rows: list[dict]) -> dict:
     right = found = true = 0
     for row in rows:
         text = row["text"]  # an end is after the last character that is not white space
         ends = {len(text[:end].rstrip()) for end in sentence_ends(text)} - {0}
         gold = {end for _, end in row["sentence_char_spans"]}
         right, found, true = right + len(ends & gold), found + len(ends), true + len(gold)
-    return right / max(found, 1), right / max(true, 1), 2 * right / max(found + true, 1)
+    return {"precision": right / max(found, 1), "recall": right / max(true, 1),
+            "f1": 2 * right / max(found + true, 1)}
 
 
 def characters_per_second(text: str) -> float:
@@ -73,7 +74,7 @@ def characters_per_second(text: str) -> float:
     return len(text) / min(once() for _ in range(3))
 
 
-def cut_in_the_middle(rows: list[dict], tokenizer: Tokenizer, unit: str) -> list:
+def cut_in_the_middle(rows: list[dict], tokenizer: Tokenizer, unit: str) -> dict:
     """Of the spans of all pages: their number, median and longest length in tokens, and the share
     that ends where no sentence of the page ends."""
     lengths, middle = [], 0
@@ -85,7 +86,8 @@ def cut_in_the_middle(rows: list[dict], tokenizer: Tokenizer, unit: str) -> list
         for start, end in units(pieces, unit, LIMIT):
             lengths.append(end - start)
             middle += len(text[: places[end]].rstrip()) not in gold
-    return [len(lengths), median(lengths), max(lengths), middle / len(lengths)]
+    return {"spans": len(lengths), "median": median(lengths), "longest": max(lengths),
+            "in_the_middle": middle / len(lengths)}
 
 
 def measure(args) -> tuple[dict, list[dict]]:
@@ -94,13 +96,11 @@ def measure(args) -> tuple[dict, list[dict]]:
     pages = read_rows(args.pages, "sentence_char_spans", is_span)
     files = [data.find(name) for name in (args.golden, args.pages, args.book)]
     book, folder = read_text(files[-1]), model_folder(args.model)
-    tokenizer, (precision, recall, f1) = Tokenizer(folder), score(pages)
-    rows = [{"golden": count_golden(golden), "of": len(golden), "precision": precision,
-             "recall": recall, "f1": f1, "characters_per_second": characters_per_second(book)}]
+    tokenizer = Tokenizer(folder)
+    rows = [{"golden": count_golden(golden), "of": len(golden), **score(pages),
+             "characters_per_second": characters_per_second(book)}]
     for name, unit in (("authors' rule", "authors"), ("ours", "sentence")):
-        n, middle, longest, share = cut_in_the_middle(pages, tokenizer, unit)
-        rows.append({"rule": name, "spans": n, "median": middle, "longest": longest,
-                     "in_the_middle": share})
+        rows.append({"rule": name, **cut_in_the_middle(pages, tokenizer, unit)})
     return provenance("segmentation", {}, folder, files), rows
 
 
