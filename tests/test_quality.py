@@ -112,8 +112,8 @@ def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, t
     for row in first:
         assert row["budget"] is None or row["held"] <= row["budget"]
         assert (row["budget"] is None) == (not methods.has_budget(row["method"]))
-        # Not what a method keeps on the host, but more than what it attends to at once.
-        assert row["device"] * row["tokens"] >= 0.9 * row["held"]
+        # Not what a method keeps on the host, but no less than what it attends to at once.
+        assert row["device"] * (row["tokens"] + 64) >= 0.99 * row["held"]
     assert "| full | 0 ± 0 | 0 ± 0 |" in capsys.readouterr().out
     assert run(answers, *arguments) == 0
     assert results(out) == first
@@ -125,8 +125,8 @@ def test_a_question_read_sparsely_is_decoded_token_by_token(tiny_folder, book):
     (example,) = tasks.ruler_generate("single", BOOK.split("\n\n")[:8], 1)
     ids = bench.prompt_ids(example)
     n = bench.document_length(example, ids)
-    assert "mentioned in the text above?" in bench.tokenizer.decode(ids[n:])
-    assert BOOK.split("\n\n")[7] in bench.tokenizer.decode(ids[:n])
+    document, question = ("".join(bench.tokenizer.pieces(part)) for part in (ids[:n], ids[n:]))
+    assert BOOK.split("\n\n")[7] in document and "mentioned in the text above?" in question
     for writer in bench.answers(ids, 9, [Method(s, 96) for s in ("full", "snapkv", "quest")], n):
         cache = writer.method.new_cache(bench.model, bench.tokenizer.pieces(ids)[:n], 200)
         bench.model.prefill(torch.tensor(ids[:n]), cache)

@@ -521,6 +521,6 @@ def test_the_benchmark_compares_both_rules(tmp_path, capsys, default_folder):
     assert segmentation.main(["--golden", str(golden), "--pages", str(pages), "--book", str(book),
                               "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "| 1 of 1 | 1.000 | 1.000 | 1.000 |" in printed
+    assert "| 1 of 1 | 1.000 | 0.500 | 0.667 |" in printed
     assert "| authors' rule | 3 | 2 | 5 | 33.3% |" in printed
     assert tables.segmentation(rows.read(out)[1]) == printed.rstrip("\n")
