@@ -36,6 +36,7 @@ def cost(cache: SentenceKVCache) -> Cost:
     packing = layer.packing
     in_slots = torch.stack([layer.slot_row < NO_ROW for layer in cache.layers]).sum(dim=-1)
     held = plan.in_window.sum().item() + in_slots.float().mean().item()
+    held = min(held, cache.config.token_budget)  # the next token's window can be one longer
     packed = packing.width / (2 * packing.dim) if packing.bits == 8 else 1.0  # size of a row
     n_first = len(layer.host.first)  # rows of the prompt, which may take fewer bits
     n_rows = n_first * getattr(layer, "row_size", packed) + (plan.open_row - n_first) * packed
