@@ -16,6 +16,8 @@ up to a power of two. Stage times are of tokens after those. `--cuda-graph` adds
 each token replayed as one graph, `--compile` with a compiled step (and with both, if both are
 given), `--compare transformers` Hugging Face's Llama, and `--compare llama.cpp` that of llama.cpp,
 where they are installed. Each of their turns is a process of its own. `its own ms` is by llama.cpp.
+`--operators` profiles a few tokens more: which operators a token calls on a CPU, and on a GPU which
+kernels it runs, how often and for how long.
 """
 
 import json
@@ -29,6 +31,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from benchmarks import TOP, data, llamacpp, pictures, plain_parser, tables, with_status
@@ -182,6 +185,21 @@ class Ours:
         timer.unwatch()  # others measure the same model
         return {name: ms / steps for name, ms in timer.totals()["decode"].items()}
 
+    def operators(self, steps: int = 4) -> dict:
+        """Operator -> how often a token calls it, and its ms; on a GPU kernels, as the operators
+        of a replayed graph are not called. The slowest first."""
+        on_gpu = self.device.type == "cuda"
+        kinds = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+        with profile(activities=kinds) as profiler:
+            for _ in range(steps):
+                self.step()
+            synchronize(self.device)
+        found = {}
+        for event in profiler.key_averages():
+            us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            found[event.key[:60]] = [event.count / steps, us / 1e3 / steps]
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
     def report(self) -> dict:
         found = self.cache.report()
         if self.device.type == "cuda":
@@ -227,6 +245,8 @@ class Rival:
     def stages(self, steps) -> dict:
         return {}
 
+    operators = stages
+
     def report(self) -> dict:
         return {name: self.answer[name] for name in ("own_ms_per_token", "peak_device_bytes")
                 if name in self.answer}
@@ -258,7 +278,8 @@ def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[d
                 "loaded_bytes_per_token": report["loaded_bytes"] / args.new_tokens
                     if "loaded_bytes" in report else None,
                 "peak_device_bytes": max(peak[i], default=None),
-                "stages_ms_per_token": subject.stages(args.new_tokens)})
+                "stages_ms_per_token": subject.stages(args.new_tokens),
+                "operators": subject.operators() if args.operators else {}})
         subject.forget()  # before another has its cache
     return rows
 
@@ -283,6 +304,7 @@ def parse(arguments):
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--cuda-graph", action="store_true", help=f"measure {GRAPHED!r} too")
     add("--compile", action="store_true", help=f"measure {COMPILED!r} too, and with a graph")
+    add("--operators", action="store_true", help="profile a few tokens more, by operator or kernel")
     add("--out", type=Path, help="results: see benchmarks/rows.py; and a picture beside them")
     args = parser.parse_args(arguments)
     for name, least in (("new_tokens", 2), ("repeats", 1)):
@@ -317,7 +339,7 @@ def run(args) -> tuple[dict, list[dict]]:
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     methods = asked_methods(args, device, dtype)
-    room = 2 * args.new_tokens + 2 * WARM_UP
+    room = 2 * args.new_tokens + 3 * WARM_UP
     if args.config:
         name, args.data, model = args.config, [], random_model(args.config, device, dtype)
     else:
@@ -352,7 +374,7 @@ def run(args) -> tuple[dict, list[dict]]:
 def main(arguments=None):
     args = parse(arguments)
     about, rows = run(args)
-    print(tables.speed(rows), tables.stages(rows), sep="\n\n")
+    print(tables.speed(rows), tables.stages(rows), *tables.operators(rows), sep="\n\n")
     if args.out:
         pictures.ms_by_length(about, rows, args.out.with_suffix(".png"))
 

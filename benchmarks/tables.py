@@ -127,8 +127,22 @@ def stages(rows: list[dict]) -> str:
     names = dict.fromkeys(name for row in timed for name in row["stages_ms_per_token"])
     return markdown(["tokens", "method", *names],
                     ([row["length"], row["method"],
-                      *(f"{row['stages_ms_per_token'].get(name, 0):.2f}" for name in names)]
+                      *(format(row["stages_ms_per_token"][name], ".2f")
+                        if name in row["stages_ms_per_token"] else "" for name in names)]
                      for row in timed))
+
+
+def operators(rows: list[dict], n_shown: int = 12) -> list[str]:
+    """A table for every row that was profiled: the operators or kernels that take longest, and at
+    the end how many a token has in all."""
+    made = []
+    for row in filter(lambda row: row.get("operators"), rows):
+        found = row["operators"]
+        lines = [[name, f"{number:.0f}", f"{ms:.2f}"] for name, (number, ms) in found.items()]
+        number, ms = (sum(column) for column in zip(*found.values()))
+        made.append(markdown([f"{row['method']}, {row['length']:,} tokens", "number", "ms"],
+                             [*lines[:n_shown], ["all", f"{number:.0f}", f"{ms:.2f}"]]))
+    return made
 
 
 def scale(rows: list[dict]) -> str:

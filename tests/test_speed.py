@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 from queue import Queue
@@ -58,7 +59,7 @@ def test_the_shapes_are_those_of_the_models(name):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--lengths", "90000"], "90000 prompt tokens + 12 new ones = 90012, and the model has"),
+    (["--lengths", "90000"], "90000 prompt tokens + 16 new ones = 90016, and the model has"),
     (["--lengths", "500", "--data", "requirements.txt"], "--data has"),
     (["--lengths", "100", "--cuda-graph"], "--cuda-graph needs a GPU"),
     (["--lengths", "100", "--token-budget", "8"], "token_budget is 8"),
@@ -178,3 +179,24 @@ def test_a_rival_has_a_process_of_its_own(tiny_folder, tmp_path, capsys, monkeyp
 def test_no_pytorch_is_beside_llama_cpp():
     subprocess.run([sys.executable, "-c", "import sys, benchmarks.rival;"
                     " assert 'torch' not in sys.modules"], cwd=ROOT, check=True)
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_is_rehearsed_with_a_tiny_shape(tmp_path):
+    """Every step leaves its rows, and a second run does nothing."""
+    def rehearse(steps):
+        done = subprocess.run(["sh", "benchmarks/runs/gpu.sh", "--rehearse"], cwd=ROOT, text=True,
+                              env=os.environ | {"PYTHON": sys.executable, "STEPS": steps,
+                                                "RESULTS": str(tmp_path)}, capture_output=True)
+        assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+        return done.stdout
+
+    assert " passed" in rehearse("tests times kernels long")
+    _, times = rows.read(tmp_path / "gpu_times.jsonl")
+    assert {(row["method"], row["length"]) for row in times} == {
+        (method, length) for method in ("full", "sentencekv, compiled") for length in (200, 400)}
+    _, kernels = rows.read(tmp_path / "gpu_kernels.jsonl")
+    assert all(number > 0 for row in kernels for number, _ in row["operators"].values())
+    _, (long,) = rows.read(tmp_path / "gpu_long.jsonl")
+    assert (long["method"], long["length"]) == ("sentencekv", 800)
+    assert "times: there\nkernels: there\nlong: there\n" in rehearse("times kernels long")
