@@ -28,7 +28,7 @@ FAMILIES = {  # module of `benchmarks.methods`: what its methods do, and their c
     "layers": ("merge, share layers", WINE), "estimate": ("estimate", VERMILION)}
 EVERY_KEY = ("full", "best_sentences", "best_tokens")  # they read every key
 LOOKS = {  # method: colour, marker, line; others are SentenceKV's
-    "full": ("black", "o", ":"), "best_tokens": ("black", "P", "-."),
+    "full": ("black", "o", "-"), "best_tokens": ("black", "P", "-."),
     "published": (ORANGE, "s", "-"), "shadowkv": (BROWN, "^", "--"),
     "sentencekv:kv_bits=16": (ORANGE, "s", "-"), "sentencekv:query_decay=0": (VIOLET, "d", "--"),
     "sentencekv, compiled": (BLUE, "s", "--"), "sentencekv, graph": (BLUE, "d", "--"),
