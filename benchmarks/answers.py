@@ -67,6 +67,8 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if unknown := {*args.families} - {*tasks.FAMILIES}:
         parser.error(f"--families {', '.join(unknown)}: they are {', '.join(tasks.FAMILIES)}")
+    if args.task == "longbench" and args.question == "sparsely":
+        parser.error("--question sparsely is not for longbench: its last line is not the question")
     asked = ("task", "question", "families", "seed", "length") if args.task == "needles" else (
         "task", "question")
     engine.run(args, asked, measure, overall="mean")

@@ -109,7 +109,7 @@ def main(arguments=None):
     add("--max-new-tokens", type=int, default=48)
     add("--methods", default=" ".join(METHODS))
     args = parser.parse_args(arguments)
-    args.budgets = [args.budget]
+    args.budgets, args.program = [args.budget], "compare"
     prompt, methods = read_text(args.prompt), asked_methods(args)
     bench = Bench(model_folder(args.model))
     print(table(bench, bench.tokenizer.prompt_ids(prompt), args.max_new_tokens, methods))

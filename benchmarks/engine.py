@@ -5,6 +5,7 @@ and budget. A method may carry settings of SentenceKVConfig, and the unit that i
 `sentencekv:score=votes,keep_factor=3,unit=chunk16`. On the CPU, in float32.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -154,8 +155,7 @@ class Bench:
         return recording, prefill(self.model, recording, ids, greedy)
 
     def writers(self, recording, pieces: list[str], max_new_tokens: int, methods: list[Method]):
-        """Yield lists of writers that have read the prompt: so many at a time that their caches fit
-        into memory."""
+        """Yield lists of at most 10 writers that have read the prompt: their caches take memory."""
         for first in range(0, len(methods), 10):
             yield [Writer(m, recording.replay(m.new_cache(self.model, pieces, max_new_tokens)),
                           self.tokenizer.detokenizer()) for m in methods[first : first + 10]]
@@ -167,7 +167,7 @@ class Bench:
         Full attention reads the prompt, or only its first `n_document` tokens: then each method
         reads the others, the question, token by token as it writes.
         """
-        n_read, n_new = n_document or len(ids), max_new_tokens + len(ids)
+        n_read, n_new = len(ids) if n_document is None else n_document, max_new_tokens + len(ids)
         check_positions(len(ids), max_new_tokens, self.model.config)
         recording, first = self.record(ids[:n_read])
         pieces = self.tokenizer.pieces(ids)[:n_read]
@@ -202,6 +202,8 @@ class Bench:
     def document_length(self, example, ids: list[int]) -> int:
         """So many tokens of a prompt do not depend on its last line, the question."""
         text = example.message.rpartition("\n")[0].rstrip()
+        if not text:
+            raise ValueError(f"{example.task}, row {example.index + 1}: has one line, no question")
         other = self.tokenizer.prompt_ids(text, not example.chat)
         return len(os.path.commonprefix([ids, other]))
 
@@ -285,9 +287,12 @@ def parser(program: str, doc: str):
 def asked_methods(args) -> list[Method]:
     """What has no budget is run once. A class from a file is tried out."""
     methods = []
-    for spec in args.methods.replace(";", " ").split():
-        name = split(spec)[0]
-        methods += [Method(spec, b) for b in args.budgets
+    for spec in dict.fromkeys(args.methods.replace(";", " ").split()):
+        name, sees = split(spec)[0], settings_of(spec).get("sees")
+        if sees and (sees != "nothing" or args.program != "requests" or
+                     not issubclass(class_of(name), Evicting)):
+            raise ValueError(f"method {spec!r}: sees=nothing is for methods that evict, in requests")
+        methods += [Method(spec, b) for b in sorted({*args.budgets})
                     if b == max(args.budgets) or has_budget(name)]
         if name not in METHODS:
             try_out(spec)
@@ -304,7 +309,10 @@ def commit() -> str:
 
     try:
         found = git("log", "-1", "--format=%h") or "not in a repository"
-        return found + " and changes" * bool(git("status", "--porcelain"))
+        if git("status", "--porcelain"):
+            changes = hashlib.sha256(git("diff", "HEAD").encode()).hexdigest()
+            return f"{found} and changes {changes[:8]}"
+        return found
     except OSError:
         return "without git"
 
@@ -320,13 +328,17 @@ def provenance(program: str, asked: dict, model: Path | str, files: list[Path],
                device=torch.device("cpu"), dtype=torch.float32) -> dict:
     """The first line of a file of results. `asked` are the options that choose what is asked; a
     model is the folder of its files, or the name of a shape that has random weights."""
+    names = [path.name for path in files]
+    if len({*names}) < len(names):
+        raise ValueError(f"two files have one name: {', '.join(names)}")
     real = isinstance(model, Path)
     options = [" ".join(option.split()) for option in sys.argv[1:]]
     return {"command": shlex.join(["python", "-m", f"benchmarks.{program}", *options]),
             "commit": commit(), "torch": torch.__version__, "dtype": str(dtype)[6:],
             "machine": machine_name(device), "model": model.name if real else model,
             "model_sha256": fingerprint(model) if real else "random weights",
-            "inputs": {path.name: data.digest_of(path) for path in files}, "asked": asked}
+            "inputs": {path.name: data.digest_of(path) for path in files},
+            "asked": asked | {"in this order": names}}
 
 
 def run(args, asked: tuple, work, overall: str | None):
@@ -334,7 +346,9 @@ def run(args, asked: tuple, work, overall: str | None):
     args.data = [data.find(name) for name in args.data]
     methods, bench = asked_methods(args), Bench(model_folder(args.model))
     chosen = {name: str(getattr(args, name)) for name in asked}
-    results = Results(args.out, provenance(args.program, chosen, bench.folder, args.data))
+    own = {method.name.rpartition(":")[0] for method in methods if ".py:" in method.name}
+    files = [*args.data, *map(Path, sorted(own))]
+    results = Results(args.out, provenance(args.program, chosen, bench.folder, files))
     work(args, bench, methods, results)
     columns = columns_of(results.rows, overall)
     print(by_method(columns))

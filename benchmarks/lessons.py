@@ -25,8 +25,12 @@ RUNS = {  # lesson: the options that are tried
 def run(options: str) -> dict:
     command = [sys.executable, "generate.py", "--prompt", PROMPT, "--dtype", "float32", "--device",
                "cpu", "--json", *options.split()]
-    answers = [json.loads(subprocess.run(command, cwd=TOP, text=True, check=True,
-                                         stdout=subprocess.PIPE).stdout) for _ in range(3)]
+    answers = []
+    for _ in range(3):
+        done = subprocess.run(command, cwd=TOP, text=True, stdout=subprocess.PIPE)
+        if done.returncode:
+            raise ValueError(f"generate.py {options}: status {done.returncode}")
+        answers.append(json.loads(done.stdout))
     return sorted(answers, key=lambda answer: answer["decode_ms_per_token"])[1]
 
 

@@ -3,6 +3,7 @@
 The colours are told apart by the colour-blind as well.
 """
 
+import sys
 from io import BytesIO
 from pathlib import Path
 from statistics import mean
@@ -13,6 +14,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from PIL import Image
 
+from benchmarks import with_status
 from benchmarks.methods import KNOWN, class_of, split
 from benchmarks.rows import FOLDER, error_of, read
 from benchmarks.tables import rows_of, values_of
@@ -130,8 +132,9 @@ def save(figure, path: Path):
     Image.open(data).convert("RGB").quantize(96).save(path, optimize=True)
 
 
-def draw_all():
-    """Every picture of benchmarks/README.md and of the lessons."""
+@with_status
+def main(arguments=None):
+    """Draw every picture of benchmarks/README.md and of the lessons."""
     answered = [row for name in ("leaderboard_ruler", "leaderboard_needles")
                 for row in rows_of(name) if row["budget"] == 256]
     losses = values_of("leaderboard_reading", "loss", 256)
@@ -166,4 +169,4 @@ def draw_all():
 
 
 if __name__ == "__main__":
-    draw_all()
+    sys.exit(main())

@@ -1,7 +1,8 @@
 """The loss of each method when it reads on in a book: `python -m benchmarks.reading --data walden`.
 
 A passage begins at each of `--places` of a book. Its first `--length` tokens are read with full
-attention, and the next `--new-tokens` are scored one by one: their mean negative log-likelihood.
+attention. Of the next `--new-tokens`, all but the first are scored one by one: their mean negative
+log-likelihood is the loss.
 """
 
 import sys

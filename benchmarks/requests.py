@@ -16,11 +16,14 @@ from support.document import read_text
 
 
 def measure(args, bench, methods, results):
-    methods = [m for m in methods if reads_on(m.name)]
+    left_out = {m.name for m in methods if not reads_on(m.name)}
+    if left_out:
+        print(f"cannot read a second text: {', '.join(sorted(left_out))}", file=sys.stderr)
+    methods = [m for m in methods if m.name not in left_out]
     paragraphs = engine.haystack(bench, "\n\n".join(map(read_text, args.data)), args.length)
     documents = [*tasks.requests(paragraphs, args.limit or args.count, args.seed)]
     for questions in tqdm(documents, unit="document", disable=None):
-        left = results.missing(questions[-1].task, questions[-1].index, methods)
+        left = results.missing(questions[-1].task, questions[-1].index, methods)  # the last written
         found = {example: [] for example in questions}
         for example, writer in bench.requests(questions, left) if left else ():
             text = bench.text(writer)

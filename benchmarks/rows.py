@@ -8,6 +8,7 @@ The budget is null for a method that has none.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,7 +22,7 @@ SAME = ("commit", "torch", "dtype", "machine", "model", "model_sha256", "inputs"
 def read(path: Path) -> tuple[dict, list[dict]]:
     """Provenance and rows. ValueError for a file that does not say where its rows come from."""
     lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             lines.append(json.loads(line))
         except ValueError:
@@ -71,7 +72,7 @@ class Results:
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line) + "\n")
 
 
 def at_every_budget(rows: list[dict]) -> list[dict]:
@@ -128,8 +129,13 @@ class Column(NamedTuple):
                 and row["budget"] == self.budget and self.value in row]
 
     def cell(self, method: str) -> str:
-        text = with_error(self.values(method), self.scale, self.form)
-        return text if self.value == "score" else text.partition(" ")[0]
+        """With the number of prompts in brackets, if another method has more."""
+        values = self.values(method)
+        text = with_error(values, self.scale, self.form)
+        text = text if self.value == "score" else text.partition(" ")[0]
+        most = max(Counter(row["method"] for row in self.rows
+                           if row["budget"] == self.budget).values(), default=0)
+        return f"{text} ({len(values)} of {most})" if 0 < len(values) < most else text
 
 
 def by_method(columns: list[Column], methods: Iterable[str] = ()) -> str:

@@ -11,8 +11,8 @@
 The first word says which function here makes it. A line of `methods` is a column, or one for each of
 several budgets and values: heading, file of results, which rows (tasks are patterns, as of files),
 and what of them. `of` is `percent`, the score; `loss`, the score above the full cache's; `device`,
-the per cent of the full cache's bytes on the device; or a value in tokens, as `held`. Of files joined
-by + are shown the prompts of the last one. No torch here: `python -m benchmarks.pictures` draws.
+the per cent of the full cache's bytes on the device; or a value in tokens, as `held`. A cell with
+fewer prompts than others of its column says how many. No torch here.
 """
 
 import re
@@ -33,22 +33,21 @@ LOOKS = {"percent": (100, ".0f", "score"), "loss": (1, ".3f", "score"),
 
 @cache
 def rows_of(name: str) -> list[dict]:
-    """Of files joined by +, those of the prompts of the last one. What has no budget is repeated at
-    all budgets."""
-    files = [read(FOLDER / f"{part}.jsonl")[1] for part in name.split("+")]
-    if "budget" not in files[0][0]:
-        return files[0]
-    prompts = {(row["task"], row["index"]) for row in files[-1]}
-    found = {(row["task"], row["index"], row["method"], row["budget"]): row
-             for rows in files for row in rows if (row["task"], row["index"]) in prompts}
-    return at_every_budget([*found.values()])
+    """Of a file of results. What has no budget is repeated at all budgets."""
+    rows = read(FOLDER / f"{name}.jsonl")[1]
+    if not rows:
+        raise ValueError(f"{name}.jsonl has no rows")
+    return at_every_budget(rows) if "budget" in rows[0] else rows
 
 
-def column(heading: str, files: str, of: str = "percent", budget: int | None = None,
-           tasks: str = "*") -> Column:
-    rows = differences(rows_of(files), "full") if of == "loss" else rows_of(files)
+def column(heading: str, file: str, of: str, budget: str, tasks: str = "*") -> Column:
+    """ValueError if there are no such rows, or no such value in them."""
+    rows = differences(rows_of(file), "full") if of == "loss" else rows_of(file)
     rows = [row for row in rows if any(fnmatch(row["task"], task) for task in tasks.split(","))]
-    return Column(heading, rows, int(budget), *LOOKS.get(of, (1, ",.0f", of)))
+    made = Column(heading, rows, int(budget), *LOOKS.get(of, (1, ",.0f", of)))
+    if not any(made.values(method) for method in {row["method"] for row in rows}):
+        raise ValueError(f"{file}.jsonl has no {of!r} with tasks={tasks} budget={budget}")
+    return made
 
 
 def values_of(*what) -> dict:
@@ -65,13 +64,18 @@ def methods(spec: str) -> str:
         if heading == "methods":
             names = what.split()
             continue
-        files, *pairs = what.split()
+        file, *pairs = what.split()
         options = dict(pair.split("=") for pair in pairs)
+        if not {"budget"} <= options.keys() <= {"budget", "of", "tasks"}:
+            raise ValueError(f"{line!r} needs a budget, and can have of and tasks besides")
         budgets = options.pop("budget").split(",")
         values = options.pop("of", "percent").split(",")
         for budget, of in product(budgets, values):
             words = [heading, *[budget] * (len(budgets) > 1), *[of] * (len(values) > 1)]
-            columns.append(column(" ".join(words).strip(), files, of, budget, **options))
+            columns.append(column(" ".join(words).strip(), file, of, budget, **options))
+    for name in names:
+        if not any(made.values(name) for made in columns):
+            raise ValueError(f"no column has a row of method {name!r}")
     return by_method(columns, names)
 
 
@@ -201,6 +205,9 @@ MAKERS |= {make.__name__: lambda spec, make=make: make(rows_of(spec.strip()))
 
 def made_again(text: str) -> str:
     """The text of a Markdown file, with each table as its rows give it."""
+    begun, ended = text.count("<!-- table "), text.count("<!-- end of table -->")
+    if begun != ended:
+        raise ValueError(f"{begun} tables begin, and {ended} end")
     return MARKED.sub(lambda found: f"{found[1]}{MAKERS[found[2]](found[3])}\n{found[4]}", text)
 
 

@@ -106,7 +106,7 @@ def warn(problem: str):
 
 def read_rows(path: Path, *needed: str, bad_line=warn) -> Iterator[tuple[int, dict]]:
     """(line number from 0, row) of a JSON lines file. `bad_line` is told of each bad line."""
-    for number, line in enumerate(read_text(path).splitlines()):
+    for number, line in enumerate(read_text(path).rstrip("\n").split("\n")):
         try:
             row = json.loads(line)
             missing = [name for name in needed if name not in row]

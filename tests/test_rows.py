@@ -89,10 +89,12 @@ after
 | a | 50 | 0.000 ± 0.500 | 12.5 | 150 |
 | full | 100 | 0.000 ± 0.000 | 100.0 | 100 |""")
     assert tables.made_again(again) == again
-    rows.write(tmp_path / "ours.jsonl", ABOUT, [line | {"results": [
-        {"method": "b", "budget": 9, "score": 1.0}]} for line in (*lines, lines[0] | {"index": 1})])
-    assert tables.values_of("ours+found", "percent", 9) == {"full": [1, 1], "a": [0.5, 1.5],
-                                                            "b": [1, 1]}
+    for wrong, message in (("budget=9", "budget=8"), "has no 'percent'"), (
+            ("found tasks", "lost tasks"), "lost.jsonl"), (("of=loss", "off=loss"), "needs a budget"), (
+            ("methods: a", "methods: b"), "of method 'b'"), (
+            ("<!-- end of table -->", ""), "1 tables begin, and 0 end"):
+        with pytest.raises((ValueError, OSError), match=message):
+            tables.made_again(text.replace(*wrong, 1))
     tables.rows_of.cache_clear()
 
 
@@ -143,3 +145,16 @@ def test_the_best_method_is_the_first_line_of_a_picture(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
 def test_the_pictures_of_the_results_are_small(path):
     assert 1_000 < path.stat().st_size < 120_000
+
+
+def test_a_cell_with_fewer_prompts_says_how_many():
+    found = [row("a", index, 9, 1.0) for index in range(3)] + [row("b", 0, 9, 0.0)]
+    column = rows.Column("", found, 9)
+    assert (column.cell("a"), column.cell("b"), column.cell("c")) == ("100 ± 0", "0 (1 of 3)", "")
+
+
+def test_every_character_of_an_answer_can_be_read_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    result = {"method": "full", "budget": None, "score": 1.0, "text": "a\u2028b\x85c"}
+    rows.Results(path, ABOUT).add("t", 0, [result])
+    assert rows.read(path)[1][0]["text"] == "a\u2028b\x85c"

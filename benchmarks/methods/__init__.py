@@ -17,12 +17,13 @@ The files are a lesson, in this order:
 A budget is bytes held for attention, in tokens of 16 bits a channel. `cost` says what else is kept,
 what is read, and what must be on the device. A class is known by its `name`; `label` is what
 pictures call it, and `coarseness` how many tokens of a budget it may leave unused, because pages
-are whole or shares are rounded down. To add a method, see benchmarks/README.md.
+are whole or shares are rounded down. To add a method, see README.md here.
 """
 
 import inspect
 import runpy
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -79,6 +80,7 @@ def split(spec: str) -> tuple[str, str]:
     return (f"{path}.py:{name}" if is_file else name), settings
 
 
+@lru_cache
 def class_of(method: str):
     """The class of a method, by name or from a file. ValueError if there is none."""
     if ".py:" not in method:
@@ -101,7 +103,8 @@ def settings_of(spec: str) -> dict:
     fields of `SentenceKVConfig`, or attributes of the method's class; and `unit` and `sees`."""
     method, pairs = split(spec)
     settings = dict(KNOWN[method].settings) if method in KNOWN else {}
-    known = SentenceKVConfig if method in SENTENCE_METHODS else class_of(method)
+    known = class_of(method)
+    known = SentenceKVConfig if issubclass(known, SentenceKVCache) else known
     for pair in filter(None, pairs.split(",")):
         name, equals, value = pair.partition("=")
         if not equals:
@@ -130,7 +133,7 @@ def make_cache(method: str, model_config, budget: int, spans: list, max_new_toke
         if method == "full":
             return FullCache(model_config, spans[-1][1] + max_new_tokens, "cpu", dtype)
         return kind(model_config, budget, spans, max_new_tokens)
-    if method not in SENTENCE_METHODS:
+    if not issubclass(kind, SentenceKVCache):
         kind = type(kind.__name__, (kind,), settings)
         return kind(model_config, budget, spans)
     if "score" in settings and kind is not SentenceKVCache:

@@ -5,4 +5,4 @@ SHOWN="full snapkv chunkkv expected_attention quest quest_dense shadowkv publish
 ask budgets_needles answers needles --data walden --count 40 --budgets 96,192,256,512 \
     --methods "$SHOWN" "$@"
 ask budgets_reading reading --data $BOOKS --places 1/3,2/3 --budgets 96,192,256,512 \
-    --methods "$SHOWN streamingllm l2norm h2o pyramidkv" "$@"
+    --methods "$SHOWN streamingllm l2norm pyramidkv" "$@"
