@@ -353,5 +353,7 @@ def run(args, asked: tuple, work, overall: str | None):
     columns = columns_of(results.rows, overall)
     print(by_method(columns))
     if args.pair:
+        if args.pair not in {row["method"] for row in results.rows}:
+            raise ValueError(f"--pair {args.pair}: there are no rows of this method")
         print(f"\nThe difference from `{args.pair}`, prompt by prompt:\n")
         print(by_method([c._replace(rows=differences(c.rows, args.pair)) for c in columns]))

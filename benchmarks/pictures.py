@@ -70,7 +70,7 @@ def ranked(panels: dict, path: Path):
     axes[0].margins(y=0.02)
     for tick, method in zip(axes[0].get_yticklabels(), methods):
         tick.set_color(family(method)[1])
-        tick.set_fontweight("bold" if method == "sentencekv" else "normal")
+        tick.set_fontweight("bold" if method == "sentencekv_16bit" else "normal")
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
     figure.legend(handles.values(), handles, fontsize=8.5, loc="outside upper center", ncols=5,
                   frameon=False)
@@ -164,8 +164,8 @@ def main(arguments=None):
         panels["bytes on the device, per cent of the full cache",
                f"loss above the full cache's, {model}"] = found
     lines(panels, FOLDER / "equal_bytes.png", [5, 10, 20, 40])
-    for name in ("speed_cpu_bfloat16", "speed_cpu_float32"):
-        ms_by_length(*read(FOLDER / f"{name}.jsonl"), FOLDER / f"{name}.png")
+    times = FOLDER / "speed_cpu_bfloat16.jsonl"
+    ms_by_length(*read(times), times.with_suffix(".png"))
 
 
 if __name__ == "__main__":

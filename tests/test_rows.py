@@ -158,3 +158,7 @@ def test_every_character_of_an_answer_can_be_read_again(tmp_path):
     result = {"method": "full", "budget": None, "score": 1.0, "text": "a\u2028b\x85c"}
     rows.Results(path, ABOUT).add("t", 0, [result])
     assert rows.read(path)[1][0]["text"] == "a\u2028b\x85c"
+
+
+def test_the_measurements_are_read_in_one_sitting():
+    assert len((ROOT / "benchmarks" / "README.md").read_text("utf-8").splitlines()) <= 400
