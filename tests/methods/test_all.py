@@ -232,6 +232,7 @@ def test_a_class_from_a_file_is_a_method(tmp_path, recording):
         assert message in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(ValueError, match="FileNotFoundError"):
         try_out(f"{tmp_path}/none.py:Mine")
-    path.write_text("import")
+    other = tmp_path / "other.py"
+    other.write_text("import")
     with pytest.raises(ValueError, match="SyntaxError: "):
-        try_out(f"{path}:Mine")
+        try_out(f"{other}:Mine")
