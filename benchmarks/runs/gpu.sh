@@ -10,15 +10,21 @@ if [ "$1" = --rehearse ]; then
     TESTS=tests/test_imports.py LENGTHS=200,400 LONGEST=400 LONG=800
 fi
 mkdir -p "$RESULTS"
+measure() {  # its rows have their name when all are there
+    ask gpu_$step.part speed $SHAPE $GRAPH "$@" &&
+        mv "$RESULTS/gpu_$step.part.jsonl" "$RESULTS/gpu_$step.jsonl"
+}
+
 for step in $STEPS; do
-    file=gpu_$step
-    if [ -s "$RESULTS/$file.jsonl" ]; then echo "$step: there"; continue; fi
+    if [ -s "$RESULTS/gpu_$step.jsonl" ]; then echo "$step: there"; continue; fi
     echo "$step: $(date +%T)"
     case $step in
-    tests) "$PYTHON" -m pytest -q $TESTS 2>&1 | tail -5 ;;
-    times) ask $file speed $SHAPE $GRAPH --compile --lengths $LENGTHS --methods full --repeats 3 ;;
-    kernels) ask $file speed $SHAPE $GRAPH --lengths $LONGEST --repeats 1 --operators ;;
-    long) ask $file speed $SHAPE $GRAPH --lengths $LONG --methods sentencekv --repeats 1 ;;
-    esac || echo "$step: failed with status $?"
+    tests)
+        "$PYTHON" -m pytest -q $TESTS > "$RESULTS/gpu_tests.txt" 2>&1 && passed=yes || passed=no
+        tail -5 "$RESULTS/gpu_tests.txt"; [ $passed = yes ] ;;
+    times) measure --compile --lengths $LENGTHS --methods full --repeats 3 ;;
+    kernels) measure --lengths $LONGEST --repeats 1 --operators ;;
+    long) measure --lengths $LONG --methods sentencekv --repeats 1 ;;
+    esac || echo "$step: failed"
 done
 echo "end: $(date +%T)"
