@@ -291,7 +291,8 @@ def asked_methods(args) -> list[Method]:
         name, sees = split(spec)[0], settings_of(spec).get("sees")
         if sees and (sees != "nothing" or args.program != "requests" or
                      not issubclass(class_of(name), Evicting)):
-            raise ValueError(f"method {spec!r}: sees=nothing is for methods that evict, in requests")
+            raise ValueError(f"method {spec!r}: sees=nothing is for requests, and methods that"
+                             " evict")
         methods += [Method(spec, b) for b in sorted({*args.budgets})
                     if b == max(args.budgets) or has_budget(name)]
         if name not in METHODS:

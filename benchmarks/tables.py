@@ -8,9 +8,9 @@
     (the table)
     <!-- end of table -->
 
-The first word says which function here makes it. A line of `methods` is a column, or one for each of
-several budgets and values: heading, file of results, which rows (tasks are patterns, as of files),
-and what of them. `of` is `percent`, the score; `loss`, the score above the full cache's; `device`,
+The first word says which function here makes it. A line of `methods` is a column, or one for each
+of several budgets and values: heading, file of results, which rows (tasks are patterns, as of
+files), and what of them. `of` is `percent`, the score; `loss`, the score above the full cache's; `device`,
 the per cent of the full cache's bytes on the device; or a value in tokens, as `held`. A cell with
 fewer prompts than others of its column says how many. No torch here.
 """
@@ -24,7 +24,7 @@ from itertools import product
 from benchmarks import TOP
 from benchmarks.rows import FOLDER, Column, at_every_budget, by_method, differences, markdown, read
 
-FILES = [TOP / "README.md", *(TOP / "benchmarks" / name for name in ("README.md", "methods/README.md")),
+FILES = [TOP / "README.md", TOP / "benchmarks/README.md", TOP / "benchmarks/methods/README.md",
          *sorted((TOP / "course").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table (\w+)(.*?)-->\n).*?(<!-- end of table -->)", re.DOTALL)
 LOOKS = {"percent": (100, ".0f", "score"), "loss": (1, ".3f", "score"),

@@ -90,7 +90,8 @@ after
 | full | 100 | 0.000 ± 0.000 | 100.0 | 100 |""")
     assert tables.made_again(again) == again
     for wrong, message in (("budget=9", "budget=8"), "has no 'percent'"), (
-            ("found tasks", "lost tasks"), "lost.jsonl"), (("of=loss", "off=loss"), "needs a budget"), (
+            ("found tasks", "lost tasks"), "lost.jsonl"), (
+            ("of=loss", "off=loss"), "needs a budget"), (
             ("methods: a", "methods: b"), "of method 'b'"), (
             ("<!-- end of table -->", ""), "1 tables begin, and 0 end"):
         with pytest.raises((ValueError, OSError), match=message):
