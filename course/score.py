@@ -34,9 +34,9 @@ def main(arguments=None) -> int:
                                "--data", str(BOOK), "--length", str(LENGTH), "--budgets",
                                str(BUDGET), "--methods", METHODS]):
         return status
-    print(f"\nthe question of {BOOK.name}: the share of the full cache's attention that goes to\nthe"
-          " tokens within the budget (higher is better), the relative error of the output (lower\nis"
-          " better), and the answer", flush=True)
+    print(f"\nthe question of {BOOK.name}: the share of the full cache's attention that goes to\n"
+          "the tokens within the budget (higher is better), the relative error of the output\n"
+          "(lower is better), and the answer", flush=True)
     return compare.main(["--prompt", str(BOOK), "--budget", str(BUDGET), "--methods", METHODS])
 
 
