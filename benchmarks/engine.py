@@ -18,10 +18,11 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks import TOP, data, plain_parser
-from benchmarks.methods import (METHODS, PUBLISHED, SENTENCE_METHODS, SHAPE, class_of, cost,
-                                has_budget, make_cache, settings_of, split, try_out)
+from benchmarks.methods import (METHODS, PUBLISHED, SHAPE, class_of, cost, has_budget, make_cache,
+                                settings_of, split, try_out)
 from benchmarks.methods.base import Evicting, MethodCache, Recording, forget_shared
 from benchmarks.rows import Results, by_method, columns_of, differences
+from cache import SentenceKVCache
 from generate import prefill, seal_finished
 from model import rope_table
 from segment import SentenceStream, token_spans
@@ -63,7 +64,7 @@ class Method:
     def new_cache(self, model, pieces: list[str], max_new_tokens: int):
         settings = self.settings
         settings.pop("sees", None)
-        if "unit" in settings and self.name not in SENTENCE_METHODS:
+        if "unit" in settings and not issubclass(class_of(self.name), SentenceKVCache):
             raise ValueError(f"method {self.name!r} remembers by no unit")
         spans = units(pieces, settings.pop("unit", "sentence"), self.sentence_limit)
         return make_cache(self.name, model.config, self.budget, spans, max_new_tokens, **settings)
@@ -167,11 +168,12 @@ class Bench:
         Full attention reads the prompt, or only its first `n_document` tokens: then each method
         reads the others, the question, token by token as it writes.
         """
-        n_read, n_new = len(ids) if n_document is None else n_document, max_new_tokens + len(ids)
+        n_read = len(ids) if n_document is None else n_document
+        room = len(ids) - n_read + max_new_tokens
         check_positions(len(ids), max_new_tokens, self.model.config)
         recording, first = self.record(ids[:n_read])
         pieces = self.tokenizer.pieces(ids)[:n_read]
-        for writers in self.writers(recording, pieces, n_new - n_read, methods):
+        for writers in self.writers(recording, pieces, room, methods):
             tokens = [first] * len(writers)
             for token in ids[n_read:]:
                 tokens = self.step(writers, [token] * len(writers))
@@ -211,11 +213,12 @@ class Bench:
         """Yield (question, `Writer`) for every question of one document and every method."""
         prompts = [self.prompt_ids(example) for example in questions]
         n = min(self.document_length(questions[0], prompts[0]), len(os.path.commonprefix(prompts)))
+        room = max(map(len, prompts)) - n + questions[0].max_new_tokens
         pieces = self.tokenizer.pieces(prompts[0])[:n]
         seen = self.record(prompts[0])[0].document_and_last_queries(n)
         blind, caches = self.record(prompts[0][:n])[0], []
         for method in methods:
-            cache = method.new_cache(self.model, pieces, len(prompts[0]) - n + 99)
+            cache = method.new_cache(self.model, pieces, room)
             sees = isinstance(cache, Evicting) and method.settings.get("sees") != "nothing"
             (seen if sees else blind).replay(cache)
             if sees:
@@ -338,8 +341,7 @@ def provenance(program: str, asked: dict, model: Path | str, files: list[Path],
             "commit": commit(), "torch": torch.__version__, "dtype": str(dtype)[6:],
             "machine": machine_name(device), "model": model.name if real else model,
             "model_sha256": fingerprint(model) if real else "random weights",
-            "inputs": {path.name: data.digest_of(path) for path in files},
-            "asked": asked | {"in this order": names}}
+            "inputs": {path.name: data.digest_of(path) for path in files}, "asked": asked}
 
 
 def run(args, asked: tuple, work, overall: str | None):

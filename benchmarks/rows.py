@@ -52,7 +52,7 @@ class Results:
         if path and path.exists() and path.stat().st_size:
             found, self.rows = read(path)
             for name in SAME:
-                if found[name] != provenance[name]:
+                if json.dumps(found[name]) != json.dumps(provenance[name]):  # and in one order
                     raise ValueError(f"{path} has rows of another {name}: {found[name]!r}, and here"
                                      f" it is {provenance[name]!r}")
         else:

@@ -2,14 +2,13 @@
 
     <!-- table methods
     methods: full sentencekv
-    single: needles_smollm2 tasks=single budget=256
-    loss: reading_smollm2 budget=128,256 of=loss
+    single: needles_smollm2 tasks=single budget=256; loss: reading_smollm2 budget=128,256 of=loss
     -->
     (the table)
     <!-- end of table -->
 
-The first word says which function here makes it. A line of `methods` is a column, or one for each
-of several budgets and values: heading, file of results, which rows (tasks are patterns, as of
+The first word says which function here makes it. A part of `methods`, up to a line's end or a
+semicolon, is a column, or one for each of several budgets and values: heading, file of results, which rows (tasks are patterns, as of
 files), and what of them. `of` is `percent`, the score; `loss`, the score above the full cache's; `device`,
 the per cent of the full cache's bytes on the device; or a value in tokens, as `held`. A cell with
 fewer prompts than others of its column says how many. No torch here.
@@ -21,7 +20,7 @@ from fnmatch import fnmatch
 from functools import cache
 from itertools import product
 
-from benchmarks import TOP
+from benchmarks import TOP, with_status
 from benchmarks.rows import FOLDER, Column, at_every_budget, by_method, differences, markdown, read
 
 FILES = [TOP / "README.md", TOP / "benchmarks/README.md", TOP / "benchmarks/methods/README.md",
@@ -59,15 +58,15 @@ def values_of(*what) -> dict:
 
 def methods(spec: str) -> str:
     columns, names = [], ()
-    for line in filter(None, map(str.strip, spec.splitlines())):
-        heading, _, what = line.partition(": ")
+    for part in filter(None, map(str.strip, re.split("[;\n]", spec))):
+        heading, _, what = part.partition(": ")
         if heading == "methods":
             names = what.split()
             continue
         file, *pairs = what.split()
         options = dict(pair.split("=") for pair in pairs)
         if not {"budget"} <= options.keys() <= {"budget", "of", "tasks"}:
-            raise ValueError(f"{line!r} needs a budget, and can have of and tasks besides")
+            raise ValueError(f"{part!r} needs a budget, and can have of and tasks besides")
         budgets = options.pop("budget").split(",")
         values = options.pop("of", "percent").split(",")
         for budget, of in product(budgets, values):
@@ -172,20 +171,23 @@ def segmentation(rows: list[dict]) -> str:
              f"{row['in_the_middle']:.1%}"] for row in rules))))
 
 
-def lesson(spec: str) -> str:
+def runs_of(number: str) -> list[dict]:
+    """Of a lesson."""
+    return [row for row in rows_of("lessons") if row["task"] == f"lesson {number.strip()}"]
+
+
+def lesson(number: str) -> str:
     """The answers of a lesson's runs."""
-    rows = [row for row in rows_of("lessons") if row["task"] == f"lesson {spec.strip()}"]
     return markdown(["options", "device", "ms/token", "answer"], (
         [f"`{row['run']}`", f"{row['device_kv_bytes'] / row['full_kv_bytes']:.1%}",
-         f"{row['decode_ms_per_token']:.0f}", row["text"]] for row in rows))
+         f"{row['decode_ms_per_token']:.0f}", row["text"]] for row in runs_of(number)))
 
 
-def lesson_bytes(spec: str) -> str:
+def lesson_bytes(number: str) -> str:
     """What the runs of a lesson hold, in bytes and in tokens of 46,080 bytes."""
-    rows = [row for row in rows_of("lessons") if row["task"] == f"lesson {spec.strip()}"]
     return markdown(["options", "", "bytes", "tokens"], (
         [f"`{row['run']}`", f"`{name}_kv_bytes`", f"{size:,}", f"{size / 46080:,.1f}"]
-        for row in rows for name in ("device", "host", "full")
+        for row in runs_of(number) for name in ("device", "host", "full")
         if (size := row[f"{name}_kv_bytes"])))
 
 
@@ -198,9 +200,8 @@ def lesson_parts(spec: str) -> str:
 
 
 MAKERS = {"methods": methods, "times": times, "lesson": lesson, "lesson_bytes": lesson_bytes,
-          "lesson_parts": lesson_parts}
-MAKERS |= {make.__name__: lambda spec, make=make: make(rows_of(spec.strip()))
-           for make in (scale, segmentation)}
+          "lesson_parts": lesson_parts, "scale": lambda file: scale(rows_of(file.strip())),
+          "segmentation": lambda file: segmentation(rows_of(file.strip()))}
 
 
 def made_again(text: str) -> str:
@@ -208,20 +209,22 @@ def made_again(text: str) -> str:
     begun, ended = text.count("<!-- table "), text.count("<!-- end of table -->")
     if begun != ended:
         raise ValueError(f"{begun} tables begin, and {ended} end")
-    return MARKED.sub(lambda found: f"{found[1]}{MAKERS[found[2]](found[3])}\n{found[4]}", text)
+
+    def again(found):
+        if found[2] not in MAKERS:
+            raise ValueError(f"table {found[2]!r} is not one of {', '.join(MAKERS)}")
+        return f"{found[1]}{MAKERS[found[2]](found[3])}\n{found[4]}"
+
+    return MARKED.sub(again, text)
 
 
-def main() -> int:
-    try:
-        for path in FILES:
-            text = path.read_text(encoding="utf-8")
-            if (again := made_again(text)) != text:
-                path.write_text(again, encoding="utf-8")
-                print(f"{path.relative_to(TOP)}: made again")
-    except (ValueError, KeyError, OSError) as error:
-        print(f"benchmarks.tables: {error}", file=sys.stderr)
-        return 2
-    return 0
+@with_status
+def main(arguments=None):
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        if (made := made_again(text)) != text:
+            path.write_text(made, encoding="utf-8")
+            print(f"{path.relative_to(TOP)}: made again")
 
 
 if __name__ == "__main__":

@@ -171,8 +171,7 @@ SECTIONS = ["**The question.**", "![", "## The words", "## By hand", "## Predict
 @pytest.mark.parametrize("lesson", LESSONS, ids=lambda path: path.name)
 def test_a_lesson_has_the_parts_of_a_lesson(lesson):
     text, number = lesson.read_text(encoding="utf-8"), int(lesson.name[:2])
-    assert text.startswith(f"# {number}. ")
-    assert 90 <= len(read.HIDDEN.sub("", text).splitlines()) <= 170
+    assert text.startswith(f"# {number}. ") and 90 <= len(text.splitlines()) <= 170
     text = text.replace("<img alt=", "![")
     places = [text.find(part) for part in SECTIONS]
     assert min(places) > 0 and places == sorted(places), dict(zip(SECTIONS, places))

@@ -67,9 +67,8 @@ def registered() -> dict:
 
 KNOWN = registered()
 METHODS = tuple(KNOWN)
-SENTENCE_METHODS = tuple(name for name in METHODS if issubclass(KNOWN[name].kind, SentenceKVCache))
-PUBLISHED = tuple(name for name in METHODS if name not in (*SENTENCE_METHODS, "full", "best_tokens")
-                  and not name.endswith("_dense"))
+PUBLISHED = tuple(name for name, known in KNOWN.items() if not name.endswith("_dense")
+                  and not issubclass(known.kind, (FullCache, SentenceKVCache)))
 
 
 def split(spec: str) -> tuple[str, str]:
