@@ -49,7 +49,7 @@ from support.table import make_room, room_for
 
 
 class Plan:
-    """What all layers share. Layers only add to `total_loaded`. The cache changes the rest:
+    """What all layers share. The cache changes it:
 
     before a text               `expect`     n_first_sinks, sentence_ends
     after a text or a token     `advance`    num_tokens
@@ -75,11 +75,10 @@ class Plan:
         self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)
         self.window_index = torch.arange(self.n_window_slots, device=device)  # 0 to R - 1
         # For the next token, as tensors: a CUDA graph would record a number as a constant.
-        self.n_select = torch.zeros(1, device=device, dtype=torch.long)  # of a head, with sinks: 12
-        self.select_end = torch.zeros_like(self.n_select)  # only rows before it can be selected: 14
-        self.next_slot = torch.zeros_like(self.n_select)  # of the token itself: 12 + 17 % 13
+        self.next_slot = torch.zeros(1, device=device, dtype=torch.long)  # its own: 12 + 17 % 13
+        self.n_select = self.next_slot.int()  # rows that a head selects, sinks among them: 12
+        self.select_end = self.n_select.clone()  # only rows before it can be selected: 14
         self.in_window = torch.zeros(1, self.n_window_slots, device=device, dtype=torch.bool)
-        self.total_loaded = torch.zeros_like(self.n_select)  # rows; `Totals` subtracts the sinks
 
     @property
     def n_rows(self) -> int:
@@ -158,8 +157,8 @@ class LayerCache:
         self.ends, self.n_resident = self.starts.clone(), self.starts.clone()
         n_slots = plan.n_row_slots + plan.n_window_slots
         self.slots = self.packing.zeros(heads, n_slots, 2)
-        self.slot_row = torch.full((heads, plan.n_row_slots), NO_ROW, device=device)
-        self.slot_place = torch.zeros_like(self.slot_row)
+        self.slot_place = torch.zeros(heads, plan.n_row_slots, device=device, dtype=torch.long)
+        self.slot_row = torch.full_like(self.slot_place, NO_ROW, dtype=torch.int32)
         self.slot_missing = torch.zeros_like(self.slot_row, dtype=torch.bool)
 
     def prefill(self, q, k, v) -> tuple:
@@ -167,7 +166,7 @@ class LayerCache:
         texts come back to the device until `keep`."""
         plan, kv = self.plan, torch.stack((k, v), dim=2)  # (H_kv, T, 2, D)
         if self.text_kv is None and plan.n_rows > 0:
-            self.text_kv = self.packing.unpack(self.host.read(0, plan.n_rows))
+            self.text_kv = self.packing.unpack(self.host.read(0, plan.n_rows)).to(k.dtype)
         self.text_kv = kv if self.text_kv is None else torch.cat((self.text_kv, kv), dim=1)
         self.last_queries.append(q[:, -plan.config.observation_window :].clone())  # q is freed
         return self.text_kv.unbind(dim=2)
@@ -270,12 +269,11 @@ class LayerCache:
         self.slot_place.copy_(places)
         self.slot_missing.copy_(missing)
         self.n_resident.copy_(selected)
-        plan.total_loaded += missing.sum()
 
     def score(self, q):
         """How well each sentence matches one token's queries (H_kv, G, D) -> (H_kv, P)."""
-        vectors = self.packing.unpack(self.vectors)  # (H_kv, P, D)
-        return SCORES[self.plan.config.score](q, vectors, self.variances, self.lengths)
+        score, vectors = SCORES[self.plan.config.score], self.packing.unpack(self.vectors)
+        return score(q.to(vectors.dtype), vectors, self.variances, self.lengths)
 
     def load(self):
         """Copy the missing rows from the host into the slots that were found for them."""

@@ -114,10 +114,10 @@ class Attention(nn.Module):
         """Attention of one token. q (H, 1, D), keys and values (H_kv, n, D), mask (H_kv, 1, n),
         True where to attend, or None -> (1, H * D)."""
         # The G query heads that share a key become G query positions: each key is read once.
-        grouped = q.view(len(keys), -1, self.head_dim)  # (H_kv, G, D)
+        grouped = q.view(len(keys), -1, self.head_dim).to(keys.dtype)  # (H_kv, G, D)
         mask = None if mask is None else mask[None]  # the fused kernels want four dimensions
         out = F.scaled_dot_product_attention(grouped[None], keys[None], values[None], mask)
-        return out.reshape(1, -1)  # not `view`: some kernels return it transposed
+        return out.reshape(1, -1).to(q.dtype)  # not `view`: some kernels return it transposed
 
 
 class MLP(nn.Module):  # SwiGLU, arXiv 2002.05202
@@ -181,11 +181,14 @@ class Llama(nn.Module):
     @sdpa_kernel(BACKENDS, set_priority=True)  # PyTorch's own choice is slow for one query on a GPU
     def decode(self, ids: torch.Tensor, cache) -> torch.Tensor:
         """Read one more token, ids (1,) -> (1, hidden)."""
-        x, rope = self.embed(ids, cache)
-        for block, layer_cache in zip(self.layers, cache.layers):
-            x = block.decode(x, rope, layer_cache)
+        x = self.decode_layers(*self.embed(ids, cache), cache.layers)
         cache.advance(1)
         return self.norm(x)
+
+    def decode_layers(self, x, rope, layer_caches):
+        for block, layer_cache in zip(self.layers, layer_caches):
+            x = block.decode(x, rope, layer_cache)
+        return x
 
     def embed(self, ids: torch.Tensor, cache) -> tuple:
         """The embeddings of the next tokens (T, hidden), and RoPE's table for their positions."""

@@ -49,8 +49,7 @@ class SentenceKVConfig:
     @property
     def protected_tokens(self) -> int:
         """Number of last tokens that prefill never drops, and never makes secondary sinks."""
-        # With infinity nothing is dropped, and no importance is computed.
-        observed = 0 if self.keep_factor == math.inf else self.observation_window
+        observed = self.observation_window if self.keep_factor < math.inf else 0  # ∞ drops nothing
         return max(self.recent_window, observed)
 
     def n_kept(self, n_tokens: int) -> int:
@@ -120,8 +119,7 @@ def order_rows(kept: torch.Tensor, secondary: torch.Tensor) -> tuple:
     >>> order_rows(torch.tensor([[0, 1, 2, 4]]), torch.tensor([[0, 0, 1, 0, 0]]).bool())
     (tensor([[2, 0, 1, 4]]), tensor([[-1,  0,  1,  4]]))
     """
-    marked = kept.masked_fill(secondary.gather(-1, kept), -1)
-    marked, order = marked.sort(dim=-1, stable=True)
+    marked, order = kept.masked_fill(secondary.gather(-1, kept), -1).sort(dim=-1, stable=True)
     return kept.gather(-1, order), marked
 
 
@@ -213,8 +211,10 @@ def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> to
     tensor([[0, 3, 1]])
     """
     n = min(max_sentences, scores.shape[-1])  # to find the best few is faster than to sort all
-    best = scores.masked_fill(available == 0, -math.inf).topk(n, dim=-1).indices  # 1, 2, 0
+    if n < scores.shape[-1]:  # one without rows takes no other's place
+        scores = scores.masked_fill(available == 0, -math.inf)
+    best = scores.topk(n, dim=-1).indices  # 1, 2, 0
     counts = available.gather(-1, best)  # 3, 2, 3
-    excess = (counts.cumsum(dim=-1) - budget).clamp(min=0)  # rows beyond the budget: 0, 1, 4
+    excess = (counts.cumsum(dim=-1, dtype=counts.dtype) - budget).clamp(min=0)  # rows beyond the budget: 0, 1, 4
     selected = (counts - excess).clamp(min=0)  # 3, 1, 0
     return torch.zeros_like(available).scatter_(-1, best, selected)

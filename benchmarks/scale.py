@@ -114,7 +114,7 @@ def token_stages(cache, n_new: int) -> list[dict]:
             cache.seal(SENTENCE)
         if i == N_WARM:
             cache.totals.selected.zero_()
-            cache.plan.total_loaded.zero_()
+            cache.totals.loaded.zero_()
         k, v = torch.randn(2, 8, 1, 128, device=device, dtype=dtype)
         with timer("all"):
             keys, values, mask = layer.decode(q, k, v)

@@ -44,7 +44,7 @@ from generate import make_cache, next_logits, prefill
 from model import Llama
 from segment import SentenceStream, token_spans
 from sentencekv import SentenceKVConfig
-from support.compiled import GraphedDecode, check_compiler, check_cuda_graph, compile_blocks
+from support.compiled import GraphedDecode, check_compiler, check_cuda_graph, compile_layers
 from support.document import read_text
 from support.prompts import check_positions
 from support.timer import StageTimer, watch_stages
@@ -126,7 +126,7 @@ class Ours:
         self.length, self.device = length, model.embed_tokens.weight.device
         settings = {"token_budget": args.token_budget, "keep_factor": args.keep_factor}
         if method in (COMPILED, BOTH):
-            self.model = compile_blocks(model)
+            self.model = compile_layers(model)
         named = {} if method == "full" or "," in method else settings_of(method)
         self.settings = SentenceKVConfig(**settings | named)
         self.spans = token_spans(text.pieces[:length], self.settings.sentence_limit)
@@ -166,7 +166,7 @@ class Ours:
         for i in range(self.args.new_tokens + WARM_UP):
             if i == WARM_UP and self.method != "full":  # what came from the host counts from here
                 self.cache.totals.selected.zero_()
-                self.cache.plan.total_loaded.zero_()
+                self.cache.totals.loaded.zero_()
             start = time.perf_counter()
             self.step()
             synchronize(self.device)

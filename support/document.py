@@ -29,7 +29,7 @@ from support.outputs import replacing
 from support.schema import CHANNELS, SAVED_TABLE, check_header, check_values, shown
 from support.table import make_room
 
-FORMAT = "sentencekv document 7"
+FORMAT = "sentencekv document 8"
 SAME = ("keep_factor", "sink_tokens", "secondary_sinks", "secondary_ratio", "sentence_limit",
         "kv_bits")
 

@@ -79,7 +79,7 @@ class HostRows:
 
     def hold(self, first: torch.Tensor, release=None):
         """Have these rows (N, H_kv, 2, D') as those of the first text, and no others."""
-        self.first, self.later, self.release = first, self.empty(0), release
+        self.first, self.later, self.release = first, self.empty(ROW_BLOCK), release
 
     def reserve(self, n_rows: int):
         """Make room for `n_rows` in all. `later` doubles, so that it is seldom copied."""
@@ -117,25 +117,20 @@ class HostRows:
 def load_rows(first, later, slots, rows, missing):
     """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D'), from
     `first` and `later` (N, H_kv, 2, D') of a `HostRows`."""
+    if slots.dtype == torch.int8:  # a row has 2 · (D + 2) bytes, and D is even
+        first, later, slots = (x.flatten(-2).view(torch.int32) for x in (first, later, slots))
     if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):  # 1: in tests
-        if slots.dtype == torch.int8:  # it has 2 · (D + 2) bytes, and D is even
-            first, later, slots = (x.flatten(-2).view(torch.int32) for x in (first, later, slots))
         (heads, n_row_slots), size = rows.shape, slots[0, 0].numel()
         copy_missing[n_row_slots, heads](
             first, later, len(first), slots, rows, missing, slots.shape[1], size,
             triton.next_power_of_2(size), num_warps=1)
         return
     head, slot = missing.nonzero(as_tuple=True)  # the CPU waits for a GPU, then gathers
-    # The place in `first`, as if `later` were its continuation.
-    place = (rows[head, slot] * len(rows) + head).to(first.device)
-    first, later = first.flatten(0, 1), later.flatten(0, 1)
-    found = first.index_select(0, place.clamp(max=len(first) - 1))  # (n, 2, D')
-    is_later = place >= len(first)
-    if is_later.any():
-        others = later.index_select(0, (place - len(first)).clamp(min=0))
-        found = others.where(is_later[:, None, None], found)
-    place = head * slots.shape[1] + slot
-    slots.view(-1, *slots.shape[2:]).index_copy_(0, place, found.to(slots.device))
+    row, of_head = rows[head, slot].to(first.device), head.to(first.device)
+    found = first[row.clamp(max=len(first) - 1), of_head]
+    is_later = row >= len(first)
+    found[is_later] = later[row[is_later] - len(first), of_head[is_later]]
+    slots[head, slot] = found.to(slots.device)
 
 
 # For `torch.compile` it is one operator, whose inside it does not see.
@@ -159,7 +154,7 @@ if triton:
         slot, head, heads = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
         here = head * tl.num_programs(0) + slot
         if tl.load(missing + here):
-            channel, row = tl.arange(0, BLOCK), tl.load(rows + here)
+            channel, row = tl.arange(0, BLOCK), tl.load(rows + here).to(tl.int64)
             target = slots + (head * n_slots + slot) * size + channel
             if row < n_first:
                 source = first + (row * heads + head) * size + channel

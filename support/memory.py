@@ -12,19 +12,21 @@ class Totals:
 
     def __init__(self, plan, layers):
         self.plan, self.layers = plan, layers
-        self.selected = torch.zeros_like(plan.total_loaded)
+        self.selected = torch.zeros_like(plan.next_slot)
+        self.loaded = torch.zeros_like(plan.next_slot)
         self.n_sinks = 0
 
     def restart(self):
-        """After a text. `total_loaded` begins at minus the sinks that are still to be loaded."""
+        """After a text. `loaded` begins at minus the sinks that are still to be loaded."""
         self.selected.zero_()
         self.n_sinks = sum(int(layer.ends[:, 0].sum()) for layer in self.layers)
         n_resident = sum(int(layer.n_resident[:, 0].sum()) for layer in self.layers)
-        self.plan.total_loaded.fill_(n_resident - self.n_sinks)
+        self.loaded.fill_(n_resident - self.n_sinks)
 
     def add_token(self):
         n_heads = len(self.layers) * self.layers[0].host.heads
         self.selected += n_heads * self.plan.n_select - self.n_sinks
+        self.loaded += torch.stack([layer.slot_missing for layer in self.layers]).sum()
 
 
 def report(cache) -> dict:
@@ -32,7 +34,7 @@ def report(cache) -> dict:
     counting sinks. On the host, rows of a mapped file count whether they have been read or not."""
     packings = (layer.packing for layer in cache.layers)
     parts = held_bytes((cache.plan, cache.totals, *cache.layers, *packings))
-    selected, loaded = cache.totals.selected.item(), max(cache.plan.total_loaded.item(), 0)
+    selected, loaded = cache.totals.selected.item(), max(cache.totals.loaded.item(), 0)
     row_bytes, host = cache.layers[0].slots[0, 0].nbytes, cache.layers[0].host
     whole_row = 2 * host.packing.dim * host.packing.dtype.itemsize  # of the full cache, not packed
     return {"device_kv_parts": parts, "device_kv_bytes": sum(parts.values()),

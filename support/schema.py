@@ -54,13 +54,12 @@ def check_header(found: dict, ranges: dict, model_config, identity: dict):
 def layer_tensors(kv_shape: tuple, identity: dict, n_rows: int, n_places: int) -> dict:
     """Name -> (type, shape) of the tensors of all layers."""
     (layers, heads, dim), table = kv_shape, (kv_shape[1], n_places)
-    kept = dtype = STORED[identity["dtype"]]
-    n_channels, width = 0, dim  # nothing is packed
+    kept, n_channels, width = STORED[identity["dtype"]], 0, dim  # nothing is packed
     if identity["kv_bits"] == "8":
         kept, n_channels, width = "I8", dim, dim + SCALE_BYTES
     of_layer = {"rows": (kept, (n_rows, heads, 2, width)), "positions": ("I32", (heads, n_rows)),
                 "vectors": (kept, (*table, width)), "variances": ("F32", table),
-                **dict.fromkeys(CHANNELS, (dtype, (heads, 1, 2, n_channels))),
+                **dict.fromkeys(CHANNELS, ("F32", (heads, 1, 2, n_channels))),
                 "lengths": ("F32", table), "starts": ("I32", table), "ends": ("I32", table)}
     return {f"{i}.{name}": tensor for i in range(layers) for name, tensor in of_layer.items()}
 

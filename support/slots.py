@@ -2,7 +2,7 @@
 
 import torch
 
-NO_ROW = 2**62  # the row of an empty slot; greater than any row
+NO_ROW = 2**31 - 1  # the row of an empty slot; greater than any row
 
 
 def assign_slots(rows, places, starts, n_resident, selected) -> tuple:
@@ -32,9 +32,11 @@ def assign_slots(rows, places, starts, n_resident, selected) -> tuple:
     # Rows to load of each place and of those before it: 0, 0, 1, 2. The first place that reaches a
     # slot's number has the row for it: places 2, -, 3.
     n_loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)
-    place = torch.searchsorted(n_loads, number).clamp(max=selected.shape[-1] - 1)
+    place = torch.searchsorted(n_loads, number)
+    n_places = selected.shape[-1]
+    missing = free & (place < n_places)  # there can be more free slots than rows to load
+    place = place.clamp(max=n_places - 1)
     # A place loads its last selected rows. For the last, row ends - 1, number == n_loads.
-    row = ends.gather(-1, place) - 1 - (n_loads.gather(-1, place) - number)  # 9, -, 12
-    missing = free & (number <= n_loads[:, -1:])  # there can be more free slots than rows to load
+    row = (ends - n_loads).gather(-1, place) + number - 1  # 9, -, 12
     rows = torch.where(missing, row, rows.masked_fill(free, NO_ROW))
     return rows, torch.where(free, place, places), missing

@@ -156,7 +156,7 @@ def watched_layers(layers):
         def decode_and_note(q, k, v):
             keys, values, mask = decode(q, k, v)
             grouped = q.view(len(k), -1, q.shape[-1]) / math.sqrt(q.shape[-1])  # (H_kv, G, D)
-            logits = (keys @ grouped.mT).mT.float()  # faster than q @ k.mT
+            logits = (keys @ grouped.mT.to(keys.dtype)).mT.float()  # faster than q @ k.mT
             weights = logits.masked_fill(~mask, -math.inf).softmax(dim=-1).mean(dim=1)
             shares.append((received(layer, weights), layer.plan.window_start()))
             return keys, values, mask

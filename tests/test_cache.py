@@ -252,7 +252,8 @@ def test_8_bits_are_off_by_half_a_step(device, n_tokens, dtype):
         found = packing.unpack(packed)
         rounding = 4 * torch.finfo(dtype).eps * (kv.double().abs() + mean.abs())
         # A scale is a bfloat16, so the largest channel is 127.25 of them at most.
-        assert found.dtype == dtype and found.isfinite().all()
+        assert found.dtype == (packing.wide if device.type == "cpu" else dtype)
+        assert found.isfinite().all()
         assert ((found - kv).double().abs() <= 0.501 * scale * deviation + rounding).all()
 
 
@@ -300,7 +301,7 @@ def test_offloaded_is_resident_and_the_difference_is_everything(tiny, device, ke
         assert torch.equal(ours, resident)
     report, row_bytes = caches[0].report(), caches[0].layers[0].host.first[0, 0].nbytes
     assert 0 < report["hit_rate"] < 1
-    assert report["loaded_bytes"] == caches[0].plan.total_loaded.item() * row_bytes
+    assert report["loaded_bytes"] == caches[0].totals.loaded.item() * row_bytes
     dim = TINY.head_dim
     assert row_bytes == (2 * dim * 4 if config.kv_bits == 16 else 2 * (dim + 2))
 
@@ -386,8 +387,8 @@ class Traced(GraphedDecode):
     def __call__(self, ids, cache):
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        if not same(self.captured, reallocated(cache)):
-            self.captured = reallocated(cache)
+        if not same(self.captured, reallocated(cache.layers)):
+            self.captured = reallocated(cache.layers)
             tensors = tensors_of(cache)
             before = [t.clone() for t in tensors]
             seen = self.as_tensors(cache)
@@ -429,7 +430,7 @@ def test_a_step_captured_once_serves_every_later_token(
 
     for ours, expected in write(Model(), [captured, plain], 300):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-    assert captured.plan.total_loaded == plain.plan.total_loaded > 0
+    assert captured.totals.loaded == plain.totals.loaded > 0
 
 
 @pytest.mark.slow
@@ -835,7 +836,7 @@ class Watched(SentenceKVCache):
             assert sorted(held.get(place, [])) == [*range(first, first + n)], "not the first rows"
 
     def check_what_moves(self):
-        tensors, others = {id(t): t.data_ptr() for t in tensors_of(self)}, reallocated(self)
+        tensors, others = {id(t): t.data_ptr() for t in tensors_of(self)}, reallocated(self.layers)
         select_end = self.plan.select_end
         available = torch.stack([select_end.clamp(layer.starts, layer.ends) - layer.starts
                                  for layer in self.layers])

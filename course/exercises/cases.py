@@ -263,7 +263,7 @@ MISTAKES = {
          ALL_MOVE),
         ("(selected - n_resident).clamp(min=0)", "(selected - n_resident)",
          "a sentence that needs fewer rows than before loads none: no negative counts"),
-        ("missing = free & (number <= n_loads[:, -1:])", "missing = free",
+        ("missing = free & (place < n_places)", "missing = free",
          "a free slot is missing nothing when all rows to load have a slot"),
         ("rows.masked_fill(free, NO_ROW)", "rows",
          "a free slot that takes no row is empty: its row is NO_ROW"),
