@@ -117,10 +117,10 @@ class Session:
         self.cache = make_cache(args.cache, config, model.config, max_tokens, self.device,
                                 self.dtype)
         self.max_tokens, self.stop = max_tokens, tokenizer.stop_tokens()
-        self.decode = compiled.GraphedDecode(model) if args.cuda_graph else None
         self.trace = Trace(self.cache) if args.trace or args.show_sentences else None
         self.timer = StageTimer(self.device)
         watch_stages(self.timer, model, self.cache, decode=not (args.cuda_graph or args.compile))
+        self.decode, self.time_step = compiled.step(model, self.cache, args, self.timer)
         self.start_after(Document())
 
     def start_after(self, document: Document):
@@ -155,7 +155,7 @@ class Session:
         detokenize = self.tokenizer.detokenizer(self.ids[-1:] if self.args.raw else ())
         pairs = generate(
             self.model, self.cache, first, detokenize, self.choose_token,
-            self.stop, n_most, self.config.sentence_limit, self.timer, self.decode)
+            self.stop, n_most, self.config.sentence_limit, self.time_step, self.decode)
         if self.trace:
             pairs = self.trace.watch(pairs)
         return report.printed(pairs, self.written, self.tokenizer.special, stopped, self.args.json)
@@ -192,8 +192,6 @@ def main(arguments: list[str]) -> int:
     # `max_tokens` is the most that the cache will have to hold.
     max_tokens = prompts.check(args.max_new_tokens, args.chat, model_config)
     model = load_model(folder, device, dtype)
-    if args.compile:
-        model = compiled.compile_blocks(model)
     session = Session(model, tokenizer, config, args, max_tokens)
     if args.ask or args.chat or args.save or args.load:  # read or load a document, then answer
         return questions.answer_all(session, prompts, saved)

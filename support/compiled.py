@@ -1,26 +1,110 @@
-"""A faster step for one token: a layer's step compiled, or the whole step as one CUDA graph."""
+"""A faster step for one token: layers compiled, the whole step as one CUDA graph, or both."""
 
 import importlib.util
 from copy import copy
-from functools import partial
 from types import SimpleNamespace
 
 import torch
-from torch import nn
+
+from support.report import say
+from support.timer import watch_stages
+
+MOST_LAYERS = 4  # in one piece of compiled code: more are hardly faster, and take long to compile
 
 
-def compile_blocks(model):
-    """The same model, with the same weights, whose blocks decode in compiled code: small operations
-    are fused, and on a CPU, C++ and not Python calls the others. It is compiled when it first runs,
-    once for all layers."""
-    torch._dynamo.config.recompile_limit = 64  # the table and the host's rows can grow
+def step(model, cache, args, timer):
+    """What decodes a token as the options ask, `decode(ids, cache)`, and what times it."""
+    if args.fast:
+        fast = Fast(model, cache, timer)
+        return fast, fast.timed
+    if args.compile:
+        model = compile_layers(model)
+    return GraphedDecode(model) if args.cuda_graph else model.decode, timer
+
+
+def compile_layers(model):
+    """The same model, with the same weights, which decodes in compiled code: small operations are
+    fused, and on a CPU, C++ and not Python calls the others. A few layers are one piece of code. It
+    is compiled when it first runs, once for all pieces and lengths of the text."""
+    n_layers = len(model.layers)
+    size = max(n for n in range(1, MOST_LAYERS + 1) if n_layers % n == 0)
+    firsts = range(0, n_layers, size)
+    pieces = [list(model.layers[first : first + size]) for first in firsts]
+
+    def decode(blocks, x, rope, layer_caches):
+        for block, layer_cache in zip(blocks, layer_caches):
+            x = block.decode(x, rope, layer_cache)
+        return x
+
     options = {"cpp_wrapper": not model.lm_head.weight.is_cuda}
-    decode = torch.compile(type(model.layers[0]).decode, fullgraph=True, options=options)
-    fast, blocks = copy(model), [copy(block) for block in model.layers]
-    for block in blocks:
-        block.decode = partial(decode, block)
-    fast._modules = model._modules | {"layers": nn.ModuleList(blocks)}  # `copy` shares the dict
+    decode = torch.compile(decode, fullgraph=True, options=options)
+
+    marked = ()
+
+    def decode_layers(x, rope, layer_caches):
+        nonlocal marked
+        if not same(marked, found := reallocated(layer_caches)):
+            marked = found
+            mark_what_grows(layer_caches)
+        for first, blocks in zip(firsts, pieces):
+            x = decode(blocks, x, rope, layer_caches[first : first + size])
+        return x
+
+    fast = copy(model)
+    fast.decode_layers = decode_layers
     return fast
+
+
+def mark_what_grows(layers):
+    """Tell the compiler that the numbers of rows and places change. Otherwise each is a constant of
+    its code, and it compiles again when a table grows."""
+    for layer in layers:
+        for rows in (layer.host.first, layer.host.later):
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
+        for name in layer.TABLE:
+            torch._dynamo.maybe_mark_dynamic(getattr(layer, name), 1)
+
+
+class Fast:
+    """Decodes the first tokens as usual, so that their stages are timed, and then as fast as this
+    machine can: in compiled code, which a GPU replays as a graph.
+
+    A compiler that fails costs its time alone: the tokens go on as usual.
+    """
+
+    def __init__(self, model, cache, timer, n_timed: int = 32):
+        self.model, self.cache, self.timer, self.n_timed = model, cache, timer, n_timed
+        self.decode, self.n_decoded, self.stage = model.decode, 0, "decode"
+
+    def timed(self, _: str):
+        """The next token's stage: "decode" as usual, "compile" where that is done, or "fast"."""
+        return self.timer(self.stage)
+
+    def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
+        try:
+            states = self.decode(ids, cache)
+        except Exception as error:
+            if self.stage == "decode" or not is_compilers(error):
+                raise
+            say(f"--fast: the compiler failed: {reason(error)}")
+            self.change(self.model.decode, "decode")
+            states = self.decode(ids, cache)
+        self.n_decoded += 1
+        if self.n_decoded == self.n_timed:
+            self.change(fastest(self.model), "compile")
+        elif self.n_decoded == self.n_timed + 2 and self.stage == "compile":
+            self.stage = "fast"  # the first token compiled, the second one recorded the graph
+        return states
+
+    def change(self, decode, stage: str):
+        self.decode, self.stage = decode, stage
+        self.timer.unwatch()
+        watch_stages(self.timer, self.model, self.cache, decode=stage == "decode")
+
+
+def fastest(model):
+    compiled = compile_layers(model)
+    return GraphedDecode(compiled) if model.lm_head.weight.is_cuda else compiled.decode
 
 
 class GraphedDecode:
@@ -44,7 +128,7 @@ class GraphedDecode:
     def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
         self.ids.copy_(ids)
         self.position.fill_(cache.num_tokens)
-        objects = cache, *reallocated(cache)
+        objects = cache, *reallocated(cache.layers)
         if not same(self.decoded, objects):
             self.decoded = objects
             return self.model.decode(self.ids, cache)
@@ -63,11 +147,10 @@ class GraphedDecode:
                                advance=lambda n_tokens: None)
 
 
-def reallocated(cache) -> tuple:
+def reallocated(layers) -> tuple:
     """Tensors of the first layer that are reallocated when a cache needs more room. All layers are
     given room at once, and all tables of a layer, so these stand for all."""
-    layer = cache.layers[0]
-    return layer.vectors, layer.host.first, layer.host.later
+    return layers[0].vectors, layers[0].host.first, layers[0].host.later
 
 
 def same(some: tuple, others: tuple) -> bool:
@@ -76,11 +159,20 @@ def same(some: tuple, others: tuple) -> bool:
 
 
 def check(args, device: torch.device):
-    """Raises ValueError if --cuda-graph or --compile is asked for and does not work here."""
+    """ValueError if --cuda-graph or --compile is asked for and does not work here. --fast goes on
+    without, and says why."""
     if args.cuda_graph:
         check_cuda_graph(device)
     if args.compile:
         check_compiler(device)
+    if args.fast:
+        try:
+            if device.type == "cuda":
+                check_cuda_graph(device)
+            check_compiler(device)
+        except ValueError as error:
+            args.fast = False
+            say(f"--fast changes nothing: {error}")
 
 
 def check_cuda_graph(device: torch.device):

@@ -20,7 +20,8 @@ SETTINGS = {  # of the method: the flags, and what --help says
 }
 SWITCHES = {
     "--cuda-graph": "replay each token as one CUDA graph: faster, not timed",
-    "--compile": "compile a layer's step while decoding begins: faster later",
+    "--compile": "compile a token's step when decoding begins: faster later",
+    "--fast": "after some tokens, the fastest step of this machine: compiled, on a GPU in a graph",
     "--raw": "no chat template: continue the text as it is",
     "--special-tokens": "special tokens spelled in the prompt are not text",
     "--chat": "questions from the terminal; Ctrl-C ends an answer, Ctrl-D all",
@@ -133,7 +134,9 @@ def check_pairs(args):
     traced = args.trace or args.show_sentences
     if traced and args.cache == "full":
         raise ValueError("a full cache selects nothing: there is nothing to show")
-    for name in ("cuda_graph", "compile"):
+    if args.fast and (args.cuda_graph or args.compile):
+        raise ValueError("--fast chooses the step itself: no --cuda-graph, no --compile")
+    for name in ("cuda_graph", "compile", "fast"):
         if getattr(args, name) and traced:
             raise ValueError(f"{flag(name)} is not for --trace and --show-sentences: they look into"
                              " every step")
@@ -144,8 +147,9 @@ def check_pairs(args):
 
 def check_ranks(args):
     """Several processes share the model."""
-    if args.compile:
-        raise ValueError("--compile is for a single process")
+    for name in ("compile", "fast"):
+        if getattr(args, name):
+            raise ValueError(f"{flag(name)} is for a single process")
     if (args.chat or args.save or args.load or args.trace or args.show_sentences
             or args.prompt == "-"):
         raise ValueError("of several processes each reads --prompt FILE; --chat, --save, --load,"

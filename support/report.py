@@ -90,7 +90,7 @@ def describe(session, text: str, signal: int, question: str | None = None) -> di
     report |= {
         "text": text, "interrupted": bool(signal), "signal": signal,
         "prompt_tokens": len(session.ids), "new_tokens": n_new, "sentences": len(session.spans),
-        "sentence_limit": session.config.sentence_limit, **times(session.timer, n_new - 1),
+        "sentence_limit": session.config.sentence_limit, **times(session.timer),
         **added_up(session.cache.report()), "cache": session.args.cache,
         "clock": session.timer.clock,
         "device": str(session.device), "dtype": str(session.dtype).removeprefix("torch."),
@@ -107,7 +107,7 @@ def finish(report: dict, trace, args) -> int:
     even if the trace cannot be written."""
     if "question" in report:
         say("{ttft_ms:.0f} ms to the first token, {decode_ms_per_token:.1f} ms/token".format(
-            **report))
+            **report), *fast_lines(report))
     else:
         print_tables(report)
     if args.show_sentences:
@@ -146,6 +146,8 @@ def print_tables(report: dict):
         *("{:<26}{:>14}{:>20}".format(*row).rstrip() for row in rows))
     if report["hit_rate"] is not None:
         say(f"{report['hit_rate']:.1%} of the selected rows were on the device")
+    if lines := fast_lines(report):
+        say(*lines)
 
 
 def time_rows(report: dict) -> list[tuple]:
@@ -158,8 +160,21 @@ def time_rows(report: dict) -> list[tuple]:
     for name in [*parts, OTHER]:
         rows.append((name, f"{prefill[name]:.1f}" if name in prefill else "",
                      f"{decode[name] / steps:.2f}" if name in decode else ""))
-    rows.append(("total", f"{report['ttft_ms']:.1f}", f"{report['decode_ms_per_token']:.2f}"))
+    rows.append(("total", f"{report['ttft_ms']:.1f}", f"{decode['total'] / steps:.2f}"))
     return rows
+
+
+def fast_lines(report: dict) -> list[str]:
+    """What --fast did, if it did anything."""
+    stages, made = report["stages_ms"], "compiled"
+    if "compile" not in stages:
+        return []
+    made += " in a CUDA graph" if report["device"].startswith("cuda") else ""
+    seconds = stages["compile"]["total"] / 1e3
+    line = f"--fast: after {report['decode_steps']} tokens {made}, which took {seconds:.1f} s"
+    if report["fast_steps"]:
+        line += "; {fast_steps} tokens more, {decode_ms_per_token:.1f} ms each".format(**report)
+    return [line]
 
 
 def memory_rows(report: dict) -> list[tuple]:

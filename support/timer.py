@@ -1,6 +1,7 @@
 """The stage timer: milliseconds by stage of prefill and decode."""
 
 import time
+from collections import Counter
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +27,7 @@ class StageTimer:
         self.open = []  # names of the stages that are open, the outermost first
         self.intervals = []  # (names of the open stages, start, end)
         self.watched = []  # (object, name of the method)
+        self.calls = Counter()  # of the stages in `totals`
 
     def mark(self):
         """This moment: a CUDA event, or seconds."""
@@ -69,8 +71,9 @@ class StageTimer:
         """Stage -> {part: ms}, with OTHER and `total`, since the last call."""
         if self.cuda:
             torch.cuda.synchronize()
-        totals = {}
+        totals, self.calls = {}, Counter()
         for (stage, *inner), start, end in self.intervals:
+            self.calls[stage] += not inner
             if len(inner) > 1:
                 continue  # it is inside a part, whose time includes it
             part = inner[0] if inner else "total"
@@ -102,9 +105,13 @@ def watch_stages(timer: StageTimer, model, cache, decode: bool = True):
             timer.watch(layer, layer_stages)
 
 
-def times(timer: StageTimer, steps: int) -> dict:
-    """Time to first token, from the prompt's text on, and time per token of `steps` after it."""
+def times(timer: StageTimer) -> dict:
+    """Time to first token, from the prompt's text on, and time per token after it: if there are
+    tokens of a faster step, that of these."""
     stages = {"decode": {"total": 0.0}} | timer.totals()
     ttft = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
-    return {"ttft_ms": ttft, "decode_ms_per_token": stages["decode"]["total"] / max(steps, 1),
-            "decode_steps": steps, "stages_ms": stages}
+    steps = timer.calls["fast"] or timer.calls["decode"]
+    decode = stages["fast" if "fast" in stages else "decode"]["total"]
+    return {"ttft_ms": ttft, "decode_ms_per_token": decode / max(steps, 1),
+            "decode_steps": timer.calls["decode"], "fast_steps": timer.calls["fast"],
+            "stages_ms": stages}

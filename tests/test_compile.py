@@ -1,5 +1,6 @@
 """The oracles of tests/test_cache.py once more, with a step that `torch.compile` has compiled."""
 
+import json
 import math
 import os
 import shutil
@@ -15,21 +16,27 @@ from test_cache import BYTES, LEAST, SHORT, SMALL, expecting
 from cache import SentenceKVCache
 from generate import main
 from sentencekv import SentenceKVConfig
-from support.compiled import compile_blocks
+from support import compiled
+from support.timer import StageTimer
 
 pytestmark = pytest.mark.slow
 
 
 class Compiled:
-    """A model that decodes with its compiled step, for a cache that selects."""
+    """A model that decodes as with --fast, for a cache that selects: two tokens as usual."""
 
     def __init__(self, model):
         torch.compiler.reset()
-        self.plain, self.fast = model, compile_blocks(model)
+        self.plain, self.fast = model, {}  # of each cache
         self.embed_tokens, self.prefill = model.embed_tokens, model.prefill
+        self.timer = StageTimer(torch.device("cpu"))
 
     def decode(self, ids, cache):
-        return (self.fast if isinstance(cache, SentenceKVCache) else self.plain).decode(ids, cache)
+        if not isinstance(cache, SentenceKVCache):
+            return self.plain.decode(ids, cache)
+        if cache not in self.fast:
+            self.fast[cache] = compiled.Fast(self.plain, cache, self.timer, n_timed=2)
+        return self.fast[cache](ids, cache)
 
     def to(self, dtype):
         return self if dtype == torch.float32 else Compiled(self.plain.to(dtype))
@@ -59,12 +66,35 @@ def test_an_answer_is_the_same(capfd, tiny_folder, tmp_path, dtype):
     arguments = ["--prompt", tmp_path / "prompt.txt", "--model", tiny_folder, "--device", "cpu",
                  "--dtype", dtype, "--raw", "--token-budget", 128, "--max-new-tokens", 20]
     answers = []
-    for more in ([], ["--compile"]):
+    for more in ([], ["--compile"], ["--fast"]):
         assert main(arguments + more) == 0
         answers.append(capfd.readouterr().out)
     if dtype == "float32":
-        assert answers[0] == answers[1]
+        assert answers[0] == answers[1] == answers[2]
     assert min(map(len, answers)) > 10
+
+
+def test_fast_says_what_it_did_and_has_the_stages_of_the_first_tokens(
+        capfd, tiny_folder, tmp_path, monkeypatch):
+    """A later question has the fast step at once."""
+    torch.compiler.reset()
+    monkeypatch.setattr(compiled.Fast.__init__, "__defaults__", (5,))
+    (tmp_path / "prompt.txt").write_text(TEXT)
+    arguments = ["--prompt", tmp_path / "prompt.txt", "--model", tiny_folder, "--device", "cpu",
+                 "--dtype", "float32", "--token-budget", 128, "--max-new-tokens", 15, "--fast"]
+    assert main([*arguments, "--raw", "--json"]) == 0
+    out, err = capfd.readouterr()
+    report = json.loads(out)
+    steps = report["decode_steps"], report["fast_steps"]
+    assert sum(steps) == report["new_tokens"] - 1 - 2 and steps[0] == 5  # 2 compiled
+    stages = report["stages_ms"]
+    assert {"select", "load", "attention"} <= stages["decode"].keys()
+    assert report["decode_ms_per_token"] == stages["fast"]["total"] / steps[1]
+    assert "--fast: after 5 tokens compiled, which took " in err
+    assert f"; {steps[1]} tokens more, " in err
+    assert main([*arguments, "--ask", "Who?", "--ask", "Why?"]) == 0
+    err = capfd.readouterr().err
+    assert err.count("--fast: after 5 tokens compiled") == 1 and err.count("ms/token") == 2
 
 
 def test_on_the_default_weights(default_model):
@@ -87,31 +117,46 @@ def test_on_the_default_weights(default_model):
 
 
 def test_without_a_compiler_one_line_says_so(tmp_path):
-    """Before anything is read: there is no such prompt, and no such model."""
-    done = subprocess.run(
-        [sys.executable, "generate.py", "--prompt", "no.txt", "--model", "no", "--device", "cpu",
-         "--compile"], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    """Before anything is read: there is no such prompt, and no such model. With --fast it goes on:
+    the second line is about these."""
+    def run(option):
+        return subprocess.run(
+            [sys.executable, "generate.py", "--prompt", "no.txt", "--model", "no", "--device",
+             "cpu", option], cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | {"CXX": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+
+    done = run("--compile")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("generate.py: --compile needs a compiler: ")
     assert done.stderr.count("\n") == 1
+    done = run("--fast")
+    assert done.stderr.startswith("--fast changes nothing: --compile needs a compiler: ")
+    assert done.stderr.count("\n") == 2 and "\ngenerate.py: " in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler on this machine")
-@pytest.mark.parametrize("end", ["kill -9 $$", "echo no space >&2; echo left >&2; exit 1"])
-def test_a_compiler_that_fails_later_is_one_line(tiny_folder, tmp_path, end):
-    """After what is tried before anything is read: the prompt is a pipe, so the test knows when."""
+@pytest.mark.parametrize("option, end", [
+    ("--compile", "kill -9 $$"), ("--compile", "echo no space >&2; echo left >&2; exit 1"),
+    ("--fast", "kill -9 $$")])
+def test_a_compiler_that_fails_later_is_one_line(tiny_folder, tmp_path, option, end):
+    """After what is tried before anything is read: the prompt is a pipe, so the test knows when.
+    With --fast the answer is not lost."""
     compiler, prompt, broken = (tmp_path / name for name in ("cxx", "prompt", "broken"))
     compiler.write_text(f'#!/bin/bash\n[ -e {broken} ] && {{ {end}; }}\nexec g++ "$@"\n')
     compiler.chmod(0o755)
     os.mkfifo(prompt)
     running = subprocess.Popen(
         [sys.executable, "generate.py", "--prompt", prompt, "--model", tiny_folder, "--device",
-         "cpu", "--raw", "--compile"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+         "cpu", "--raw", "--max-new-tokens", "40", option], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")})
     with open(prompt, "w") as pipe:  # which waits until it is read
         broken.touch()
         pipe.write(TEXT)
-    _, err = running.communicate()
+    out, err = running.communicate()
+    if option == "--fast":
+        assert running.returncode == 0 and len(out) > 20
+        assert err.count("--fast: the compiler failed: ") == err.count("--fast") == 1
+        return
     assert running.returncode == 2 and err.count("\n") == 1, err
     assert err.startswith("generate.py: --compile: the compiler failed: ") and len(err) < 1002
