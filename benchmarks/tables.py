@@ -8,10 +8,11 @@
     <!-- end of table -->
 
 The first word says which function here makes it. A part of `methods`, up to a line's end or a
-semicolon, is a column, or one for each of several budgets and values: heading, file of results, which rows (tasks are patterns, as of
-files), and what of them. `of` is `percent`, the score; `loss`, the score above the full cache's; `device`,
-the per cent of the full cache's bytes on the device; or a value in tokens, as `held`. A cell with
-fewer prompts than others of its column says how many. No torch here.
+semicolon, is a column, or one for each of several budgets and values: heading, file of results,
+which rows (tasks are patterns, as of files), and what of them. `of` is `percent`, the score;
+`loss`, the score above the full cache's; `device`, the per cent of the full cache's bytes on the
+device; or a value in tokens, as `held`. A cell with fewer prompts than others of its column says
+how many. No torch here.
 """
 
 import re
@@ -105,8 +106,9 @@ def speed(rows: list[dict]) -> str:
 def times(spec: str) -> str:
     """A line a method: ms a token after each length, in brackets the percentiles 10 (if it was
     measured) and 90, and what the method says itself. The other columns are of the last length.
-    If methods are named after the file, their bytes alone are shown besides."""
-    file, *names = spec.split()
+    If methods are named after the file, with semicolons, their bytes alone are shown besides."""
+    file, _, names = spec.strip().partition(" ")
+    names = [name.strip() for name in names.split(";") if name]
     shown = ("device KV MiB", "host KV MiB") if names else (
         "ttft s", "floor ms", "device KV MiB", "host KV MiB", "load KiB a token", "hits")
     rows = [row for row in rows_of(file) if not names or row["method"] in names]
