@@ -268,6 +268,8 @@ def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[d
         own[i] += [report["own_ms_per_token"]] if report.get("own_ms_per_token") else []
         if repeat == args.repeats - 1:
             read, tenths = subject.read_bytes(), quantiles(tokens[i], n=10, method="inclusive")
+            stages = subject.stages(args.new_tokens)
+            operators = subject.operators() if args.operators else {}
             rows.append({
                 "ttft_ms": 1e3 * median(ttft[i]), "decode_ms_per_token": 1e3 * median(tokens[i]),
                 "decode_p10_ms": 1e3 * tenths[0], "decode_p90_ms": 1e3 * tenths[-1],
@@ -278,8 +280,8 @@ def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[d
                 "loaded_bytes_per_token": report["loaded_bytes"] / args.new_tokens
                     if "loaded_bytes" in report else None,
                 "peak_device_bytes": max(peak[i], default=None),
-                "stages_ms_per_token": subject.stages(args.new_tokens),
-                "operators": subject.operators() if args.operators else {}})
+                "stages_ms_per_token": stages, "operators": operators,
+                "operators_per_token": sum(number for number, _ in operators.values()) or None})
         subject.forget()  # before another has its cache
     return rows
 

@@ -87,6 +87,7 @@ SPEED = {  # heading: (key, divisor, format)
     "host KV MiB": ("host_kv_bytes", 2**20, ",.0f"),
     "load KiB a token": ("loaded_bytes_per_token", 2**10, ",.0f"),
     "hits": ("hit_rate", 1, ".0%"), "peak MiB": ("peak_device_bytes", 2**20, ",.0f"),
+    "operators": ("operators_per_token", 1, ",.0f"),
 }
 
 
@@ -110,8 +111,10 @@ def times(spec: str) -> str:
     file, _, names = spec.strip().partition(" ")
     names = [name.strip() for name in names.split(";") if name]
     shown = ("device KV MiB", "host KV MiB") if names else (
-        "ttft s", "floor ms", "device KV MiB", "host KV MiB", "load KiB a token", "hits")
+        "ttft s", "floor ms", "device KV MiB", "host KV MiB", "load KiB a token", "hits",
+        "operators")
     rows = [row for row in rows_of(file) if not names or row["method"] in names]
+    shown = [heading for heading in shown if any(speed_cell(row, heading) for row in rows)]
     at = {(row["method"], row["length"]): row for row in rows}
     names, lengths = (dict.fromkeys(row[key] for row in rows) for key in ("method", "length"))
 
