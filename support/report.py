@@ -165,16 +165,14 @@ def time_rows(report: dict) -> list[tuple]:
 
 
 def fast_lines(report: dict) -> list[str]:
-    """What --fast did, if it did anything."""
-    stages, made = report["stages_ms"], "compiled"
-    if "compile" not in stages:
+    """What --fast did, in the answer in which it compiled."""
+    if not {"compile", "fast"} <= report["stages_ms"].keys():
         return []
-    made += " in a CUDA graph" if report["device"].startswith("cuda") else ""
-    seconds = stages["compile"]["total"] / 1e3
-    line = f"--fast: after {report['decode_steps']} tokens {made}, which took {seconds:.1f} s"
-    if report["fast_steps"]:
-        line += "; {fast_steps} tokens more, {decode_ms_per_token:.1f} ms each".format(**report)
-    return [line]
+    graph = " in a CUDA graph" if report["device"].startswith("cuda") else ""
+    seconds = report["stages_ms"]["compile"]["total"] / 1e3
+    return ["--fast: after {decode_steps} tokens compiled{graph}, which took {seconds:.1f} s;"
+            " {fast_steps} tokens more, {decode_ms_per_token:.1f} ms each".format(
+                **report, graph=graph, seconds=seconds)]
 
 
 def memory_rows(report: dict) -> list[tuple]:

@@ -44,7 +44,7 @@ def cost(cache: SentenceKVCache) -> Cost:
     token, n_sentences = 4 * packing.dim, plan.n_places - 1  # bytes of 16 bits a channel
     marks = sum(x[0].nbytes for x in (layer.slot_row, layer.slot_place, layer.slot_missing))
     device = layer.slots.shape[1] * packed + marks / token
-    device += 2 * (packing.bits == 8)  # mean and deviation
+    device += 4 * (packing.bits == 8)  # mean and deviation, in 32 bits
     if hasattr(layer, "index_tokens"):
         index = layer.index_tokens()
         device += index
