@@ -57,8 +57,9 @@ def compile_layers(model):
 
 def mark_what_grows(layers):
     """Tell the compiler that the numbers of rows and places change. Otherwise each is a constant of
-    its code, and it compiles again when a table grows."""
+    its code, and it compiles again when a table grows. 0 rows are always a constant."""
     for layer in layers:
+        layer.host.reserve(len(layer.host.first) + 1)
         for rows in (layer.host.first, layer.host.later):
             torch._dynamo.maybe_mark_dynamic(rows, 0)
         for name in layer.TABLE:

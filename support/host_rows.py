@@ -79,7 +79,7 @@ class HostRows:
 
     def hold(self, first: torch.Tensor, release=None):
         """Have these rows (N, H_kv, 2, D') as those of the first text, and no others."""
-        self.first, self.later, self.release = first, self.empty(ROW_BLOCK), release
+        self.first, self.later, self.release = first, self.empty(0), release
 
     def reserve(self, n_rows: int):
         """Make room for `n_rows` in all. `later` doubles, so that it is seldom copied."""
