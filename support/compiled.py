@@ -93,8 +93,8 @@ class Fast:
         self.n_decoded += 1
         if self.n_decoded == self.n_timed:
             self.change(fastest(self.model), "compile")
-        elif self.n_decoded == self.n_timed + 2 and self.stage == "compile":
-            self.stage = "fast"  # the first token compiled, the second one recorded the graph
+        elif self.n_decoded == self.n_timed + 3 and self.stage == "compile":
+            self.stage = "fast"  # the first token compiled; one of the next two records the graph
         return states
 
     def change(self, decode, stage: str):
