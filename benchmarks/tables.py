@@ -111,8 +111,7 @@ def times(spec: str) -> str:
     file, _, names = spec.strip().partition(" ")
     names = [name.strip() for name in names.split(";") if name]
     shown = ("device KV MiB", "host KV MiB") if names else (
-        "ttft s", "floor ms", "device KV MiB", "host KV MiB", "load KiB a token", "hits",
-        "operators")
+        "ttft s", "floor ms", "device KV MiB", "host KV MiB", "load KiB a token", "hits")
     rows = [row for row in rows_of(file) if not names or row["method"] in names]
     shown = [heading for heading in shown if any(speed_cell(row, heading) for row in rows)]
     at = {(row["method"], row["length"]): row for row in rows}
