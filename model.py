@@ -181,12 +181,13 @@ class Llama(nn.Module):
     @sdpa_kernel(BACKENDS, set_priority=True)  # PyTorch's own choice is slow for one query on a GPU
     def decode(self, ids: torch.Tensor, cache) -> torch.Tensor:
         """Read one more token, ids (1,) -> (1, hidden)."""
-        x = self.decode_layers(*self.embed(ids, cache), cache.layers)
+        x = self.decode_layers(self.layers, *self.embed(ids, cache), cache.layers)
         cache.advance(1)
         return self.norm(x)
 
-    def decode_layers(self, x, rope, layer_caches):
-        for block, layer_cache in zip(self.layers, layer_caches):
+    @staticmethod
+    def decode_layers(blocks, x, rope, layer_caches):
+        for block, layer_cache in zip(blocks, layer_caches):
             x = block.decode(x, rope, layer_cache)
         return x
 

@@ -211,10 +211,10 @@ def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> to
     tensor([[0, 3, 1]])
     """
     n = min(max_sentences, scores.shape[-1])  # to find the best few is faster than to sort all
-    if n < scores.shape[-1]:  # one without rows takes no other's place
+    if n < scores.shape[-1]:  # else one without rows could take another's place
         scores = scores.masked_fill(available == 0, -math.inf)
     best = scores.topk(n, dim=-1).indices  # 1, 2, 0
     counts = available.gather(-1, best)  # 3, 2, 3
-    excess = (counts.cumsum(dim=-1, dtype=counts.dtype) - budget).clamp(min=0)  # rows beyond the budget: 0, 1, 4
+    excess = (counts.cumsum(-1, dtype=counts.dtype) - budget).clamp(min=0)  # beyond it: 0, 1, 4
     selected = (counts - excess).clamp(min=0)  # 3, 1, 0
     return torch.zeros_like(available).scatter_(-1, best, selected)

@@ -29,7 +29,7 @@ class Packing:
         self.kept_dtype = torch.int8 if bits == 8 else dtype
         self.width = dim + SCALE_BYTES if bits == 8 else dim  # D'
         n_channels = dim if bits == 8 else 0
-        self.wide = torch.promote_types(dtype, torch.float32)  # bfloat16 is too coarse for a mean
+        self.wide = torch.promote_types(dtype, torch.float32)  # bfloat16 is too coarse for x - mean
         self.mean = torch.zeros(heads, 1, 2, n_channels, device=device, dtype=self.wide)
         self.deviation = torch.ones_like(self.mean)
         # By the number of dimensions of what is packed: of keys and values, and of keys alone.

@@ -1,15 +1,17 @@
 """A faster step for one token: layers compiled, the whole step as one CUDA graph, or both."""
 
 import importlib.util
+from contextlib import nullcontext
 from copy import copy
 from types import SimpleNamespace
 
 import torch
 
 from support.report import say
+from support.signals import not_interrupted
 from support.timer import watch_stages
 
-MOST_LAYERS = 4  # in one piece of compiled code: more are hardly faster, and take long to compile
+MOST_LAYERS = 4  # in one piece of compiled code: more are a little faster, and take long to compile
 
 
 def step(model, cache, args, timer):
@@ -25,23 +27,18 @@ def step(model, cache, args, timer):
 def compile_layers(model):
     """The same model, with the same weights, which decodes in compiled code: small operations are
     fused, and on a CPU, C++ and not Python calls the others. A few layers are one piece of code. It
-    is compiled when it first runs, once for all pieces and lengths of the text."""
+    is compiled when it first runs, for all pieces and lengths of the text: once, and once more if
+    there come to be more places than slots for rows."""
     n_layers = len(model.layers)
     size = max(n for n in range(1, MOST_LAYERS + 1) if n_layers % n == 0)
     firsts = range(0, n_layers, size)
     pieces = [list(model.layers[first : first + size]) for first in firsts]
 
-    def decode(blocks, x, rope, layer_caches):
-        for block, layer_cache in zip(blocks, layer_caches):
-            x = block.decode(x, rope, layer_cache)
-        return x
-
     options = {"cpp_wrapper": not model.lm_head.weight.is_cuda}
-    decode = torch.compile(decode, fullgraph=True, options=options)
-
+    decode = torch.compile(model.decode_layers, fullgraph=True, options=options)
     marked = ()
 
-    def decode_layers(x, rope, layer_caches):
+    def decode_layers(_, x, rope, layer_caches):
         nonlocal marked
         if not same(marked, found := reallocated(layer_caches)):
             marked = found
@@ -78,12 +75,13 @@ class Fast:
         self.decode, self.n_decoded, self.stage = model.decode, 0, "decode"
 
     def timed(self, _: str):
-        """The next token's stage: "decode" as usual, "compile" where that is done, or "fast"."""
+        """The next token's stage: "decode" as usual, "compile", "record" a graph, or "fast"."""
         return self.timer(self.stage)
 
     def __call__(self, ids: torch.Tensor, cache) -> torch.Tensor:
         try:
-            states = self.decode(ids, cache)
+            with not_interrupted() if self.stage == "compile" else nullcontext():
+                states = self.decode(ids, cache)
         except Exception as error:
             if self.stage == "decode" or not is_compilers(error):
                 raise
@@ -93,8 +91,8 @@ class Fast:
         self.n_decoded += 1
         if self.n_decoded == self.n_timed:
             self.change(fastest(self.model), "compile")
-        elif self.n_decoded == self.n_timed + 3 and self.stage == "compile":
-            self.stage = "fast"  # the first token compiled; one of the next two records the graph
+        elif self.stage != "decode":
+            self.stage = "record" if self.n_decoded < self.n_timed + 3 else "fast"
         return states
 
     def change(self, decode, stage: str):
@@ -169,25 +167,25 @@ def check(args, device: torch.device):
     if args.fast:
         try:
             if device.type == "cuda":
-                check_cuda_graph(device)
-            check_compiler(device)
+                check_cuda_graph(device, "--fast")
+            check_compiler(device, "--fast")
         except ValueError as error:
             args.fast = False
-            say(f"--fast changes nothing: {error}")
+            say(f"{error}: it changes nothing")
 
 
-def check_cuda_graph(device: torch.device):
+def check_cuda_graph(device: torch.device, option: str = "--cuda-graph"):
     if device.type != "cuda":
-        raise ValueError(f"--cuda-graph needs a GPU, --device is {device}")
+        raise ValueError(f"{option} needs a GPU, --device is {device}")
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("--cuda-graph needs Triton, which this PyTorch came without")
+        raise ValueError(f"{option} needs Triton, which this PyTorch came without")
 
 
-def check_compiler(device: torch.device):
+def check_compiler(device: torch.device, option: str = "--compile"):
     try:
         torch.compile(torch.neg)(torch.ones(2, device=device))
     except Exception as error:  # of PyTorch, of Triton or of the machine
-        raise ValueError(f"--compile needs a compiler: {reason(error)}") from None
+        raise ValueError(f"{option} needs a compiler: {reason(error)}") from None
 
 
 def is_compilers(error: BaseException | None) -> bool:

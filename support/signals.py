@@ -49,6 +49,16 @@ def handled(handler):
 
 
 @contextmanager
+def not_interrupted():
+    """In here Ctrl-C waits. It does not reach programs that are started, such as a compiler."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def noted():
     """In here signals raise nothing: the list that this yields gets their numbers. If SIGTERM does
     not end it in `PATIENCE` seconds, for example because nobody reads the pipe, it is raised."""

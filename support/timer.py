@@ -106,8 +106,8 @@ def watch_stages(timer: StageTimer, model, cache, decode: bool = True):
 
 
 def times(timer: StageTimer) -> dict:
-    """Time to first token, from the prompt's text on, and time per token after it: if there are
-    tokens of a faster step, that of these."""
+    """Time to first token, from the prompt's text on, and time per token after it: of the tokens
+    with the faster step, if there are any."""
     stages = {"decode": {"total": 0.0}} | timer.totals()
     ttft = sum(stages[name]["total"] for name in ("tokenize", "segment", "prefill"))
     steps = timer.calls["fast"] or timer.calls["decode"]

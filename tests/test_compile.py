@@ -53,7 +53,9 @@ class Compiled:
     ("a_second_text_is_read_and_remembered", (40, math.inf, 3)),
     ("room_for_more_sentences_is_made", ()),
 ])
-def test_the_oracles_hold(tiny, device, oracle, arguments):
+def test_the_oracles_hold(tiny, device, oracle, arguments, monkeypatch):
+    if oracle.startswith(("offloaded", "what_is_not")):  # a graph cannot hold what these do
+        monkeypatch.setattr(compiled, "GraphedDecode", lambda model: model.decode)
     getattr(test_cache, f"test_{oracle}")(Compiled(tiny), device, *arguments)
 
 
@@ -90,11 +92,10 @@ def test_fast_says_what_it_did_and_has_the_stages_of_the_first_tokens(
     stages = report["stages_ms"]
     assert {"select", "load", "attention"} <= stages["decode"].keys()
     assert report["decode_ms_per_token"] == stages["fast"]["total"] / steps[1]
-    assert "--fast: after 5 tokens compiled, which took " in err
-    assert f"; {steps[1]} tokens more, " in err
+    assert "--fast: compiling took " in err and f"; {steps[1]} tokens after it took " in err
     assert main([*arguments, "--ask", "Who?", "--ask", "Why?"]) == 0
     err = capfd.readouterr().err
-    assert err.count("--fast: after 5 tokens compiled") == 1 and err.count("ms/token") == 2
+    assert err.count("--fast: compiling took ") == 1 and err.count("ms/token") == 2
 
 
 def test_on_the_default_weights(default_model):
@@ -130,7 +131,7 @@ def test_without_a_compiler_one_line_says_so(tmp_path):
     assert done.stderr.startswith("generate.py: --compile needs a compiler: ")
     assert done.stderr.count("\n") == 1
     done = run("--fast")
-    assert done.stderr.startswith("--fast changes nothing: --compile needs a compiler: ")
+    assert done.stderr.startswith("--fast needs a compiler: ")
     assert done.stderr.count("\n") == 2 and "\ngenerate.py: " in done.stderr
 
 
@@ -156,7 +157,7 @@ def test_a_compiler_that_fails_later_is_one_line(tiny_folder, tmp_path, option, 
     out, err = running.communicate()
     if option == "--fast":
         assert running.returncode == 0 and len(out) > 20
-        assert err.count("--fast: the compiler failed: ") == err.count("--fast") == 1
+        assert err.count("--fast: the compiler failed: ") == err.count("the compiler") == 1
         return
     assert running.returncode == 2 and err.count("\n") == 1, err
     assert err.startswith("generate.py: --compile: the compiler failed: ") and len(err) < 1002

@@ -188,8 +188,9 @@ def test_what_needs_a_single_process_is_refused(monkeypatch):
     for option in (["--trace", "trace.html"], ["--save", "file"], ["--chat"], ["--show-sentences"]):
         with pytest.raises(ValueError, match="--show-sentences need a single one"):
             generate.parse(["--prompt", "file.txt", *option])
-    with pytest.raises(ValueError, match="--compile is for a single process"):
-        generate.parse(["--prompt", "file.txt", "--compile"])
+    for option in ("--compile", "--fast"):
+        with pytest.raises(ValueError, match=f"{option} is for a single process"):
+            generate.parse(["--prompt", "file.txt", option])
 
 
 class Stored:
