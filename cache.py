@@ -75,7 +75,7 @@ class Plan:
         self.n_window_slots = config.recent_window + min(config.sentence_limit, max_tokens)
         self.window_index = torch.arange(self.n_window_slots, device=device)  # 0 to R - 1
         # For the next token, as tensors: a CUDA graph would record a number as a constant.
-        self.next_slot = torch.zeros(1, device=device, dtype=torch.long)  # the token's: 12 + 17 % 13
+        self.next_slot = torch.zeros(1, device=device, dtype=torch.long)  # its slot: 12 + 17 % 13
         self.n_select = self.next_slot.int()  # rows that a head selects, sinks among them: 12
         self.select_end = self.n_select.clone()  # only rows before it can be selected: 14
         self.in_window = torch.zeros(1, self.n_window_slots, device=device, dtype=torch.bool)
@@ -272,7 +272,8 @@ class LayerCache:
 
     def score(self, q):
         """How well each sentence matches one token's queries (H_kv, G, D) -> (H_kv, P)."""
-        score, vectors = SCORES[self.plan.config.score], self.packing.unpack(self.vectors)
+        vectors = self.packing.unpack(self.vectors)  # (H_kv, P, D)
+        score = SCORES[self.plan.config.score]
         return score(q.to(vectors.dtype), vectors, self.variances, self.lengths)
 
     def load(self):

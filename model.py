@@ -187,6 +187,7 @@ class Llama(nn.Module):
 
     @staticmethod
     def decode_layers(blocks, x, rope, layer_caches):
+        """One token through some layers, x (1, hidden) -> (1, hidden)."""
         for block, layer_cache in zip(blocks, layer_caches):
             x = block.decode(x, rope, layer_cache)
         return x

@@ -49,7 +49,7 @@ class SentenceKVConfig:
     @property
     def protected_tokens(self) -> int:
         """Number of last tokens that prefill never drops, and never makes secondary sinks."""
-        observed = self.observation_window if self.keep_factor < math.inf else 0  # ∞ drops nothing
+        observed = self.observation_window if self.keep_factor < math.inf else 0  # inf: all stay
         return max(self.recent_window, observed)
 
     def n_kept(self, n_tokens: int) -> int:
@@ -215,6 +215,6 @@ def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> to
         scores = scores.masked_fill(available == 0, -math.inf)
     best = scores.topk(n, dim=-1).indices  # 1, 2, 0
     counts = available.gather(-1, best)  # 3, 2, 3
-    excess = (counts.cumsum(-1, dtype=counts.dtype) - budget).clamp(min=0)  # beyond it: 0, 1, 4
+    excess = (counts.cumsum(-1, dtype=counts.dtype) - budget).clamp(min=0)  # rows too many: 0, 1, 4
     selected = (counts - excess).clamp(min=0)  # 3, 1, 0
     return torch.zeros_like(available).scatter_(-1, best, selected)

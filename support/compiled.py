@@ -91,7 +91,7 @@ class Fast:
         self.n_decoded += 1
         if self.n_decoded == self.n_timed:
             self.change(fastest(self.model), "compile")
-        elif self.stage != "decode":
+        elif self.stage != "decode":  # of two tokens after the first, one can record a graph
             self.stage = "record" if self.n_decoded < self.n_timed + 3 else "fast"
         return states
 

@@ -249,7 +249,7 @@ MISTAKES = {
          "the best sentence has the highest score"),
         ("(counts - excess).clamp(min=0)", "counts.masked_fill(excess > 0, 0)",
          "the first rows of the last sentence are selected too, until the budget is full"),
-        ("clamp(min=0)  # beyond it: 0, 1, 4", "clamp(min=0) * 0",
+        ("clamp(min=0)  # rows too many: 0, 1, 4", "clamp(min=0) * 0",
          "the budget is exceeded: of the last sentence only the first rows are selected"),
         ("torch.zeros_like(available).scatter_(-1, best, selected)", "selected.gather(-1, best)",
          "gather puts nothing back: use scatter, or gather with order.argsort()"),
