@@ -19,16 +19,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from support.largest import largest
 from support.settings import MAX_COUNT, check_settings
 
 
 @dataclass(frozen=True)
 class SentenceKVConfig:
-    """The settings of the method.
-
-    The paper writes τ for the token budget and r for the keep factor: prefill keeps the ⌊r · τ⌋
-    most important tokens of the prompt and drops the others for good. With infinity, all are kept.
-    τ has room for all sinks, the protected tokens and one more. ValueError for a wrong setting.
+    """The settings. The paper writes τ for the token budget and r for the keep factor: prefill keeps
+    the ⌊r · τ⌋ most important tokens of the prompt, and drops the others for good: with infinity,
+    none. τ has room for all sinks, the protected tokens and one more. ValueError if one is wrong.
     """
 
     token_budget: int = 1024  # tokens attended to per KV head while decoding
@@ -170,9 +169,9 @@ def sentence_vectors(keys: torch.Tensor, bounds: torch.Tensor) -> tuple:
 
 
 def mean_query(q, vectors, variances, lengths) -> torch.Tensor:
-    """The paper's score (Section 4.2): the sentence vector times the mean query of the open
-    sentence. This is the score for one token, with the mean query of the group's heads. The cache
-    adds up those of all tokens: with a decay of 1, the sums rank sentences as the means do.
+    """The paper's score (Section 4.2) for one token: the sentence vector times the mean query of
+    the group's heads. The paper takes the mean over the tokens of the open sentence. The cache adds
+    up their scores: with a decay of 1, the sums rank sentences as the means do.
 
     q (H_kv, G, D) of one token, vectors (H_kv, S, D), variances and lengths unused -> (H_kv, S)
     """
@@ -213,7 +212,7 @@ def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> to
     n = min(max_sentences, scores.shape[-1])  # to find the best few is faster than to sort all
     if n < scores.shape[-1]:  # else one without rows could take another's place
         scores = scores.masked_fill(available == 0, -math.inf)
-    best = scores.topk(n, dim=-1).indices  # 1, 2, 0
+    best = largest(scores, n)  # 1, 2, 0
     counts = available.gather(-1, best)  # 3, 2, 3
     excess = (counts.cumsum(-1, dtype=counts.dtype) - budget).clamp(min=0)  # rows too many: 0, 1, 4
     selected = (counts - excess).clamp(min=0)  # 3, 1, 0
