@@ -44,6 +44,7 @@ from sentencekv import (SCORES, SentenceKVConfig, find_secondary_sinks, keep_tok
                         select_rows, sentence_bounds, sentence_vectors, token_importance)
 from support.host_rows import Copies, HostRows, load_missing
 from support.memory import Totals, report
+from support.reuse import make_layers
 from support.slots import NO_ROW, assign_slots
 from support.table import make_room, room_for
 
@@ -188,22 +189,17 @@ class LayerCache:
     def keep_first_text(self, kv) -> torch.Tensor:
         """Decide what is kept, and make the sentences: kv (H_kv, T, 2, D) -> (H_kv, N, 2, D')"""
         self.packing.fit(kv)
-        k, n_tokens = kv[:, :, 0], kv.shape[1]
-        secondary = self.secondary_sinks(k)
-        kept = torch.arange(n_tokens, device=k.device).expand(len(k), -1)  # (H_kv, N)
-        if self.plan.config.n_kept(n_tokens) < n_tokens:
-            kept = self.most_important(k, secondary)
-        return self.make_sentences(kv, kept, secondary)
+        return self.make_sentences(kv, *self.most_important(kv[:, :, 0]))
 
-    def secondary_sinks(self, k) -> torch.Tensor:
-        """Which tokens of the first text are secondary sinks: k (H_kv, T, D) -> (H_kv, T) bool"""
-        return find_secondary_sinks(k, self.plan.config)
-
-    def most_important(self, k, secondary) -> torch.Tensor:
-        """The positions that each head keeps, in reading order: k (H_kv, T, D) -> (H_kv, N)"""
-        config, q = self.plan.config, torch.cat(self.last_queries, dim=1)
-        q = q[:, -config.observation_window :]  # (H, W, D)
-        return keep_tokens(token_importance(q, k), secondary, config)
+    def most_important(self, k) -> tuple:
+        """The positions that each head keeps, in reading order (H_kv, N), and which tokens are
+        secondary sinks (H_kv, T). k (H_kv, T, D) of the first text"""
+        config, n_tokens = self.plan.config, k.shape[1]
+        secondary = find_secondary_sinks(k, config)
+        if config.n_kept(n_tokens) == n_tokens:
+            return torch.arange(n_tokens, device=k.device).expand(len(k), -1), secondary
+        q = torch.cat(self.last_queries, dim=1)[:, -config.observation_window :]  # (H, W, D)
+        return keep_tokens(token_importance(q, k), secondary, config), secondary
 
     def make_sentences(self, kv, kept, secondary) -> torch.Tensor:
         """Put the kept rows in order, and give the sentences of the first text their places.
@@ -224,12 +220,16 @@ class LayerCache:
         `first_row` on, bounds (H_kv, S + 1) counted from it, n_all_sinks 0 or (H_kv, 1)"""
         first_place = self.plan.n_places
         places = slice(first_place, first_place + bounds.shape[-1] - 1)
-        vectors, self.variances[:, places] = sentence_vectors(self.packing.unpack(keys), bounds)
-        self.vectors[:, places] = self.packing.pack(vectors)
+        self.add_vectors(places, keys, bounds)
         self.lengths[:, places] = bounds.diff(dim=-1).float()
         # First sinks are of place 0, not of their sentence: 2, 11, 17 become 5, 11, 17.
         rows = (first_row + bounds).clamp(min=n_all_sinks)
         self.starts[:, places], self.ends[:, places] = rows[:, :-1], rows[:, 1:]
+
+    def add_vectors(self, places: slice, keys, bounds):
+        """What the score will know of these sentences."""
+        vectors, self.variances[:, places] = sentence_vectors(self.packing.unpack(keys), bounds)
+        self.vectors[:, places] = self.packing.pack(vectors)
 
     def offload(self, first_row: int, kv):
         """Copy rows (H_kv, n, 2, D') to the host: they get the numbers from this one on."""
@@ -318,7 +318,7 @@ class SentenceKVCache:
         self.config, self.plan = config, Plan(config, max_tokens, device)
         self.copies = Copies(device)  # one stream of copies for all layers
         hosts = (HostRows(heads, dim, config.kv_bits, dtype, self.copies) for _ in range(n_layers))
-        self.layers = [self.Layer(self.plan, host) for host in hosts]
+        self.layers = make_layers(self.Layer, self.plan, hosts, config.reuse_layers)
         self.first_text = None  # its number of tokens, and the places in use at its end
         self.totals = Totals(self.plan, self.layers)  # rows selected and loaded, for `report`
 

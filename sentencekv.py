@@ -41,6 +41,7 @@ class SentenceKVConfig:
     query_decay: float = 0.9  # weight of a query is this ** (tokens since); 1 in the paper
     kv_bits: int = 8  # of each channel that is remembered; 16: the model's dtype, as in the paper
     sentence_limit: int = 16  # tokens; a longer sentence is cut, at a clause if possible
+    reuse_layers: int = 1  # of so many layers, the first chooses for all; ChunkKV, 2502.00299
 
     def __post_init__(self):
         check_settings(self, SCORES)

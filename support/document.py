@@ -29,9 +29,9 @@ from support.outputs import replacing
 from support.schema import CHANNELS, SAVED_TABLE, check_header, check_values, shown
 from support.table import make_room
 
-FORMAT = "sentencekv document 8"
+FORMAT = "sentencekv document 9"
 SAME = ("keep_factor", "sink_tokens", "secondary_sinks", "secondary_ratio", "sentence_limit",
-        "kv_bits")
+        "kv_bits", "reuse_layers")
 
 
 @dataclass
@@ -110,7 +110,8 @@ def snapshot(cache) -> dict:
     assert cache.first_text == (plan.num_tokens, plan.n_places) and plan.n_rows == plan.open_row
     tensors = {"num_tokens": torch.tensor(plan.num_tokens)}
     for i, layer in enumerate(cache.layers):
-        tensors |= {f"{i}.{name}": getattr(layer, name)[:, : plan.n_places] for name in SAVED_TABLE}
+        tensors |= {f"{i}.{name}": getattr(layer, name)[:, : plan.n_places]
+                    for name in SAVED_TABLE if hasattr(layer, name)}
         tensors |= {f"{i}.rows": layer.host.first, f"{i}.positions": layer.host.positions}
         tensors |= {f"{i}.{name}": getattr(layer.packing, name) for name in CHANNELS}
     return tensors
@@ -130,7 +131,8 @@ def restore(cache, tensors: dict, release=None):
         layer.host.hold(tensors[f"{i}.rows"], release and partial(release, f"{i}.rows"))
         layer.host.positions = tensors.get(f"{i}.positions")  # a benchmark has none
         for name in SAVED_TABLE:
-            getattr(layer, name)[:, :n_places] = tensors[f"{i}.{name}"]
+            if hasattr(layer, name):
+                getattr(layer, name)[:, :n_places] = tensors[f"{i}.{name}"]
         for name in CHANNELS:
             getattr(layer.packing, name).copy_(tensors[f"{i}.{name}"])
     cache.truncate(n_tokens)

@@ -17,6 +17,7 @@ SETTINGS = {  # of the method: the flags, and what --help says
     "query_decay": "each token multiplies the weight of earlier queries by it; paper: 1",
     "kv_bits": "of each channel that is remembered: 8, or 16 for the model's dtype; paper: 16",
     "sentence_limit": "most tokens in a sentence; a longer one is cut",
+    "reuse_layers": "of so many layers, the first chooses sentences for all: less memory",
 }
 SWITCHES = {
     "--cuda-graph": "replay each token as one CUDA graph: faster, not timed",

@@ -2,7 +2,8 @@
 
 MAX_COUNT = 2**31  # the largest setting that counts tokens
 LEAST = {"sink_tokens": 0, "secondary_sinks": 0, "secondary_ratio": 0, "recent_window": 1,
-         "observation_window": 1, "sentence_limit": 1, "keep_factor": 1, "query_decay": 0}
+         "observation_window": 1, "sentence_limit": 1, "keep_factor": 1, "query_decay": 0,
+         "reuse_layers": 1}
 
 
 def check_settings(config, scores) -> None:

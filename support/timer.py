@@ -90,8 +90,8 @@ class StageTimer:
 def watch_stages(timer: StageTimer, model, cache, decode: bool = True):
     """Time the stages of a model with a SentenceKVCache: those of prefill, and those of a token if
     `decode`. A step that is compiled or a graph cannot be timed by its parts."""
-    layer_stages = {"secondary_sinks": "secondary sinks", "most_important": "importance",
-                    "make_sentences": "sentence vectors", "offload": "offload"}
+    layer_stages = {"most_important": "importance", "make_sentences": "sentence vectors",
+                    "offload": "offload"}
     attention_stages, cache_stages = {"attend_causally": "attention"}, {}
     if decode:
         layer_stages |= {"select": "select", "load": "load"}

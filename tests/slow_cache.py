@@ -6,6 +6,8 @@ text, `prefill` or `decode` of each layer and `advance` after all layers, and `s
 sentence has ended.
 """
 
+from functools import partial
+
 import torch
 from oracle import SlowHead
 from torch.nn.utils.rnn import pad_sequence
@@ -73,13 +75,26 @@ class SlowLayer:
         return keys, values, pad_sequence(mask, batch_first=True).unsqueeze(1)
 
 
+def order_of(anchor: SlowHead, head: SlowHead) -> list:
+    """The sentences of which a head keeps a token, in the order of another layer's head. Those of
+    which that head keeps nothing come last."""
+    ranked = anchor.best_sentences()
+    others = [span for span in head.spans if span not in ranked]
+    return [span for span in ranked + others if head.tokens_of(span)]
+
+
 class SlowSentenceKV:
-    """The cache of all layers."""
+    """The cache of all layers. Of `reuse_layers` layers, the first ranks the sentences for all."""
 
     def __init__(self, config, model_config):
         self.num_tokens, self.spans = 0, []
         n_layers, n_kv_heads, _ = model_config.kv_shape
         self.layers = [SlowLayer(config, n_kv_heads, self.spans) for _ in range(n_layers)]
+        for i, layer in enumerate(self.layers):
+            anchors = self.layers[i - i % config.reuse_layers].heads
+            for anchor, head in zip(anchors, layer.heads):
+                if anchor is not head:
+                    head.best_sentences = partial(order_of, anchor, head)
 
     @property
     def heads(self) -> dict:

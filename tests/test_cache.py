@@ -110,6 +110,7 @@ SHORT = dict(secondary_sinks=6, secondary_ratio=0.5,  # of random keys a few are
 SMALL = dict(token_budget=40, sink_tokens=4, recent_window=8, observation_window=8, **SHORT,
              sentence_limit=128, query_decay=0.9)
 BYTES = SMALL | {"kv_bits": 8, "query_decay": 0.0}
+REUSED = SMALL | {"reuse_layers": 2}
 LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window=16,
              secondary_sinks=0, query_decay=1.0, sentence_limit=128, kv_bits=16)
 
@@ -138,6 +139,11 @@ LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window
     (300, 15, BYTES, math.inf, "gaussian"),
     (300, 15, BYTES, math.inf, "mean_query"),
     (300, 15, dict(token_budget=96), math.inf, "gaussian"),
+    (5, 15, REUSED, math.inf, "gaussian"),
+    (300, 15, REUSED, math.inf, "gaussian"),
+    (300, 15, REUSED, math.inf, "mean_query"),
+    (300, 15, REUSED | {"query_decay": 0.0, "kv_bits": 8}, math.inf, "gaussian"),
+    (300, 3, REUSED | {"secondary_sinks": 20, "secondary_ratio": 9}, math.inf, "gaussian"),
 ])
 def test_a_small_budget_selects_what_the_slow_way_selects(
         tiny, device, n_prompt, longest, small, keep_factor, score):
@@ -864,7 +870,7 @@ def check_every_step(model, config, n_prompt):
 @pytest.mark.parametrize("keep_factor", [1, 2.5, math.inf])
 @pytest.mark.parametrize("n_prompt, settings", [(3, SMALL), (40, SMALL), (200, SMALL),
                                                 (200, LEAST), (200, dict(token_budget=96)),
-                                                (200, BYTES)])
+                                                (200, BYTES), (200, REUSED)])
 def test_the_invariants_hold_after_every_step(tiny, device, n_prompt, settings, keep_factor,
                                               monkeypatch):
     monkeypatch.setattr(table, "BLOCK", 3)  # so that the table grows

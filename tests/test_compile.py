@@ -11,7 +11,7 @@ import pytest
 import test_cache
 import torch
 from conftest import ROOT, TEXT
-from test_cache import BYTES, LEAST, SHORT, SMALL, expecting
+from test_cache import BYTES, LEAST, REUSED, SHORT, SMALL, expecting
 
 from cache import SentenceKVCache
 from generate import main
@@ -46,6 +46,7 @@ class Compiled:
     ("a_budget_for_everything_is_full_attention", (70, "gaussian")),
     ("a_small_budget_selects_what_the_slow_way_selects", (300, 15, SMALL, math.inf, "gaussian")),
     ("a_small_budget_selects_what_the_slow_way_selects", (300, 15, BYTES, math.inf, "gaussian")),
+    ("a_small_budget_selects_what_the_slow_way_selects", (300, 15, REUSED, math.inf, "gaussian")),
     ("a_small_budget_selects_what_the_slow_way_selects", (300, 15, LEAST, 1, "votes")),
     ("a_small_budget_selects_what_the_slow_way_selects", (300, 15, SMALL, 2.5, "mean_query")),
     ("offloaded_is_resident_and_the_difference_is_everything", (math.inf, SHORT)),

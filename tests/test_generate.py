@@ -72,10 +72,8 @@ def test_the_report_is_complete_and_adds_up(capfd, tiny_folder, prompt, cache, k
     assert report["prompt_tokens"] == len(TEXT) and report["sentences"] == 18
     assert 1 <= report["new_tokens"] <= 40
     stages = {"full": ({"attention"}, {"attention"}),
-              "sentencekv": ({"attention", "secondary sinks", "sentence vectors", "offload"},
+              "sentencekv": ({"attention", "importance", "sentence vectors", "offload"},
                              {"attention", "select", "load", "seal"})}[cache]
-    if (cache, keep_factor) == ("sentencekv", "1"):
-        stages[0].add("importance")
     for phase, expected in zip(("prefill", "decode"), stages):
         parts = report["stages_ms"][phase]
         assert expected <= set(parts) | {"seal"}
@@ -241,9 +239,12 @@ def test_asked_again_the_answer_is_the_same(capfd, chat_folder, prompt, temperat
 
 
 @pytest.mark.parametrize("keep_factor", [2, math.inf])
-def test_a_loaded_document_is_the_one_saved(capfd, chat_folder, prompt, tmp_path, keep_factor):
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_a_loaded_document_is_the_one_saved(capfd, chat_folder, prompt, tmp_path, keep_factor,
+                                            reuse):
     """Under another budget and score too."""
-    path, common = tmp_path / "document", ["--model", chat_folder, "--keep-factor", keep_factor]
+    path, common = tmp_path / "document", ["--model", chat_folder, "--keep-factor", keep_factor,
+                                           "--reuse-layers", reuse]
     never, first = (asked(capfd, "--prompt", prompt, *common, "--token-budget", 80, *save)
                     for save in ([], ["--save", path]))
     loaded = asked(capfd, "--load", path, *common, "--token-budget", 80)

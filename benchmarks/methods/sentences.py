@@ -7,6 +7,7 @@ take rows and vectors as they are, and do not unpack them.
 """
 
 import math
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +50,16 @@ def cost(cache: SentenceKVCache) -> Cost:
         index = layer.index_tokens()
         device += index
     else:  # a vector and a variance of 16 bits, which are read
-        index = n_sentences * (packed / 2 + 2 / token)
-        names = [name for name in layer.TABLE if name != "vectors"]
-        place = sum(getattr(layer, name)[0, :1].nbytes for name in names)
-        device += plan.n_places * (packed / 2 + place / token)
+        with_vectors = mean("vectors" in layer.TABLE for layer in cache.layers)
+        index = with_vectors * n_sentences * (packed / 2 + 2 / token)
+        place = mean(map(place_bytes, cache.layers))
+        device += plan.n_places * (with_vectors * packed / 2 + place / token)
     return Cost(held * packed, n_rows + index, held * packed + index, device)
+
+
+def place_bytes(layer) -> int:
+    """Of one place in the table of a KV head, without its vector."""
+    return sum(getattr(layer, name)[0, :1].nbytes for name in layer.TABLE if name != "vectors")
 
 
 class BestSentences(SentenceKVCache):

@@ -53,15 +53,17 @@ def test_what_is_held_stays_within_the_budget_of_sixty_written_tokens(recording,
 
 
 @pytest.mark.parametrize("spec", ["sentencekv", "sentencekv_16bit", "published",
-                                  "sentencekv:sentence_limit=8"])
+                                  "sentencekv:sentence_limit=8", "sentencekv:reuse_layers=2"])
 def test_the_device_of_sentencekv_is_counted_as_its_tensors_in_bfloat16(recording, spec):
     cache = filled(spec, recording)
     kept = make_cache(spec.partition(":")[0], TINY, BUDGET, [(0, 5)], 200, torch.bfloat16,
-                      **settings_of(spec)).layers[0]
-    table = sum(getattr(kept, name)[:, :1].nbytes for name in kept.TABLE)
-    held = sum(x.nbytes for x in (kept.slots, kept.slot_row, kept.slot_place, kept.slot_missing,
-                                  kept.packing.mean, kept.packing.deviation))
-    tokens = (held + table * cache.plan.n_places) / (len(HEADS) * 2 * DIM * 2)
+                      **settings_of(spec)).layers
+    table = sum(getattr(layer, name)[:, :1].nbytes for layer in kept for name in layer.TABLE)
+    held = sum(x.nbytes for layer in kept for x in (
+        layer.slots, layer.slot_row, layer.slot_place, layer.slot_missing, layer.packing.mean,
+        layer.packing.deviation))
+    n_heads = len(kept) * TINY.num_key_value_heads
+    tokens = (held + table * cache.plan.n_places) / (n_heads * 2 * DIM * 2)
     assert cost(cache).device == pytest.approx(tokens)
 
 
