@@ -352,8 +352,9 @@ class SentenceKVCache:
         plan = self.plan
         if plan.is_first_text:
             plan.n_dropped = plan.num_tokens - self.config.n_kept(plan.num_tokens)
-            # The head with most sentences decides: in each head the empty ones are the last.
-            plan.n_places = 1 + max(int((layer.lengths > 0).sum(-1).max()) for layer in self.layers)
+            # Places that are empty in all heads and layers are the last ones, and go.
+            used = (layer.lengths.any(dim=0).nonzero().max() for layer in self.layers)
+            plan.n_places = 1 + max(map(int, used))
             make_room(self.layers, plan.n_places, shrink=True)
             self.first_text = plan.num_tokens, plan.n_places
         else:

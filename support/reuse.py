@@ -1,15 +1,13 @@
 """Layers that take over the choice of an earlier layer, as in ChunkKV (arXiv 2502.00299).
 
 Of every n layers, the first is the *anchor*: it scores its sentences. The others, the *reuse
-layers*, rank their sentences by the anchor's scores, head by head, and select from their own rows.
-They hold no sentence vectors.
+layers*, rank their sentences by the sum of the scores of the anchor's heads, and select from their
+own rows. They hold no sentence vectors. In all these layers, sentence s has place s + 1.
 """
 
 from functools import cache
 
 import torch
-
-LAST = -1e30  # the score of a sentence that the anchor's head has dropped
 
 
 def make_layers(Layer, plan, hosts, n: int) -> list:
@@ -26,63 +24,62 @@ def make_layers(Layer, plan, hosts, n: int) -> list:
     return layers
 
 
-@cache  # a class for each anchor would be compiled for each
+@cache  # a class for each layer would be compiled for each
 def kinds(Layer) -> tuple:
-    return type("AnchorLayer", (Anchor, Layer), {}), type("ReuseLayer", (Reuse, Layer), {})
+    return (type("AnchorLayer", (Anchor, InPlace, Layer), {}),
+            type("ReuseLayer", (Reuse, InPlace, Layer), {}))
 
 
-class Anchor:
-    """Before a `cache.LayerCache`: it keeps its last token's scores for the layers after it."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.latest = torch.zeros_like(self.scores)
-        self.TABLE = *self.TABLE, "latest"
-        self.place_of = None  # while a text is read: of each sentence (H_kv, S), see `places_of`
-
-    def make_sentences(self, kv, kept, secondary):
-        self.place_of = places_of(kept, secondary, self.plan.sentence_ends)
-        return super().make_sentences(kv, kept, secondary)
-
-    def fill_window(self, first_row: int):
-        self.place_of = None
-        super().fill_window(first_row)
-
-    def score(self, q):
-        self.latest.copy_(super().score(q))  # not `=`: a CUDA graph uses the same tensor
-        self.latest[:, 0] = LAST  # place 0 is no sentence
-        return self.latest
-
-
-class Reuse:
-    """Before a `cache.LayerCache`: `anchor_place` (H_kv, P) is the place of each of its sentences
-    in the anchor's table, 0 where the anchor's head has dropped it."""
-
-    def __init__(self, plan, host, anchor):
-        super().__init__(plan, host)
-        self.anchor, self.anchor_place = anchor, torch.zeros_like(self.starts)
-        held = [name for name in self.TABLE if name not in ("vectors", "variances")]
-        self.TABLE = *held, "anchor_place"
-        del self.vectors, self.variances
+class InPlace:
+    """Before a `cache.LayerCache`: a sentence of which a head keeps nothing has a place, too."""
 
     def make_sentences(self, kv, kept, secondary):
         rows = super().make_sentences(kv, kept, secondary)
-        place_of = places_of(kept, secondary, self.plan.sentence_ends)
-        self.anchor_place.scatter_(1, place_of, self.anchor.place_of.to(self.anchor_place.dtype))
-        self.anchor_place[:, 0] = 0
+        place = places_of(kept, secondary, self.plan.sentence_ends)  # (H_kv, S)
+        head, n = torch.arange(len(kept), device=kept.device)[:, None], place.shape[1] + 1
+        for name in self.DESCRIBED:
+            table = getattr(self, name)
+            table[:, 1:n] = table[head, place]  # place 0 describes nothing
+        # Where a sentence has no rows, it ends where the one before it ends.
+        ends = self.ends[head, place].masked_fill(place == 0, 0)
+        self.ends[:, 1:n] = torch.cat((self.ends[:, :1], ends), dim=1).cummax(dim=1).values[:, 1:]
+        self.starts[:, 1:n] = self.ends[:, : n - 1]
         return rows
 
-    def add_vectors(self, places: slice, keys, bounds):
-        """It has none. In later texts and in what is written, nothing is dropped: a sentence has
-        the same place in all layers."""
-        self.anchor_place[:, places] = torch.arange(places.start, places.stop, device=keys.device)
+
+class Anchor:
+    DESCRIBED = ("vectors", "variances", "lengths")
+
+    def __init__(self, plan, host):
+        super().__init__(plan, host)
+        self.shared = torch.zeros_like(self.scores[:1])  # (1, P), of the last token
+        self.TABLE = *self.TABLE, "shared"
 
     def score(self, q):
-        return self.anchor.latest.gather(1, self.anchor_place.long())
+        scores = super().score(q)
+        known = scores.masked_fill(self.lengths == 0, 0)  # a head may keep nothing of a sentence
+        self.shared.copy_(known.sum(dim=0, keepdim=True))  # not `=`: a CUDA graph reads it
+        return scores
+
+
+class Reuse:
+    DESCRIBED = ("lengths",)
+
+    def __init__(self, plan, host, anchor):
+        super().__init__(plan, host)
+        self.anchor = anchor
+        self.TABLE = tuple(name for name in self.TABLE if name not in ("vectors", "variances"))
+        del self.vectors, self.variances
+
+    def add_vectors(self, places: slice, keys, bounds):
+        """It has none."""
+
+    def score(self, q):
+        return self.anchor.shared.expand_as(self.scores)
 
 
 def places_of(kept, secondary, sentence_ends) -> torch.Tensor:
-    """The place of each sentence in the table of a head, 0 if the head keeps nothing of it.
+    """The place of each sentence in the table of a head if those without rows have none: then 0.
 
     kept (H_kv, N) positions in reading order, secondary (H_kv, T) bool, sentence_ends (S,)
     -> (H_kv, S)

@@ -13,8 +13,8 @@ from support.bits import LEAST_DEVIATION, SCALE_BYTES
 from support.mapped import SUMS
 
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # dtype -> as safetensors has it
-# Of all sentences. A layer has vectors and variances, or `anchor_place`: see `support/reuse.py`.
-SAVED_TABLE = ("vectors", "variances", "anchor_place", "lengths", "starts", "ends")
+SAVED_TABLE = ("vectors", "variances", "lengths", "starts", "ends")  # of all sentences
+OF_ANCHORS = ("vectors", "variances")  # `support.reuse`: the other layers have none
 CHANNELS = ("mean", "deviation")  # of a `support.bits.Packing`
 MOST_SHOWN = 120  # characters
 MOST_TEXT = 2**26  # bytes of a text: a token has a few
@@ -55,17 +55,15 @@ def check_header(found: dict, ranges: dict, model_config, identity: dict):
 def layer_tensors(kv_shape: tuple, identity: dict, n_rows: int, n_places: int) -> dict:
     """Name -> (type, shape) of the tensors of all layers."""
     (layers, heads, dim), table = kv_shape, (kv_shape[1], n_places)
-    n_reuse = int(identity["reuse_layers"])
     kept, n_channels, width = STORED[identity["dtype"]], 0, dim  # nothing is packed
     if identity["kv_bits"] == "8":
         kept, n_channels, width = "I8", dim, dim + SCALE_BYTES
     of_layer = {"rows": (kept, (n_rows, heads, 2, width)), "positions": ("I32", (heads, n_rows)),
+                "vectors": (kept, (*table, width)), "variances": ("F32", table),
                 **dict.fromkeys(CHANNELS, ("F32", (heads, 1, 2, n_channels))),
                 "lengths": ("F32", table), "starts": ("I32", table), "ends": ("I32", table)}
-    of_anchor = {"vectors": (kept, (*table, width)), "variances": ("F32", table)}
-    of_reuse = {"anchor_place": ("I32", table)}
-    return {f"{i}.{name}": tensor for i in range(layers) for name, tensor in
-            {**of_layer, **(of_reuse if i % n_reuse else of_anchor)}.items()}
+    return {f"{i}.{name}": tensor for i in range(layers) for name, tensor in of_layer.items()
+            if i % int(identity["reuse_layers"]) == 0 or name not in OF_ANCHORS}
 
 
 def refuse(names: list):
@@ -103,10 +101,7 @@ def check_layer(layer: dict, n_tokens: int, n_first: int, n_secondary: int) -> d
             "deviation": within(layer["deviation"], LEAST_DEVIATION / 2,
                                 torch.finfo(layer["deviation"].dtype).max),
             "lengths": within(layer["lengths"], 0, n_rows)}
-    if "anchor_place" in layer:
-        n_places = layer["ends"].shape[1]
-        good["anchor_place"] = within(layer["anchor_place"], 0, n_places - 1)
-    else:
+    if "vectors" in layer:
         good["vectors"] = floats(layer["vectors"]).isfinite().all()
         good["variances"] = within(layer["variances"], 0, torch.finfo(torch.float32).max)
     if good["ends"]:

@@ -105,13 +105,17 @@ class SlowHead:
 
     def best_sentences(self) -> list:
         """The sentences of which a token is kept, those with the highest scores first."""
+        scores = self.scores()
+        return sorted(scores, key=scores.get, reverse=True)
+
+    def scores(self) -> dict:
+        """How well each of these sentences matches the one that is being written."""
         spans = [span for span in self.spans if self.tokens_of(span)]
         keys = [self.keys_of(span) for span in spans]
         scores = SCORES[self.config.score](torch.stack(self.queries), keys)  # (n, S)
         ages = reversed(range(len(self.queries)))  # an older query counts less
         weights = torch.tensor([self.config.query_decay**age for age in ages])  # (n,)
-        order = (weights.to(scores) @ scores).argsort(descending=True, stable=True)
-        return [spans[i] for i in order.tolist()]
+        return dict(zip(spans, (weights.to(scores) @ scores).tolist()))
 
     def keys_of(self, span) -> torch.Tensor:
         """The kept keys of a sentence (m, D)."""

@@ -6,6 +6,7 @@ text, `prefill` or `decode` of each layer and `advance` after all layers, and `s
 sentence has ended.
 """
 
+from collections import Counter
 from functools import partial
 
 import torch
@@ -75,12 +76,13 @@ class SlowLayer:
         return keys, values, pad_sequence(mask, batch_first=True).unsqueeze(1)
 
 
-def order_of(anchor: SlowHead, head: SlowHead) -> list:
-    """The sentences of which a head keeps a token, in the order of another layer's head. Those of
-    which that head keeps nothing come last."""
-    ranked = anchor.best_sentences()
-    others = [span for span in head.spans if span not in ranked]
-    return [span for span in ranked + others if head.tokens_of(span)]
+def order_of(anchors: list, head: SlowHead) -> list:
+    """The sentences of which a head keeps a token, by the sum of their scores in the heads of
+    another layer."""
+    totals = Counter()
+    for anchor in anchors:
+        totals.update(anchor.scores())
+    return sorted(filter(head.tokens_of, head.spans), key=lambda span: -totals[span])
 
 
 class SlowSentenceKV:
@@ -91,10 +93,10 @@ class SlowSentenceKV:
         n_layers, n_kv_heads, _ = model_config.kv_shape
         self.layers = [SlowLayer(config, n_kv_heads, self.spans) for _ in range(n_layers)]
         for i, layer in enumerate(self.layers):
-            anchors = self.layers[i - i % config.reuse_layers].heads
-            for anchor, head in zip(anchors, layer.heads):
-                if anchor is not head:
-                    head.best_sentences = partial(order_of, anchor, head)
+            anchor = self.layers[i - i % config.reuse_layers]
+            for head in layer.heads:
+                if anchor is not layer:
+                    head.best_sentences = partial(order_of, anchor.heads, head)
 
     @property
     def heads(self) -> dict:

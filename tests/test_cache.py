@@ -144,6 +144,7 @@ LEAST = dict(token_budget=24, sink_tokens=0, recent_window=1, observation_window
     (300, 15, REUSED, math.inf, "mean_query"),
     (300, 15, REUSED | {"query_decay": 0.0, "kv_bits": 8}, math.inf, "gaussian"),
     (300, 3, REUSED | {"secondary_sinks": 20, "secondary_ratio": 9}, math.inf, "gaussian"),
+    (300, 3, REUSED, 2, "gaussian"),
 ])
 def test_a_small_budget_selects_what_the_slow_way_selects(
         tiny, device, n_prompt, longest, small, keep_factor, score):
