@@ -33,14 +33,14 @@ from weights.tokenizer import Tokenizer
 
 SMALL = dict(token_budget=40, sink_tokens=4, secondary_sinks=6, secondary_ratio=0.5,
              recent_window=8, observation_window=8, sentence_limit=128, kv_bits=16)
-NO_SINKS = SMALL | dict(token_budget=24, sink_tokens=0, secondary_sinks=0, recent_window=1)
-RUNS = [  # tokens of the prompt, of the longest sentence, and settings
-    (120, 15, SMALL),
-    (120, 15, SMALL | dict(keep_factor=1)),  # of some sentences, nothing is kept
-    (120, 45, SMALL | dict(keep_factor=2.5)),  # an open sentence exceeds the budget
-    (2, 15, SMALL),  # fewer tokens than sinks
-    (120, 15, NO_SINKS | dict(keep_factor=2, query_decay=1.0, score="mean_query")),
-    (60, 15, SMALL | dict(token_budget=1024)),  # room for everything
+RUNS = [  # tokens of the prompt, of the longest sentence, and settings that are not as in SMALL
+    (120, 15, {}),
+    (2, 15, {}),  # fewer tokens than sinks
+    (120, 15, dict(keep_factor=1)),  # of some sentences, nothing is kept
+    (120, 45, dict(keep_factor=2.5)),  # an open sentence exceeds the budget
+    (120, 15, dict(keep_factor=2, sink_tokens=0, secondary_sinks=0, recent_window=1,
+                   query_decay=1.0, score="mean_query")),
+    (60, 15, dict(token_budget=1024)),  # room for everything
 ]
 N_WRITTEN = 60
 
@@ -60,14 +60,15 @@ def with_steps(cache_class, steps):
 
 def problem(cache_class, path: Path) -> str:
     """What is wrong with a cache of the file `path`, "" if nothing is."""
-    for n_prompt, longest, settings in RUNS:
+    for n_prompt, longest, changes in RUNS:
         try:
-            write(cache_class, n_prompt, longest, settings)
+            write(cache_class, n_prompt, longest, SMALL | changes)
         except NotImplementedError:
             return "not written yet"
         except Exception as error:  # of the student's code: it is shown, not hidden
-            named = ", ".join(f"{name} {value}" for name, value in settings.items())
-            return (f"{said(error, path)}\n    a prompt of {n_prompt} tokens, and {named}")
+            settings = [f"{name} {value}" for name, value in changes.items()]
+            place = ", ".join([f"with a prompt of {n_prompt} tokens", *settings])
+            return f"{said(error, path)}\n    ({place})"
     return ""
 
 

@@ -1,5 +1,6 @@
 """A layer of a student's cache beside `tests/oracle.py`: each call goes to both, and the first
-difference is said in a line. Keys are compared bit by bit: so it is known whose they are."""
+difference is said in a line. Keys are compared bit by bit, which tells of which token each one is.
+"""
 
 import sys
 from copy import copy
@@ -32,8 +33,12 @@ class Watched:
     def load(self, rows):
         return self.watcher.load(super().load(rows))
 
+    def window_start(self):
+        return self.watcher.window_start(super().window_start())
+
     def decode(self, q, k, v):
-        return self.watcher.decode(self, super().decode(q, k, v), q, k, v)
+        self.watcher.decode(q, k, v)
+        return self.watcher.decoded(self, super().decode(q, k, v))
 
     def seal(self, length):
         super().seal(length)
@@ -68,16 +73,26 @@ class Watcher:
                              f" the budget is {budget}: load only what the token attends to")
         return loaded
 
-    def decode(self, layer, found, q, k, v) -> tuple:
+    def decode(self, q, k, v):
         self.slow.decode(q, k, v)
         self.kv = torch.cat((self.kv, torch.stack((k, v), dim=2)), dim=1)
         self.queries.append(q[:, 0])
+
+    def window_start(self, found: int) -> int:
+        head = self.slow.heads[0]
+        expected = head.window()[0] - (head.n_tokens - len(head.kv))  # of a position, the row
+        if found != expected:
+            raise Difference(f"row {len(head.kv) - 1} has a window that begins at row {expected},"
+                             f" and yours begins at row {found}")
+        return found
+
+    def decoded(self, layer, found) -> tuple:
         keys, values, mask = found
-        if keys.shape != values.shape or keys.shape[::2] != k.shape[::2]:
+        if keys.shape != values.shape or keys.shape[::2] != self.kv.shape[::3]:
             raise Difference(f"`decode` returns keys {tuple(keys.shape)} and values"
-                             f" {tuple(values.shape)}, and should {(len(k), 'n', k.shape[2])}")
+                             f" {tuple(values.shape)}, and not (H_kv, n, D)")
         rows = torch.stack((keys, values), dim=2)
-        for head in range(len(k)):
+        for head in range(len(rows)):
             seen = rows[head] if mask is None else rows[head, mask[head, 0]]
             self.check_attended(layer, head, self.positions_of(seen, head, "`decode` returns"))
         return found
@@ -120,8 +135,8 @@ class Watcher:
         for i, head in enumerate(self.slow.heads):
             spans, bounds = kept_spans(head), layer.bounds[i].tolist()
             if len(bounds) != len(head.spans) + 1:
-                raise Difference(f"`bounds` has {len(bounds)} numbers in a head, for"
-                                 f" {len(head.spans)} sentences and the end of the last one")
+                raise Difference(f"`bounds` has {len(bounds)} numbers in a head, and"
+                                 f" {len(head.spans)} sentences need one more than they are")
             lengths = [len(head.tokens_of(span)) for span in spans]
             expected = pairwise(accumulate(lengths, initial=len(head.secondary)))
             found = ((start, end) for start, end in pairwise(bounds) if start != end)
@@ -215,15 +230,15 @@ def attended(head) -> list:
 
 
 def wrong_attention(head, found: list) -> str:
-    """What is wrong with the tokens to which a head attends, but for which are selected."""
-    sinks, window, budget = head.first_sinks + head.secondary, head.window(), head.config.token_budget
+    """What is wrong with the tokens to which a head attends, if it is not which are selected."""
+    sinks, window = head.first_sinks + head.secondary, head.window()
+    budget, room = head.config.token_budget, len(attended(head))
     twice = sorted(i for i in {*found} if found.count(i) > 1)
     early = sorted(i for i in found if head.spans[-1][1] <= i < window[0])
     no_sinks, no_window = ([i for i in part if i not in found] for part in (sinks, window))
-    room = len(attended(head))
     for wrong, message in (
             (head.n_tokens - 1 not in found, "does not attend to the token itself"),
-            (twice, f"attends twice to {twice}: what is in the window is not selected, too"),
+            (twice, f"attends twice to {twice}: a sink or a row of the window is not selected"),
             (early, f"attends to {early}, of the open sentence, but before the window"),
             (len(found) > budget, f"attends to {len(found)} tokens, and the budget is {budget}"),
             (no_sinks, f"does not attend to the sinks {no_sinks}"),

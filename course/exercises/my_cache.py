@@ -59,7 +59,7 @@ class Layer:
 
     def add_score(self, q):
         """Step 3. Multiply `scores` by the query decay, and add the score for one token's queries,
-        q (H, 1, D). Its length is the number of rows between the bounds of a sentence."""
+        q (H, 1, D). The length of a sentence is the number of rows between its bounds."""
         raise NotImplementedError
 
     def most_important(self, q, k, secondary) -> torch.Tensor:
@@ -81,8 +81,8 @@ class Layer:
         raise NotImplementedError
 
     def keep(self):
-        """Step 5. The prompt is read. Make its sentences with the methods above, put the rows of
-        the kept tokens on the host, and keep nothing else of the prompt on the device."""
+        """Step 5. The prompt is read. Find its secondary sinks, make its sentences with the methods
+        above, and put the rows of the kept tokens on the host. Keep nothing else of `prompt`."""
         raise NotImplementedError
 
     def decode(self, q, k, v) -> tuple:

@@ -69,10 +69,11 @@ def cache_stub() -> str:
 
 
 def write(folder: Path):
-    (folder / "my_cache.py").write_text(cache_stub(), encoding="utf-8")
     for name, (function, imports) in EXERCISES.items():
         (folder / f"{name}.py").write_text(stub(function, imports), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    here = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    write(here)
+    (here / "my_cache.py").write_text(cache_stub(), encoding="utf-8")

@@ -64,7 +64,7 @@ class Layer:
 
     def add_score(self, q):
         """Step 3. Multiply `scores` by the query decay, and add the score for one token's queries,
-        q (H, 1, D). Its length is the number of rows between the bounds of a sentence."""
+        q (H, 1, D). The length of a sentence is the number of rows between its bounds."""
         grouped = q.view(len(self.vectors), -1, q.shape[-1])  # (H_kv, G, D)
         lengths = self.bounds.diff(dim=-1).float()
         score = SCORES[self.config.score](grouped, self.vectors, self.variances, lengths)
@@ -104,8 +104,8 @@ class Layer:
         return self.host[head, rows].to(self.open.device)
 
     def keep(self):
-        """Step 5. The prompt is read. Make its sentences with the methods above, put the rows of
-        the kept tokens on the host, and keep nothing else of the prompt on the device."""
+        """Step 5. The prompt is read. Find its secondary sinks, make its sentences with the methods
+        above, and put the rows of the kept tokens on the host. Keep nothing else of `prompt`."""
         (q, k, v), self.prompt = self.prompt, None
         secondary = find_secondary_sinks(k, self.config)
         positions = self.order(self.most_important(q, k, secondary), secondary)
