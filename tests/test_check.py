@@ -48,7 +48,7 @@ def test_likely_mistakes_are_named_in_a_few_lines(exercise):
         found = [mistaken(exercise, number, 0, i) for i in range(len(cases(exercise[3:])))]
         message = diagnose(exercise, found)
         assert message.splitlines()[1].strip() == diagnosis
-        assert len(message.splitlines()) <= 15 and "is" in message.splitlines()[-1]
+        assert len(message.splitlines()) <= 15
 
 
 def test_arguments_that_can_be_redone_by_hand_are_shown():
@@ -57,9 +57,9 @@ def test_arguments_that_can_be_redone_by_hand_are_shown():
         "with a mask",
         "  you attended to slots that the mask excludes",
         "  q = [[[100, 0]], [[0, 100]], [[-100, -100]], [[0, 100]]]",
-        "  keys = [[[1, 0], [0, 1], [0, 0]], [[1, 0], [0, 1], [0, 0]]]",
+        "  keys = [[[1, 0], [0, 1], [0, 0]], [[0, 1], [1, 0], [0, 0]]]",
         "  values = [[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 10], [11, 12]]]",
-        "  mask = [[[False, True, True]], [[True, False, True]]]",
+        "  mask = [[[False, True, True]], [[False, True, False]]]",
         "  the result: at [0, 0] it is 1 and should be 4",
     ]
 
@@ -259,7 +259,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("02_attend", ("logits[~mask[head // group, 0]] =", "logits[mask[head // group, 0]] ="),
      "excludes what it should include"),
     ("02_attend", ("mask[head // group, 0]", "mask[0, 0]"), "mask of its own"),
-    ("02_attend", ("keys[head // group]", "keys[head % len(keys)]"), "query heads"),
+    ("02_attend", ("keys[head // group]", "keys[head % len(keys)]"), "without a mask"),
     ("02_attend", ("head // group", "head % len(keys)"), "every H_kv-th head"),
     ("02_attend", ("self.head_dim**0.5", "len(keys[0]) ** 0.5"), "weights 3/4"),
     ("02_attend", ('float("-inf")', "0"), "-inf before the softmax"),
@@ -275,7 +275,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("03_is_end", ("begins or not after[0].islower()", "after[0].isupper()"), "between"),
     ("03_is_end", ("if one_holds(INSIDE, before, after):\n    return False", "pass"), "INSIDE"),
     # Lesson 4
-    ("04_sentence_bounds", ("start <= position < end", "start < position <= end"), "bounds"),
+    ("04_sentence_bounds", ("start <= position < end", "start < position <= end"), "no rows"),
     ("04_sentence_bounds", ("line.count(-1)", "0"), "-1"),
     ("04_sentence_bounds", ("if n > 0:", "if True:"), "end"),
     ("04_sentence_bounds", ("[len(line)]", "[ends[-1].item()]"), "N, a number of rows"),
@@ -293,7 +293,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("05_sentence_vectors", ("((rows - rows.mean(dim=0)) ** 2).mean()",
                              "rows.var(dim=0, correction=0).sum()"), "summed the variance"),
     ("05_sentence_vectors", ("if len(rows):", "if True:"), "NaN"),
-    ("05_sentence_vectors", ("rows = keys", "keys *= 2\n            rows = keys"), "vectors"),
+    ("05_sentence_vectors", ("rows = keys", "keys *= 2\n        rows = keys"), "vectors"),
     ("05_sentence_vectors", ("return vectors, variances", "keys.zero_()\n"
                              "return vectors, variances"), "changed argument 1"),
     ("05_sentence_vectors", ("return vectors, variances", "return vectors"), "2 tensors"),
@@ -346,7 +346,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("08_assign_slots", ("] < starts", "] <= starts"), "off by one"),
     ("08_assign_slots", ("rows.clone(), places.clone()", "rows, places"), "changed argument"),
     ("08_assign_slots", (".bool()", ""), "torch.bool"),
-    ("08_assign_slots", ("rows[head, slot] = NO_ROW", "missing[head, slot] = True"), "missing"),
+    ("08_assign_slots", ("rows[head, slot] = NO_ROW", "missing[head, slot] = True"), "empty"),
     ("08_assign_slots", ("rows[head, slot] = NO_ROW", "pass"), "empty"),
     ("08_assign_slots", ("return rows", "order = rows.argsort(-1)\nreturn rows.gather(1, order)"
                          ", places.gather(1, order), missing.gather(1, order)\nreturn rows"),
@@ -359,7 +359,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("09_seal", ("[[0, length]] * len(rows)", "[[first, first + length]] * len(rows)"), "0 and"),
     ("09_seal", ("rows[:, :, 0], ", "rows[:, :, 1], "), "keys"),
     ("09_seal", ("self.plan.slots_of(row, row + 1)", "self.plan.n_row_slots + row - first"), ""),
-    ("09_seal", ("range(first, first + length)", "range(first, self.plan.n_rows)"), "first"),
+    ("09_seal", ("range(length)", "range(length - 1)"), "host"),
     ("09_seal", ("rows[:, :, 0], torch", "rows[:, :, 0].clone() * 0, torch"), "vectors"),
     ("09_seal", ("first + i, rows", "i, rows"), "host"),
     ("09_seal", ("self.scores[:] = 0", "self.scores[:] = 0\nself.plan.n_places += 1"), ""),

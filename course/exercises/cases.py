@@ -63,9 +63,9 @@ def attention_case(name: str, q, keys, values, mask=None, tolerance=1e-4) -> Cas
 
 def attend() -> Iterator[Case]:
     q = 100.0 * torch.tensor([[[1, 0]], [[0, 1]], [[-1, -1]], [[0, 1]]])  # finds one key each
-    keys = torch.tensor([[[1.0, 0], [0, 1], [0, 0]]] * 2)
+    keys = torch.tensor([[[1.0, 0], [0, 1], [0, 0]], [[0, 1], [1, 0], [0, 0]]])
     values = torch.arange(1.0, 13).view(2, 3, 2)
-    mask = torch.tensor([[[0, 1, 1]], [[1, 0, 1]]]).bool()
+    mask = torch.tensor([[[0, 1, 1]], [[0, 1, 0]]]).bool()
     yield attention_case("without a mask", q, keys, values)
     yield attention_case("with a mask", q, keys, values, mask)
     q = torch.tensor([[[2.0, 0, 0, 0]], [[0, 2.0, 0, 0]]])

@@ -4,6 +4,7 @@
 """
 
 import inspect
+import math
 import textwrap
 import traceback
 from functools import cache
@@ -74,19 +75,37 @@ def diagnose(exercise: str, found: list[dict], seed: int = 0) -> str:
 
 def named(exercise: str, found: list[dict], wrong: list[int], seed: int) -> str:
     """The mistake that explains the first of the wrong cases, and most of the others. Of two, the
-    one that is seen in fewer of the right cases."""
-    best, most, all_cases = "", (len(wrong) // 2, -len(found)), cases(exercise[3:], seed)
+    one that explains them better, or is seen in fewer of the right cases."""
+    expected, all_cases = right(exercise, seed), cases(exercise[3:], seed)
+    best, most = "", (len(wrong) // 2,)
     for number, (_, _, diagnosis) in enumerate(MISTAKES[exercise[3:]]):
-        def explains(i):
-            return not differing(found[i], mistaken(exercise, number, seed, i), all_cases[i])
+        def explained(i) -> int:
+            wrong_too = mistaken(exercise, number, seed, i)
+            return explains(found[i], wrong_too, expected[i], all_cases[i])
 
-        if explains(wrong[0]):
-            explained = [i for i in range(len(found)) if explains(i)]
-            n_wrong = len(set(explained) & set(wrong))
-            rank = n_wrong, len(explained) - n_wrong
-            if rank > most:
-                best, most = diagnosis, rank
+        if explained(wrong[0]):
+            in_wrong = [explained(i) for i in wrong]
+            seen = sum(explained(i) for i in range(len(found)))
+            rank = sum(x > 0 for x in in_wrong), sum(in_wrong), seen
+            best, most = (diagnosis, rank) if rank > most else (best, most)
     return best
+
+
+def explains(found: dict, mistaken: dict, expected: dict, case: Case) -> int:
+    """2 if a mistake gives what is found, 1 if it gives what is wrong in it, else 0."""
+    if not differing(found, mistaken, case) and not differing(mistaken, found, case):
+        return 2
+    part = differing(found, expected, case)
+    if not part or part not in found or part not in mistaken:
+        return 0
+    a, b, c = found[part], mistaken[part], expected.get(part)
+    if not isinstance(a, torch.Tensor):
+        return int(same(a, b, case.tolerance))
+    if problem(a, b) or problem(a, c):
+        return 0
+    wrong = differs(a, c, case.tolerance)
+    return int(same(*(x.masked_fill(~x.isfinite(), math.nan)[wrong] for x in (a.double(), b.double())),
+                    case.tolerance))
 
 
 def differing(found: dict, expected: dict, case: Case) -> str | None:

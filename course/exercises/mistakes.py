@@ -118,6 +118,10 @@ MISTAKES = {
          "the result is the share of one token: divide by the sentence's length"),
         ("(log_mean_exp + lengths.log().unsqueeze(1))", "log_mean_exp",
          "a sentence of n keys counts n times in the softmax: add ln n"),
+        ("(log_mean_exp + lengths.log().unsqueeze(1)).softmax(-1)",
+         "lengths.unsqueeze(1) * "
+         "(log_mean_exp + lengths.clamp(max=1).log().unsqueeze(1)).softmax(-1)",
+         "a sentence of n keys counts n times in the softmax: add ln n"),
         ("lengths.log()", "lengths.clamp(min=1).log()",
          "an empty sentence takes no share of the attention: its ln n is -inf"),
         ("attention.sum(dim=1)", "attention.mean(dim=1)", "sum over the query heads of the group"),

@@ -56,9 +56,9 @@ def answer(arguments, result) -> dict:
 
 def vectors_and_variances(arguments, result) -> dict:
     vectors, variances = tensors(result, 2)
-    return {"vectors": vectors, "variances": variances,
-            "the dtype of the vectors": str(vectors.dtype),
+    return {"the dtype of the vectors": str(vectors.dtype),
             "the dtype of the variances": str(variances.dtype),
+            "vectors": vectors, "variances": variances,
             "the number of negative variances": int((variances < 0).sum())}
 
 
