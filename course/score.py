@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 from benchmarks import answers, compare
-from course import check
+from course.exercises import student
 from sentencekv import SCORES
 
-BOOK, LENGTH, BUDGET = check.ROOT / "examples" / "walden_house.txt", 2000, 64
+BOOK, LENGTH, BUDGET = student.ROOT / "examples" / "walden_house.txt", 2000, 64
 METHODS = "full sentencekv:score=mean_query sentencekv:score=gaussian sentencekv:score=mine"
 
 
@@ -24,7 +24,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--count", type=int, default=10, help="how many prompts with numbers")
     args = parser.parse_args(arguments)
     try:
-        SCORES["mine"] = check.load(args.file, args.file.stem.lstrip("0123456789_"))
+        SCORES["mine"] = student.load(args.file, args.file.stem.lstrip("0123456789_"))
     except ValueError as error:
         print(f"course.score: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,189 @@
+"""Compares what a student's function gives with what the project's gives, and names mistakes.
+
+`Found` is a list with a dict for each case: the parts of `observe.observe`, or an error.
+"""
+
+import inspect
+import math
+import textwrap
+import traceback
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from cache import NO_ROW
+from course.exercises import stubs
+from course.exercises.cases import Case, cases
+from course.exercises.mistakes import MISTAKES
+from course.exercises.observe import CHANGED, observe
+
+ERROR, WHERE = "error", "where"  # parts of a case that failed
+MOST_NUMBERS, MOST_LINES, WIDTH = 70, 15, 96  # of a message
+
+
+def with_mistake(function, old: str, new: str):
+    """The project's function with a change to its text."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{old!r} is not once in {function.__name__}"
+    scope = dict(vars(inspect.getmodule(function)))
+    exec(source.replace(old, new), scope)
+    return scope[function.__name__]
+
+
+def found_in(name: str, function, case: Case, file: str = "") -> dict:
+    """What is found in a case. An error of a function of this file is found, too."""
+    try:
+        return observe(name, function, case)
+    except NotImplementedError:
+        raise
+    except (Exception, SystemExit) as error:  # it is shown, not hidden
+        lines = [line for frame, line in traceback.walk_tb(error.__traceback__)
+                 if frame.f_code.co_filename == file]
+        where = f", at line {lines[-1]} of {Path(file).name}" if lines else ""
+        return {ERROR: f"{type(error).__name__}: {error}", WHERE: where}
+
+
+@cache
+def right(exercise: str, seed: int) -> list[dict]:
+    """What the project's function gives."""
+    name, (solution, _) = exercise[3:], stubs.EXERCISES[exercise]
+    return [observe(name, solution, case) for case in cases(name, seed)]
+
+
+@cache
+def mistaken(exercise: str, number: int, seed: int, i: int) -> dict:
+    """What a mistake gives in case `i`."""
+    name, (solution, _) = exercise[3:], stubs.EXERCISES[exercise]
+    old, new, _ = MISTAKES[name][number]
+    return found_in(name, with_mistake(solution, old, new), cases(name, seed)[i])
+
+
+def diagnose(exercise: str, found: list[dict], seed: int = 0) -> str:
+    """What is wrong in a few lines, "" if nothing is."""
+    expected, all_cases = right(exercise, seed), cases(exercise[3:], seed)
+    parts = [differing(*parts) for parts in zip(found, expected, all_cases)]
+    first = next((i for i, part in enumerate(parts) if part), None)
+    if first is None:
+        return ""
+    wrong = [i for i, part in enumerate(parts) if part]
+    name, case = named(exercise, found, wrong, seed), all_cases[first]
+    lines = [case.name, *wrapped(name), *arguments(exercise, case),
+             *difference(parts[first], found[first], expected[first], case)]
+    return "\n  ".join(lines[:MOST_LINES])
+
+
+def named(exercise: str, found: list[dict], wrong: list[int], seed: int) -> str:
+    """The mistake that explains the first of the wrong cases, and most of the others. Of two, the
+    one that explains them better, or is seen in fewer of the right cases."""
+    expected, all_cases = right(exercise, seed), cases(exercise[3:], seed)
+    best, most = "", (len(wrong) // 2,)
+    for number, (_, _, diagnosis) in enumerate(MISTAKES[exercise[3:]]):
+        def explained(i) -> int:
+            wrong_too = mistaken(exercise, number, seed, i)
+            return explains(found[i], wrong_too, expected[i], all_cases[i])
+
+        if explained(wrong[0]):
+            in_wrong = [explained(i) for i in wrong]
+            seen = sum(explained(i) for i in range(len(found)))
+            rank = sum(x > 0 for x in in_wrong), sum(in_wrong), seen
+            best, most = (diagnosis, rank) if rank > most else (best, most)
+    return best
+
+
+def explains(found: dict, mistaken: dict, expected: dict, case: Case) -> int:
+    """2 if a mistake gives what is found, 1 if it gives what is wrong in it, else 0."""
+    if not differing(found, mistaken, case) and not differing(mistaken, found, case):
+        return 2
+    part = differing(found, expected, case)
+    if not part or part not in found or part not in mistaken:
+        return 0
+    a, b, c = found[part], mistaken[part], expected.get(part)
+    if not isinstance(a, torch.Tensor):
+        return int(same(a, b, case.tolerance))
+    if problem(a, b) or problem(a, c):
+        return 0
+    wrong = differs(a, c, case.tolerance)
+    return int(same(*(x.masked_fill(~x.isfinite(), math.nan)[wrong] for x in (a.double(), b.double())),
+                    case.tolerance))
+
+
+def differing(found: dict, expected: dict, case: Case) -> str | None:
+    """The first part that differs. An error is a part."""
+    if ERROR in found and ERROR not in expected:
+        return ERROR
+    return next((part for part in expected if part not in found or not same(
+        found[part], expected[part], case.tolerance)), None)
+
+
+def same(found, expected, tolerance: float) -> bool:
+    if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        return type(found) is type(expected) and found == expected
+    return not problem(found, expected) and not differs(found, expected, tolerance).any()
+
+
+def problem(found: torch.Tensor, expected: torch.Tensor) -> str:
+    """Why numbers cannot be compared, "" if they can."""
+    if found.shape != expected.shape:
+        return f"has the shape {tuple(found.shape)} and should have {tuple(expected.shape)}"
+    if found.is_floating_point() != expected.is_floating_point() or found.dtype == torch.bool:
+        kind = "numbers with fractions" if expected.is_floating_point() else "whole numbers"
+        return f"has the dtype {found.dtype} and should have {kind}, as {expected.dtype}"
+    return ""
+
+
+def differs(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> torch.Tensor:
+    """Which numbers differ by more than rounding."""
+    if expected.dtype in (torch.bfloat16, torch.float16):
+        tolerance = 0.01
+    found, expected = found.double(), expected.double()
+    finite = expected[expected.isfinite()].abs()
+    most = finite.max().item() if len(finite) else 0
+    return ~torch.isclose(found, expected, rtol=tolerance, atol=tolerance * most, equal_nan=True)
+
+
+def arguments(exercise: str, case: Case) -> list[str]:
+    """The arguments in lines. Of many numbers only the shapes are shown."""
+    names = list(inspect.signature(stubs.EXERCISES[exercise][0]).parameters)
+    if exercise[3:] == "seal":
+        names = ["sentences of the prompt", "rows sealed after a step", "settings"]
+    given = {name: value for name, value in zip(names, case.arguments) if name != "self"}
+    tensors = [x for x in given.values() if isinstance(x, torch.Tensor)]
+    many = sum(x.numel() for x in tensors) > MOST_NUMBERS
+    if many:
+        return wrapped("shapes: " + ", ".join(
+            f"{name} {tuple(x.shape) if isinstance(x, torch.Tensor) else x}"
+            for name, x in given.items()))
+    return [line for name, x in given.items() for line in wrapped(f"{name} = {shown(x)}")
+            if name != "settings" or x]
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="    ", break_on_hyphens=False)
+
+
+def shown(value) -> str:
+    """A value as Python writes it, with few digits."""
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "NO_ROW" if value == NO_ROW else repr(value)
+
+
+def difference(part: str, found: dict, expected: dict, case: Case) -> list[str]:
+    """How a part differs: of a tensor, the first number that does."""
+    if part == ERROR:
+        return wrapped(found[ERROR] + found[WHERE])
+    if part == CHANGED:
+        return [f"your function changed argument {found[part][0]}: work on a copy"]
+    a, b = found.get(part), expected[part]
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return wrapped(f"{part}: {shown(a)}, and it should be {shown(b)}")
+    if text := problem(a, b):
+        return [f"{part} {text}"]
+    place = differs(a, b, case.tolerance).nonzero()[0].tolist()
+    x, y = (shown(tensor[tuple(place)]) for tensor in (a, b))
+    return [f"{part}: at {place} it is {x} and should be {y}"]
