@@ -8,7 +8,6 @@ example question. The exit status is 0 if all is right, 1 if not, and 2 if nothi
 import support.environment  # noqa: F401  before torch, which reads the variables that it sets
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -18,8 +17,9 @@ from statistics import median
 
 import torch
 
-from course import check
+from course.check import Result, shown
 from course.exercises.solutions import my_cache
+from course.exercises.student import ROOT, load
 from course.exercises.stubs import STEPS
 from course.watch import (TINY, Difference, SlowSentenceKV, Watched, Watcher, random_ids,
                           random_llama, random_spans)
@@ -44,35 +44,38 @@ RUNS = [  # tokens of the prompt, of the longest sentence, and settings that are
 ]
 N_WRITTEN = 60
 
-PROMPT = check.ROOT / "examples" / "walden_house.txt"
+PROMPT = ROOT / "examples" / "walden_house.txt"
 COST = "8.03½"  # of the boards, in dollars
 QUESTION = SentenceKVConfig(token_budget=512, kv_bits=16)
 N_ANSWER = 64  # tokens at most
 
 
-def with_steps(cache_class, steps):
-    """A class of caches: in its layers, the methods of these steps are the student's, and those of
-    all other steps are the solution's."""
-    names = [name for step in STEPS.keys() - {*steps} for name in STEPS[step][1]]
+def with_step(cache_class, step: int):
+    """A class of caches: in its layers, the methods of one step are the student's, and those of all
+    other steps are the solution's."""
+    names = [name for other in STEPS.keys() - {step} for name in STEPS[other][1]]
     methods = {name: vars(my_cache.Layer)[name] for name in names}
     return type("Cache", (cache_class,), {"Layer": type("Layer", (cache_class.Layer,), methods)})
 
 
-def problem(cache_class, path: Path) -> str:
-    """What is wrong with a cache of the file `path`, "" if nothing is."""
-    for n_prompt, longest, changes in RUNS:
-        try:
+def judge(name: str, cache_class, path: Path) -> Result:
+    """What is found of a cache of the file `path`."""
+    begin = time.monotonic()
+    try:
+        for n_prompt, longest, changes in RUNS:
             write(cache_class, n_prompt, longest, SMALL | changes)
-        except NotImplementedError:
-            return "not written yet"
-        except Exception as error:  # of the student's code: it is shown, not hidden
-            settings = [f"{name} {value}" for name, value in changes.items()]
-            place = ", ".join([f"with a prompt of {n_prompt} tokens", *settings])
-            return f"{said(error, path)}\n    ({place})"
-    return ""
+        status, message = "right", f"{len(RUNS)} prompts with {N_WRITTEN} tokens after each"
+    except NotImplementedError:
+        status, message = "not written", "it raises NotImplementedError"
+    except Exception as error:  # of the student's code: it is shown, not hidden
+        settings = [f"{setting} {value}" for setting, value in changes.items()]
+        place = ", ".join([f"with a prompt of {n_prompt} tokens", *settings])
+        status, message = "wrong", f"{said(error, path)}\n    ({place})"
+    return Result(name, status, message, round(time.monotonic() - begin, 1))
 
 
 def said(error: Exception, path: Path) -> str:
+    """A difference, or an error with the line of the student's file."""
     if isinstance(error, Difference):
         return f"{error}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
@@ -82,9 +85,9 @@ def said(error: Exception, path: Path) -> str:
 
 def write(cache_class, n_prompt: int, longest: int, settings: dict):
     """Read a prompt and write tokens, all of them random. Raises Difference."""
-    ids, lengths = random_ids(n_prompt + N_WRITTEN, "cpu"), [
-        end - start for start, end in random_spans(N_WRITTEN + longest, longest)]
-    model, caches = random_llama().double(), watched(cache_class, SentenceKVConfig(**settings))
+    model, ids = random_llama().double(), random_ids(n_prompt + N_WRITTEN, "cpu")
+    lengths = [end - start for start, end in random_spans(N_WRITTEN + longest, longest)]
+    caches = watched(cache_class, SentenceKVConfig(**settings))
     for cache in caches:
         cache.expect(random_spans(n_prompt, longest))
     model.prefill(ids[:n_prompt], caches[-1])
@@ -113,19 +116,18 @@ def watched(cache_class, config) -> tuple:
 def check_steps(cache_class, path: Path, asked: list):
     """Yield what is found of each step. If the whole cache is right, all of its steps are. If not,
     each step is tried by itself."""
-    every = len(asked) == len(STEPS)
-    whole = problem(cache_class, path) if every else "not tried"
-    right = True
-    for step in asked:
-        message = problem(with_steps(cache_class, [step]), path) if whole else ""
-        right = right and not message
-        yield found(f"step {step}, {STEPS[step][0]}", not message, message)
-    if every and whole and right:
-        yield found("all steps together", False, whole)
-
-
-def found(what: str, right: bool, message: str) -> dict:
-    return {"what": what, "right": right, "message": message}
+    names = {step: f"step {step}, {STEPS[step][0]}" for step in asked}
+    whole = judge("all steps together", cache_class, path) if len(asked) == len(STEPS) else None
+    if whole and whole.status == "right":
+        yield from (whole._replace(name=name) for name in names.values())
+        return
+    statuses = set()
+    for step, name in names.items():
+        result = judge(name, with_step(cache_class, step), path)
+        statuses.add(result.status)
+        yield result
+    if whole and statuses == {"right"}:
+        yield whole
 
 
 class Question:
@@ -166,25 +168,30 @@ class Question:
         return text, seconds
 
 
-def check_question(cache_class, path: Path) -> dict:
+def check_question(cache_class, path: Path) -> Result:
     """What is found of the answer to the example question."""
-    question = Question()
+    question, begin = Question(), time.monotonic()
     try:
         text, _ = question.answer(question.cache_of(cache_class))
     except Exception as error:  # of the student's code
-        return found("the example question", False, said(error, path))
-    return found("the example question", COST in text, text)
+        text = said(error, path)
+    return Result("the example question", "right" if COST in text else "wrong", text,
+                  round(time.monotonic() - begin, 1))
 
 
-def measure(cache_class) -> str:
-    """A table of what the cache and those of the project hold, move and need."""
+def measure(cache_class, path: Path) -> str:
+    """A table of what the cache and those of the project hold, move and need. ValueError if the
+    cache does not work."""
     question = Question()
     rows = ["| cache | MB on the device | MB from the host, a token | ms a token | answer |",
             "|---|---|---|---|---|"]
     for name, cache in (("your own", question.cache_of(counted(cache_class))),
                         ("sentencekv", question.cache_named("sentencekv")),
                         ("full", question.cache_named("full"))):
-        text, seconds = question.answer(cache)
+        try:
+            text, seconds = question.answer(cache)
+        except Exception as error:  # of the student's code
+            raise ValueError(f"the cache does not work yet: {said(error, path)}") from error
         report = cache.report()
         held, moved = report["device_kv_bytes"], report["loaded_bytes"] / len(seconds)
         rows.append(f"| {name} | {held / 1e6:.1f} | {moved / 1e6:.1f} |"
@@ -215,46 +222,43 @@ def counted(cache_class):
     return type("Cache", (cache_class,), {"Layer": Layer, "report": report})
 
 
-def parse(arguments):
-    parser = argparse.ArgumentParser(prog="course.capstone", description=__doc__.split("\n")[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--step", type=int, choices=STEPS, help="check this step alone")
-    parser.add_argument("--quick", action="store_true", help="without the example question")
-    parser.add_argument("--json", action="store_true", help="print what is found as JSON")
-    parser.add_argument("--measure", action="store_true",
-                        help="check nothing, but compare bytes and times with the project's cache")
-    return parser.parse_args(arguments)
-
-
 def check_all(cache_class, args):
     """Yield what is found of the steps, and then of the question if they are right."""
     right = True
     for result in check_steps(cache_class, args.file, [args.step] if args.step else [*STEPS]):
-        right = right and result["right"]
+        right = right and result.status == "right"
         yield result
     if right and not args.quick:
         yield check_question(cache_class, args.file)
 
 
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="course.capstone", description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--step", type=int, choices=STEPS, help="check this step alone")
+    parser.add_argument("--quick", action="store_true", help="without the example question")
+    parser.add_argument("--json", action="store_true",
+                        help="for a grader: a line of JSON for each step, and for the question")
+    parser.add_argument("--measure", action="store_true",
+                        help="check nothing, but compare bytes and times with the project's cache")
+    return parser.parse_args(arguments)
+
+
 def main(arguments=None) -> int:
     args = parse(arguments)
     try:
-        cache_class = check.load(args.file, "Cache")
+        cache_class = load(args.file, "Cache")
         if args.measure:
-            print(measure(cache_class))
+            print(measure(cache_class, args.file))
             return 0
-        results = []
+        statuses = set()
         for result in check_all(cache_class, args):
-            results.append(result)
-            if not args.json:
-                print(f"{result['what']}: {result['message'] or 'right'}", flush=True)
+            statuses.add(result.status)
+            print(shown(result, args.json), flush=True)
     except (ValueError, OSError) as error:
         print(f"course.capstone: {error}", file=sys.stderr)
         return 2
-    right = all(result["right"] for result in results)
-    if args.json:
-        print(json.dumps({"right": right, "checks": results}, ensure_ascii=False))
-    return 0 if right else 1
+    return 0 if statuses == {"right"} else 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from course.exercises.solutions.my_cache import Cache, Layer
 from sentencekv import SentenceKVConfig
 from weights.download import MODELS, is_whole
 
+PAGE = ROOT / "course" / "capstone.md"
 SOLUTION = ROOT / "course" / "exercises" / "solutions" / "my_cache.py"
 DEFAULT = ROOT / "weights" / MODELS["smollm2-135m-instruct"].folder
 needs_weights = pytest.mark.skipif(not is_whole(DEFAULT),
@@ -59,7 +60,7 @@ def slow_caches(monkeypatch) -> list:
 
 
 def test_the_solution_is_right_and_the_runs_have_what_is_difficult(slow_caches):
-    assert capstone.problem(Cache, SOLUTION) == ""
+    assert capstone.judge("it", Cache, SOLUTION).status == "right"
     caches = [slow for slow, _ in slow_caches]
     heads = [head for cache in caches for head in cache.heads.values()]
     assert len(caches) == len(RUNS)
@@ -75,7 +76,8 @@ def test_the_solution_is_right_and_the_runs_have_what_is_difficult(slow_caches):
 
 # (step, text of the solution, what a student may write instead, what is said)
 MISTAKES = [
-    (1, "order_rows(kept, secondary)", "kept, kept", "is the token at 0, it should be the one at"),
+    (1, "order_rows(kept, secondary)", "kept, kept.contiguous()",
+     "is the token at 0, it should be the one at"),
     (1, "(marked, self.ends)", "(marked, self.ends - 1)", "by your `bounds` (1, 9)"),
     (2, "self.scores = torch.zeros_like(self.variances)",
      "new = vectors.shape[1]\n        self.scores = F.pad(self.__dict__.get('scores',"
@@ -135,16 +137,6 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("step, old, new, message", MISTAKES)
-def test_a_mistake_is_named(tmp_path, capsys, step, old, new, message):
-    text, file = SOLUTION.read_text(encoding="utf-8"), tmp_path / "my_cache.py"
-    assert text.count(old) == 1
-    file.write_text(text.replace(old, new), encoding="utf-8")
-    assert capstone.main([str(file), "--step", str(step), "--quick"]) == 1
-    out = capsys.readouterr().out
-    assert out.startswith(f"step {step}, {stubs.STEPS[step][0]}: ") and message in out
-
-
 def check(capsys, *arguments) -> tuple:
     """The exit status, and what is printed."""
     status = capstone.main([*map(str, arguments)])
@@ -152,13 +144,32 @@ def check(capsys, *arguments) -> tuple:
     return status, out or err
 
 
-def test_a_stub_is_the_solution_without_its_bodies(tmp_path, capsys):
+@pytest.fixture
+def mistaken(tmp_path):
+    """A function that writes the solution with a change to its text into a file."""
+    def write(old: str, new: str):
+        file, text = tmp_path / "my_cache.py", SOLUTION.read_text(encoding="utf-8")
+        assert text.count(old) == 1
+        file.write_text(text.replace(old, new), encoding="utf-8")
+        return file
+
+    return write
+
+
+@pytest.mark.parametrize("step, old, new, message", MISTAKES)
+def test_a_mistake_is_named(capsys, mistaken, step, old, new, message):
+    status, out = check(capsys, mistaken(old, new), "--step", step, "--quick")
+    assert status == 1 and message in out
+    assert out.startswith(f"step {step}, {stubs.STEPS[step][0]}: wrong: ")
+
+
+def test_a_stub_is_the_solution_without_its_bodies(capsys):
     stub = ROOT / "course" / "exercises" / "my_cache.py"
     assert stub.read_text(encoding="utf-8") == stubs.cache_stub()
     n_methods = sum(len(names) for _, names in stubs.STEPS.values())
     assert stubs.cache_stub().count("        raise NotImplementedError\n") == n_methods
     status, out = check(capsys, stub, "--quick")
-    assert status == 1 and out.count(": not written yet\n") == len(stubs.STEPS) == 6
+    assert status == 1 and out.count(": not written: ") == len(stubs.STEPS) == 6
 
 
 @pytest.fixture
@@ -167,29 +178,25 @@ def one_run(monkeypatch):
     monkeypatch.setattr(capstone, "RUNS", RUNS[:1])
 
 
-def test_without_a_step_all_are_checked(capsys, tmp_path, one_run):
-    status, out = check(capsys, SOLUTION, "--quick", "--json")
-    found = json.loads(out)
-    assert status == 0 and found["right"] and len(found["checks"]) == 6
-    file, text = tmp_path / "mine.py", SOLUTION.read_text(encoding="utf-8")
-    file.write_text(text.replace("value=math.inf", "value=0.0"), encoding="utf-8")
-    status, out = check(capsys, file, "--quick", "--json")
-    found = json.loads(out)
-    assert status == 1 and not found["right"]
-    assert [result["what"] for result in found["checks"] if not result["right"]] == [
-        "step 4, budget"]
+def test_without_a_step_all_are_checked(capsys, mistaken, one_run):
+    def statuses(file):
+        status, out = check(capsys, file, "--quick", "--json")
+        return status, [json.loads(line)["status"] for line in out.splitlines()]
+
+    assert statuses(SOLUTION) == (0, ["right"] * 6)
+    assert statuses(mistaken("value=math.inf", "value=0.0")) == (
+        1, ["right", "right", "right", "wrong", "right", "right"])
 
 
-def test_steps_that_are_right_alone_can_be_wrong_together(capsys, tmp_path, one_run):
+def test_steps_that_are_right_alone_can_be_wrong_together(capsys, mistaken, one_run):
     """What one step leaves in the layer may stop another one."""
-    file, text = tmp_path / "mine.py", SOLUTION.read_text(encoding="utf-8")
-    text = text.replace("positions, marked =", "self.seen = 1\n        positions, marked =")
-    text = text.replace("rows, self.open =", "if hasattr(self, 'seen'):\n            return\n"
-                        "        rows, self.open =")
-    file.write_text(text, encoding="utf-8")
+    file = mistaken("positions, marked =", "self.seen = 1\n        positions, marked =")
+    file.write_text(file.read_text().replace(
+        "rows, self.open =", "if hasattr(self, 'seen'):\n            return\n"
+        "        rows, self.open ="), encoding="utf-8")
     status, out = check(capsys, file, "--quick")
-    assert status == 1 and out.count(": right\n") == 6
-    assert "all steps together: `host` of KV head 0 has 120 rows, and should have 1" in out
+    assert status == 1 and out.count(": right: ") == 6
+    assert "all steps together: wrong: `host` of KV head 0 has 120 rows, and should have 1" in out
 
 
 @pytest.mark.parametrize("text, message", [
@@ -205,13 +212,15 @@ def test_what_cannot_be_checked_is_said_in_one_line(tmp_path, capsys, text, mess
     assert out.count("\n") == 1
 
 
-def test_the_page_says_what_the_steps_and_the_check_say():
-    text = (ROOT / "course" / "capstone.md").read_text(encoding="utf-8")
+def test_the_page_says_what_the_steps_and_the_check_say(capsys, mistaken):
+    text = PAGE.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 170
     for step, (name, methods) in stubs.STEPS.items():
         named = ", ".join(f"`{method}`" for method in methods)
         assert f"## Step {step}. {name.capitalize()}: {named} (lesson {step + 3})" in text
         assert f"`--step {step}`" in text
+    file = mistaken("self.open.shape[1] - window_start)", "self.open.shape[1] - window_start - 1)")
+    assert f"```text\n{check(capsys, file, '--step', 4, '--quick')[1]}```" in text
     said = [message for *_, message in MISTAKES]
     quoted = re.findall(r"`([^`]+)` (?:means|that)", text)
     assert len(quoted) == 6
@@ -227,6 +236,6 @@ def test_the_page_says_what_the_steps_and_the_check_say():
 def test_the_solution_answers_the_example_question(capsys):
     status, out = check(capsys, SOLUTION, "--step", 3)
     assert status == 0
-    assert out == "step 3, score: right\nthe example question: The boards cost $8.03½.\n"
+    assert out.endswith("\nthe example question: right: The boards cost $8.03½.\n")
     status, out = check(capsys, SOLUTION, "--measure")
     assert status == 0 and out.count("| The boards cost $8.03½. |\n") == 3
