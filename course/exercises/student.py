@@ -67,6 +67,8 @@ def run_cases(folder: Path, exercise: str, seed: int, write):
             write({part: encoded(value) for part, value in found.items()})
     except NotImplementedError:
         return write({"not written": True})
+    finally:
+        sys.setprofile(None)
     write({"imported": bool(files - {str(path)}), "same names": str(path) in files})
 
 
