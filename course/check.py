@@ -7,7 +7,9 @@ question. The exit status is 0 if all exercises are right.
 
 import argparse
 import json
+import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from course.exercises import stubs
-from course.exercises.cases import cases
+from course.exercises.cases import N_STEPS, cases
 from course.exercises.diagnose import diagnose
 from course.exercises.observe import ROWS_MOVED
 from course.exercises.student import ROOT, decoded
@@ -36,24 +38,27 @@ class TooSlow(Exception):
     """A process did not end in time."""
 
 
-def run(*arguments, seconds: float, **how) -> tuple:
+def run(*arguments, seconds: float) -> tuple[int, list[dict]]:
     """Run functions of a student in a process of its own, with one thread: all inputs are tiny.
     Returns its exit status and its lines of JSON. At TooSlow, it and what it started have ended."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    def limit():  # ends it also when this process has been killed
+        most = math.ceil(seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (most, most + 1))
+
     process = subprocess.Popen(
         [sys.executable, "-m", "course.exercises.student", *map(str, arguments)],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, encoding="utf-8",
-        start_new_session=True, **how)
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+        encoding="utf-8", start_new_session=True, preexec_fn=limit)
     try:
-        out, _ = process.communicate(timeout=max(seconds, 0))
-    except subprocess.TimeoutExpired as error:
+        out, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         out, _ = process.communicate()
-        if process.returncode != 0:  # else it has just ended
-            raise TooSlow(lines_of(out)) from error
     finally:
         if process.poll() is None:  # Ctrl-C
             os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode in (-signal.SIGKILL, -signal.SIGXCPU):
+        raise TooSlow(lines_of(out))
     return process.returncode, lines_of(out)
 
 
@@ -68,7 +73,7 @@ def judge(exercise: str, folder: Path, args) -> Result:
     try:
         status, message = of_cases(exercise, folder, args.seed, args.limit)
         if status == "right" and not args.quick:
-            left = args.limit - (time.monotonic() - begin)
+            left = max(0, args.limit - (time.monotonic() - begin))
             status, message = of_tests(exercise, folder, left, message)
     except TooSlow as slow:
         status, message = "too slow", f"{slow}, {args.limit:g} seconds are the limit"
@@ -89,7 +94,7 @@ def of_cases(exercise: str, folder: Path, seed: int, limit: float) -> tuple[str,
     if "problem" in last:
         return "error", last["problem"]
     if "not written" in last:
-        return "not written", "it raises NotImplementedError"
+        return "not written", "replace `raise NotImplementedError`"
     if "imported" not in last:
         return "error", f"the process ended with status {status} in the case: {names[len(lines)]}"
     if last["imported"]:
@@ -100,9 +105,10 @@ def of_cases(exercise: str, folder: Path, seed: int, limit: float) -> tuple[str,
 
 
 def praise(found: list[dict], same_names: bool) -> str:
-    moved = next((f", {found[ROWS_MOVED]} rows move in 50 steps, the least possible"
-                  for found in found if ROWS_MOVED in found), "")
-    return f"{len(found)} cases{moved}" + (", with the same names as the project's function" if same_names else "")
+    moved = [parts[ROWS_MOVED] for parts in found if ROWS_MOVED in parts]
+    return (f"{len(found)} cases"
+            + (f", {moved[0]} rows move in {N_STEPS} steps, the least possible" if moved else "")
+            + (", with the names of the project's own lines" if same_names else ""))
 
 
 def of_tests(exercise: str, folder: Path, seconds: float, message: str) -> tuple[str, str]:

@@ -382,3 +382,158 @@ def test_a_wrong_answer_fails_and_its_message_helps(exercise, wrong, word):
     assert len(message.splitlines()) <= 15
 
 
+def test_a_cache_that_does_not_wait_for_its_copies_is_seen(monkeypatch):
+    forgets = with_mistake(cache.SentenceKVCache.seal, "self.copies.wait()", "None")
+    monkeypatch.setattr(cache.SentenceKVCache, "seal", forgets)
+    assert "later rows on the host" in message_of("09_seal", cache.LayerCache.seal)
+
+
+def test_rows_that_move_are_counted():
+    (i,) = (i for i, parts in enumerate(right("08_assign_slots", 0)) if ROWS_MOVED in parts)
+    least = right("08_assign_slots", 0)[i][ROWS_MOVED]
+    all_move = mistaken("08_assign_slots", 0, 0, i)[ROWS_MOVED]
+    assert 100 < least < all_move / 3
+
+
+# The command
+@pytest.fixture
+def mine(tmp_path):
+    """A folder with right answers to everything."""
+    for exercise, body in LOOPS.items():
+        solution, imports = stubs.EXERCISES[exercise]
+        head = stubs.stub(solution, imports).rpartition("    raise")[0]
+        body = textwrap.indent(textwrap.dedent(body), "    ")
+        (tmp_path / f"{exercise}.py").write_text(f"import math\nimport torch\n{head}{body}\n")
+    return tmp_path
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Imports take seconds: cases run here, and the project's own tests do not run."""
+    def run(kind, folder, exercise, seed, seconds):
+        lines = []
+        student.run_cases(folder, exercise, seed, lambda line: lines.append(json.dumps(line)))
+        return 0, [json.loads(line) for line in lines]
+
+    monkeypatch.setattr(check, "run", run)
+
+
+def graded(folder, capsys, *options) -> tuple:
+    """Exit status, and exercise -> result."""
+    status = check.main(["all", "--json", "--quick", "--folder", str(folder), *options])
+    results = map(json.loads, capsys.readouterr().out.splitlines())
+    return status, {result["name"]: result for result in results}
+
+
+def test_a_grader_gets_a_line_for_each_exercise(mine, in_this_process, capsys):
+    status, results = graded(mine, capsys, "--seed", "3")
+    assert status == 0 and list(results) == list(stubs.EXERCISES)
+    for result in results.values():
+        assert list(result) == ["name", "status", "message", "seconds"]
+        assert result["status"] == "right" and result["seconds"] >= 0
+    assert "rows move in 50 steps" in results["08_assign_slots"]["message"]
+
+
+@pytest.mark.parametrize("text, status, word", [
+    ("from sentencekv import select_rows", "imported", "yourself"),
+    ("import sentencekv\nselect_rows = sentencekv.select_rows", "imported", ""),
+    ("import sentencekv as s\ndef select_rows(*a): return getattr(s, 'select' + '_rows')(*a)",
+     "imported", ""),
+    ("import importlib\nm = importlib.import_module('sentencekv')\n"
+     "def select_rows(*a):\n    try:\n        return m.select_rows(*a)\n"
+     "    except Exception:\n        return None", "imported", ""),
+    ("from importlib.util import *\ns = spec_from_file_location('x', 'sentencekv.py')\n"
+     "m = module_from_spec(s)\nimport sys\nsys.modules['x'] = m\ns.loader.exec_module(m)\n"
+     "select_rows = m.select_rows", "imported", ""),
+    (None, "missing", "07_select_rows.py"),
+    ("import nothing_like_this", "error", "ModuleNotFoundError"),
+    ("def select_rows(:", "error", "SyntaxError"),
+    ("exit(0)", "error", "SystemExit"),
+    ("def other(): pass", "error", "has no function select_rows"),
+    ("def select_rows(*_): raise NotImplementedError", "not written", ""),
+    ("def select_rows(*_): return [1 / 0]", "wrong", "by zero, at line 1 of 07_select_rows.py"),
+    ("def select_rows(*_): exit(0)", "wrong", "SystemExit"),
+    ("def select_rows(*_): pass", "wrong", "returns NoneType"),
+])
+def test_one_exercise_that_is_not_right_fails(mine, in_this_process, capsys, monkeypatch, text,
+                                              status, word):
+    monkeypatch.chdir(ROOT)
+    others = [name for name in stubs.EXERCISES if name[:2] == "07"]
+    monkeypatch.setattr(stubs, "EXERCISES", {name: stubs.EXERCISES[name] for name in others})
+    file = mine / "07_select_rows.py"
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
+    code, results = graded(mine, capsys)
+    assert code == 1 and results["07_token_importance"]["status"] == "right"
+    assert results["07_select_rows"]["status"] == status
+    assert word in results["07_select_rows"]["message"]
+
+
+def test_the_project_s_text_in_a_student_s_file_is_mentioned(mine, in_this_process, capsys):
+    solution, imports = stubs.EXERCISES["07_select_rows"]
+    text = inspect.getsource(solution)
+    (mine / "07_select_rows.py").write_text(f"{imports}\n\n\n{text}")
+    _, results = graded(mine, capsys)
+    assert results["07_select_rows"]["status"] == "right"
+    assert "the project's" in results["07_select_rows"]["message"]
+
+
+def test_a_student_s_endless_loop_is_ended(mine, capsys):
+    (mine / "02_attend.py").write_text("while True: pass")
+    assert check.main(["2", "--quick", "--limit", "0.5", "--folder", str(mine)]) == 1
+    assert "02_attend: too slow: no result of the case: without a mask, 0.5" in (
+        capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_itself_is_an_error(mine, capsys):
+    (mine / "02_attend.py").write_text(
+        "import os\ndef attend(self, *qkv):\n    print('hello')\n    os._exit(0)")
+    assert check.main(["2", "--json", "--quick", "--folder", str(mine)]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["status"] == "error" and "ended with status 0" in result["message"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["1"], "course.check: lesson 1 has no exercise, these have: 2, 3, 4, 5, 6, 7, 8, 9, and all"),
+    (["all", "--folder", "nowhere"], "course.check: there is no folder nowhere"),
+    (["2", "--limit", "0"], "course.check: limit is 0"),
+    (["2", "--seed", "-1"], "course.check: limit is 300, seed is -1"),
+])
+def test_a_wrong_command_is_said_in_one_line(capsys, arguments, message):
+    assert check.main(arguments) == 2
+    done = capsys.readouterr()
+    assert done.err.startswith(message) and done.err.count("\n") == 1 and not done.out
+
+
+# The project's own tests
+def own_tests(exercises: list, folder) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "course.exercises.student", "tests", str(folder), *exercises],
+        cwd=ROOT, capture_output=True, text=True, encoding="utf-8",
+        env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_right_answers_in_other_words_pass_the_project_s_own_tests(mine):
+    done = own_tests(list(stubs.EXERCISES), mine)
+    assert json.loads(done.stdout) == {"failed": ""}, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exercise", stubs.EXERCISES)
+def test_the_project_s_own_tests_run_with_the_student_s_function(mine, exercise):
+    (solution, imports), (old, new, _) = stubs.EXERCISES[exercise], MISTAKES[exercise[3:]][0]
+    wrong = textwrap.dedent(inspect.getsource(solution)).replace(old, new)
+    (mine / f"{exercise}.py").write_text(f"{imports}\n\n\n{wrong}")
+    done = own_tests([exercise], mine)
+    assert "test_" in json.loads(done.stdout)["failed"], done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_example_question_is_answered_with_the_student_s_functions(mine, default_folder,
+                                                                       capfd):
+    results = [check.Result(name, "right", "", 0) for name in ("02_attend", "06_mean_query")]
+    assert check.ask(results, mine, 600)
+    assert "8.03" in capfd.readouterr().out

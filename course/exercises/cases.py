@@ -283,13 +283,17 @@ def assign_slots_at_random(draw: Draw) -> Case:
 
 
 # Lesson 9
+def seal_case(name: str, ends: list, lengths: dict, **settings) -> Case:
+    """Sentences of the prompt, how many rows are sealed after which step, and other settings."""
+    return Case(name, ([*zip([0, *ends], ends)], lengths, settings), tolerance=1e-6)
+
+
 def seal() -> Iterator[Case]:
-    yield Case("5 rows, then 3", ([(0, 5), (5, 12), (12, 20)], {6: 5, 9: 3}, {}))
-    yield Case("6 rows are open, 4 are sealed; later, 5",
-               ([(0, 15), (15, 30), (30, 40)], {6: 4, 11: 5}, {}))
-    yield Case("secondary sinks, other numbers in each head",
-               ([(0, 15), (15, 30), (30, 40)], {6: 5, 9: 3}, {"secondary_sinks": 3}))
-    yield Case("8 bits a channel", ([(0, 15), (15, 30), (30, 40)], {6: 5, 9: 4}, {"kv_bits": 8}))
+    yield seal_case("5 rows, then 3", [5, 12, 20], {6: 5, 9: 3})
+    yield seal_case("6 rows are open, 4 are sealed; later, 5", [15, 30, 40], {6: 4, 11: 5})
+    yield seal_case("secondary sinks, other numbers in each head", [15, 30, 40], {6: 5, 9: 3},
+                    secondary_sinks=3)
+    yield seal_case("8 bits a channel", [15, 30, 40], {6: 5, 9: 4}, kv_bits=8)
 
 
 def seal_at_random(draw: Draw) -> Case:
@@ -300,7 +304,7 @@ def seal_at_random(draw: Draw) -> Case:
         step, n_open = step + n_new, n_open + n_new
         lengths[step] = draw.number(max(1, n_open - 2), n_open)  # at most 2 stay open
         n_open -= lengths[step]
-    return Case("several seals", ([*zip([0, *ends], ends)], lengths, {}))
+    return seal_case("several seals", ends, lengths)
 
 
 class LateCopies(Copies):

@@ -1,6 +1,6 @@
 """Compares what a student's function gives with what the project's gives, and names mistakes.
 
-`Found` is a list with a dict for each case: the parts of `observe.observe`, or an error.
+What is found is a dict for each case: the parts of `observe`, or an error.
 """
 
 import inspect
@@ -20,6 +20,7 @@ from course.exercises.observe import CHANGED, observe
 
 ERROR, WHERE = "error", "where"  # parts of a case that failed
 MOST_NUMBERS, MOST_LINES, WIDTH = 70, 15, 96  # of a message
+inputs = cache(cases)  # for functions of the project: a student's could change them
 
 
 def with_mistake(function, old: str, new: str):
@@ -48,7 +49,7 @@ def found_in(name: str, function, case: Case, file: str = "") -> dict:
 def right(exercise: str, seed: int) -> list[dict]:
     """What the project's function gives."""
     name, (solution, _) = exercise[3:], stubs.EXERCISES[exercise]
-    return [observe(name, solution, case) for case in cases(name, seed)]
+    return [observe(name, solution, case) for case in inputs(name, seed)]
 
 
 @cache
@@ -56,17 +57,17 @@ def mistaken(exercise: str, number: int, seed: int, i: int) -> dict:
     """What a mistake gives in case `i`."""
     name, (solution, _) = exercise[3:], stubs.EXERCISES[exercise]
     old, new, _ = MISTAKES[name][number]
-    return found_in(name, with_mistake(solution, old, new), cases(name, seed)[i])
+    return found_in(name, with_mistake(solution, old, new), inputs(name, seed)[i])
 
 
 def diagnose(exercise: str, found: list[dict], seed: int = 0) -> str:
     """What is wrong in a few lines, "" if nothing is."""
-    expected, all_cases = right(exercise, seed), cases(exercise[3:], seed)
+    expected, all_cases = right(exercise, seed), inputs(exercise[3:], seed)
     parts = [differing(*parts) for parts in zip(found, expected, all_cases)]
-    first = next((i for i, part in enumerate(parts) if part), None)
-    if first is None:
-        return ""
     wrong = [i for i, part in enumerate(parts) if part]
+    if not wrong:
+        return ""
+    first = wrong[0]
     name, case = named(exercise, found, wrong, seed), all_cases[first]
     lines = [case.name, *wrapped(name), *arguments(exercise, case),
              *difference(parts[first], found[first], expected[first], case)]
@@ -74,38 +75,39 @@ def diagnose(exercise: str, found: list[dict], seed: int = 0) -> str:
 
 
 def named(exercise: str, found: list[dict], wrong: list[int], seed: int) -> str:
-    """The mistake that explains the first of the wrong cases, and most of the others. Of two, the
-    one that explains them better, or is seen in fewer of the right cases."""
-    expected, all_cases = right(exercise, seed), cases(exercise[3:], seed)
+    """The mistake that explains the first of the wrong cases, and at least half of them. Of two,
+    the one that explains them better, or is seen in fewer of the right cases."""
     best, most = "", (len(wrong) // 2,)
     for number, (_, _, diagnosis) in enumerate(MISTAKES[exercise[3:]]):
-        def explained(i) -> int:
-            wrong_too = mistaken(exercise, number, seed, i)
-            return explains(found[i], wrong_too, expected[i], all_cases[i])
-
-        if explained(wrong[0]):
-            in_wrong = [explained(i) for i in wrong]
-            seen = sum(explained(i) for i in range(len(found)))
-            rank = sum(x > 0 for x in in_wrong), sum(in_wrong), seen
+        if explains(exercise, number, seed, wrong[0], found):
+            explained = [explains(exercise, number, seed, i, found) for i in range(len(found))]
+            of_wrong = [explained[i] for i in wrong]
+            rank = sum(x > 0 for x in of_wrong), sum(of_wrong), sum(explained)
             best, most = (diagnosis, rank) if rank > most else (best, most)
     return best
 
 
-def explains(found: dict, mistaken: dict, expected: dict, case: Case) -> int:
-    """2 if a mistake gives what is found, 1 if it gives what is wrong in it, else 0."""
-    if not differing(found, mistaken, case) and not differing(mistaken, found, case):
+def explains(exercise: str, number: int, seed: int, i: int, found: list[dict]) -> int:
+    """2 if a mistake gives all that is found in case `i`, 1 if it gives what is wrong in the first
+    wrong part, else 0."""
+    case, expected = inputs(exercise[3:], seed)[i], right(exercise, seed)[i]
+    other = mistaken(exercise, number, seed, i)
+    if not differing(found[i], other, case) and not differing(other, found[i], case):
         return 2
-    part = differing(found, expected, case)
-    if not part or part not in found or part not in mistaken:
-        return 0
-    a, b, c = found[part], mistaken[part], expected.get(part)
+    part = differing(found[i], expected, case)
+    return int(part in found[i] and part in other and agree_where_wrong(
+        found[i][part], other[part], expected.get(part), case.tolerance))
+
+
+def agree_where_wrong(a, b, expected, tolerance: float) -> bool:
+    """Whether `b` is wrong where `a` is, and by the same. NaN and infinity are the same here."""
     if not isinstance(a, torch.Tensor):
-        return int(same(a, b, case.tolerance))
-    if problem(a, b) or problem(a, c):
-        return 0
-    wrong = differs(a, c, case.tolerance)
-    return int(same(*(x.masked_fill(~x.isfinite(), math.nan)[wrong] for x in (a.double(), b.double())),
-                    case.tolerance))
+        return same(a, b, tolerance)
+    if problem(a, expected) or problem(a, b):
+        return False
+    wrong = differs(a, expected, tolerance)
+    a, b = (x.double().masked_fill(~x.isfinite(), math.nan)[wrong] for x in (a, b))
+    return same(a, b, tolerance)
 
 
 def differing(found: dict, expected: dict, case: Case) -> str | None:
@@ -122,7 +124,7 @@ def same(found, expected, tolerance: float) -> bool:
     return not problem(found, expected) and not differs(found, expected, tolerance).any()
 
 
-def problem(found: torch.Tensor, expected: torch.Tensor) -> str:
+def problem(found: torch.Tensor, expected) -> str:
     """Why numbers cannot be compared, "" if they can."""
     if found.shape != expected.shape:
         return f"has the shape {tuple(found.shape)} and should have {tuple(expected.shape)}"

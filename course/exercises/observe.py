@@ -30,7 +30,7 @@ def observe(name: str, function, case: Case) -> dict:
 def tensors(result, n: int) -> tuple:
     """The n tensors that a function returned."""
     if not isinstance(result, tuple) or [*map(type, result)] != [torch.Tensor] * n:
-        raise ValueError(f"your function returns {described(result)}, it should be {n} tensors")
+        raise ValueError(f"your function returns {described(result)}, and not {n} tensors")
     return result
 
 
@@ -42,7 +42,8 @@ def described(result) -> str:
 
 
 def one_tensor(arguments, result) -> dict:
-    (result,) = tensors((result,), 1)
+    if not isinstance(result, torch.Tensor):
+        raise ValueError(f"your function returns {described(result)}, and not a tensor")
     return {"the result": result}
 
 

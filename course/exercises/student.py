@@ -56,24 +56,27 @@ def load(path: Path, name: str):
 def run_cases(folder: Path, exercise: str, seed: int, write):
     """Write what is found in each case, and in the end where the project's own code ran."""
     path, name = folder / f"{exercise}.py", exercise[3:]
+    code = stubs.EXERCISES[exercise][0].__code__
     try:
         function = load(path, name)
-    except ValueError as error:
-        return write({"problem": str(error)})
-    files = files_of(stubs.EXERCISES[exercise][0])
-    try:
+        files = files_of(code)
         for case in cases(name, seed):
             found = found_in(name, function, case, str(path))
             write({part: encoded(value) for part, value in found.items()})
+    except ValueError as error:
+        return write({"problem": str(error)})
     except NotImplementedError:
         return write({"not written": True})
-    write({"imported": bool(files - {str(path)}), "same names": str(path) in files})
+    finally:
+        sys.setprofile(None)
+    chosen = code.co_nlocals > code.co_argcount  # else all names are given
+    write({"imported": bool(files - {str(path)}), "same names": chosen and str(path) in files})
 
 
-def files_of(solution) -> set:
-    """From now on, the files of all code that runs and has the names of the project's solution. It
-    can be called in any way, or be a copy of its text."""
-    files, code = set(), solution.__code__
+def files_of(code) -> set:
+    """From now on, the files of whatever runs and has the names of the project's code: this code,
+    called in any way, or a copy of its text."""
+    files = set()
 
     def look(frame, event, _):
         found = frame.f_code
