@@ -217,10 +217,32 @@ def test_a_score_is_compared_with_the_project_s(tmp_path, capsys, monkeypatch, d
     file = tmp_path / "06_mine.py"
     file.write_text("def mine(q, vectors, variances, lengths):\n    return -variances\n")
     monkeypatch.setattr(score, "LENGTH", 300)
-    monkeypatch.setattr(score, "METHODS", "sentencekv:score=mine")
     monkeypatch.setitem(sentencekv.SCORES, "mine", None)  # removed after the test
     assert score.main([str(file), "--count", "1"]) == 0
     out = capsys.readouterr().out
-    assert out.count("| sentencekv:score=mine | ") == 2
-    assert score.main([str(tmp_path / "none.py")]) == 2
-    assert capsys.readouterr().err.startswith("course.score: ")
+    assert out.count("| sentencekv:score=mine | ") == 3  # found, more than gaussian, attention
+    *_, line = out.splitlines()
+    assert re.fullmatch(r"06_mine\.py \| \d+ % found \| -?\d+ more than gaussian \| \d+ and \d+ are"
+                        r" possible \| [\d.]+% of the attention \| gaussian [\d.]+% \|"
+                        r" best_sentences [\d.]+% \| best_tokens [\d.]+%", line)
+
+
+@pytest.mark.parametrize("text, message", [
+    (None, "FileNotFoundError: "),
+    ("def other(): pass", "has no function mine"),
+    ("def mine(*_): raise NotImplementedError", "NotImplementedError: "),
+    ("def mine(q, *_): return q", "the result has the shape (2, 3, 4), and must have that of"),
+    ("def mine(q, vectors, variances, lengths): return 0 * variances / 0", "is not a number"),
+])
+def test_what_is_no_score_is_said_in_one_line(tmp_path, capsys, monkeypatch, text, message):
+    monkeypatch.setitem(sentencekv.SCORES, "mine", None)
+    if text is not None:
+        (tmp_path / "06_mine.py").write_text(text)
+    assert score.main([str(tmp_path / "06_mine.py")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("course.score: ") and message in line
+
+
+def test_no_prompts_are_no_comparison(capsys):
+    assert score.main(["06_mine.py", "--count", "0"]) == 2
+    assert capsys.readouterr().err == "course.score: --count is 0, must be at least 1\n"
