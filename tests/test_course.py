@@ -160,7 +160,7 @@ def test_a_score_is_compared_with_the_project_s(tmp_path, capsys, monkeypatch, d
     (None, "FileNotFoundError: "),
     ("def other(): pass", "has no function mine"),
     ("def mine(*_): raise NotImplementedError", "NotImplementedError: "),
-    ("def mine(q, *_): return q", "the result has the shape (2, 3, 4), and must have that of"),
+    ("def mine(q, *_): return q", "the result has the shape (2, 4, 6), and must have that of"),
     ("def mine(q, vectors, variances, lengths): return 0 * variances / 0", "is not a number"),
 ])
 def test_what_is_no_score_is_said_in_one_line(tmp_path, capsys, monkeypatch, text, message):
