@@ -8,11 +8,9 @@ import sys
 import textwrap
 
 import pytest
-import torch
 from conftest import ROOT
 
 import cache
-import sentencekv
 from course import check
 from course.exercises import stubs, student
 from course.exercises.cases import cases
@@ -21,11 +19,16 @@ from course.exercises.mistakes import MISTAKES
 from course.exercises.observe import ROWS_MOVED
 
 
+def text_of(exercise: str, body: str) -> str:
+    """A student's file: `body` takes the place of `raise NotImplementedError`."""
+    head = stubs.stub(*stubs.EXERCISES[exercise]).rpartition("    raise")[0]
+    body = textwrap.indent(textwrap.dedent(body), "    ")
+    return f"import math\nimport torch\n{head}{body}\n"
+
+
 def written(exercise: str, body: str):
-    """The function of a student: `body` takes the place of `raise NotImplementedError`."""
-    solution, imports = stubs.EXERCISES[exercise]
-    head, scope = stubs.stub(solution, imports).rpartition("    raise")[0], {}
-    exec("import math\nimport torch\n" + head + textwrap.indent(textwrap.dedent(body), "    "), scope)
+    scope = {}
+    exec(text_of(exercise, body), scope)
     return scope[exercise[3:]]
 
 
@@ -150,7 +153,8 @@ RIGHT = [  # the exercise, and another way to write it
         return scores"""),
     ("06_gaussian", """
         exponents = torch.einsum("hgd,hsd->hgs", q, vectors).float() / math.sqrt(q.shape[-1])
-        exponents += q.float().norm(dim=-1, keepdim=True) ** 2 * variances[:, None] / 2 / q.shape[-1]
+        lengths_of_q = q.float().norm(dim=-1, keepdim=True)
+        exponents += lengths_of_q**2 * variances[:, None] / 2 / q.shape[-1]
         exponents = exponents.masked_fill(lengths[:, None] == 0, -math.inf)
         total = (exponents + lengths[:, None].log()).logsumexp(-1, keepdim=True)
         return (exponents - total).exp().sum(dim=1)"""),
@@ -295,7 +299,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("05_sentence_vectors", ("if len(rows):", "if True:"), "NaN"),
     ("05_sentence_vectors", ("rows = keys", "keys *= 2\n        rows = keys"), "vectors"),
     ("05_sentence_vectors", ("return vectors, variances", "keys.zero_()\n"
-                             "return vectors, variances"), "changed argument 1"),
+                             "return vectors, variances"), "changed the argument keys"),
     ("05_sentence_vectors", ("return vectors, variances", "return vectors"), "2 tensors"),
     # Lesson 6
     ("06_mean_query", "return (q @ vectors.mT).mean(1) / math.sqrt(q.shape[-1])", "root of D"),
@@ -332,7 +336,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("07_select_rows", ("int(budget)", "int(budget) - 1"), "one row less"),
     ("07_select_rows", ("int(budget)", "int(budget) + 1"), "one row more"),
     ("07_select_rows", ("int(budget)", "budget.item()"), "AttributeError"),
-    ("07_select_rows", ("return selected", "scores.zero_()\nreturn selected"), "changed argument"),
+    ("07_select_rows", ("return selected", "scores.zero_()\nreturn selected"), "changed the argument scores"),
     ("07_select_rows", """
         order = scores.argsort(descending=True)
         counts = available.gather(1, order)
@@ -344,7 +348,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("08_assign_slots", ("range(int(n_resident[head, s]), int(selected[head, s]))",
                          "range(int(selected[head, s] - n_resident[head, s]))"), "after them"),
     ("08_assign_slots", ("] < starts", "] <= starts"), "off by one"),
-    ("08_assign_slots", ("rows.clone(), places.clone()", "rows, places"), "changed argument"),
+    ("08_assign_slots", ("rows.clone(), places.clone()", "rows, places"), "changed the argument rows"),
     ("08_assign_slots", (".bool()", ""), "torch.bool"),
     ("08_assign_slots", ("rows[head, slot] = NO_ROW", "missing[head, slot] = True"), "empty"),
     ("08_assign_slots", ("rows[head, slot] = NO_ROW", "pass"), "empty"),
@@ -400,10 +404,7 @@ def test_rows_that_move_are_counted():
 def mine(tmp_path):
     """A folder with right answers to everything."""
     for exercise, body in LOOPS.items():
-        solution, imports = stubs.EXERCISES[exercise]
-        head = stubs.stub(solution, imports).rpartition("    raise")[0]
-        body = textwrap.indent(textwrap.dedent(body), "    ")
-        (tmp_path / f"{exercise}.py").write_text(f"import math\nimport torch\n{head}{body}\n")
+        (tmp_path / f"{exercise}.py").write_text(text_of(exercise, body), encoding="utf-8")
     return tmp_path
 
 

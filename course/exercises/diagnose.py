@@ -68,9 +68,10 @@ def diagnose(exercise: str, found: list[dict], seed: int = 0) -> str:
     if not wrong:
         return ""
     first = wrong[0]
-    name, case = named(exercise, found, wrong, seed), all_cases[first]
-    lines = [case.name, *wrapped(name), *arguments(exercise, case),
-             *difference(parts[first], found[first], expected[first], case)]
+    mistake, case = named(exercise, found, wrong, seed), all_cases[first]
+    names = parameters(exercise)
+    lines = [case.name, *wrapped(mistake), *arguments(names, case),
+             *difference(names, parts[first], found[first], expected[first], case)]
     return "\n  ".join(lines[:MOST_LINES])
 
 
@@ -144,20 +145,21 @@ def differs(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> to
     return ~torch.isclose(found, expected, rtol=tolerance, atol=tolerance * most, equal_nan=True)
 
 
-def arguments(exercise: str, case: Case) -> list[str]:
-    """The arguments in lines. Of many numbers only the shapes are shown."""
-    names = list(inspect.signature(stubs.EXERCISES[exercise][0]).parameters)
+def parameters(exercise: str) -> list[str]:
+    """Names for the arguments of a case."""
     if exercise[3:] == "seal":
-        names = ["sentences of the prompt", "rows sealed after a step", "settings"]
-    given = {name: value for name, value in zip(names, case.arguments) if name != "self"}
-    tensors = [x for x in given.values() if isinstance(x, torch.Tensor)]
-    many = sum(x.numel() for x in tensors) > MOST_NUMBERS
-    if many:
-        return wrapped("shapes: " + ", ".join(
-            f"{name} {tuple(x.shape) if isinstance(x, torch.Tensor) else x}"
-            for name, x in given.items()))
-    return [line for name, x in given.items() for line in wrapped(f"{name} = {shown(x)}")
-            if name != "settings" or x]
+        return ["sentences of the prompt", "rows sealed after a step", "settings"]
+    return list(inspect.signature(stubs.EXERCISES[exercise][0]).parameters)
+
+
+def arguments(names: list[str], case: Case) -> list[str]:
+    """The arguments in lines. Of many numbers only the shapes are shown."""
+    given = [(name, x) for name, x in zip(names, case.arguments) if name != "self" and x != {}]
+    if sum(x.numel() for _, x in given if isinstance(x, torch.Tensor)) > MOST_NUMBERS:
+        shapes = (f"{name} {tuple(x.shape) if isinstance(x, torch.Tensor) else x}"
+                  for name, x in given)
+        return wrapped(f"shapes: {', '.join(shapes)}")
+    return [line for name, x in given for line in wrapped(f"{name} = {shown(x)}")]
 
 
 def wrapped(text: str) -> list[str]:
@@ -175,12 +177,12 @@ def shown(value) -> str:
     return "NO_ROW" if value == NO_ROW else repr(value)
 
 
-def difference(part: str, found: dict, expected: dict, case: Case) -> list[str]:
+def difference(names: list[str], part: str, found: dict, expected: dict, case: Case) -> list[str]:
     """How a part differs: of a tensor, the first number that does."""
     if part == ERROR:
         return wrapped(found[ERROR] + found[WHERE])
     if part == CHANGED:
-        return [f"your function changed argument {found[part][0]}: work on a copy"]
+        return [f"your function changed the argument {names[found[part][0]]}: work on a copy"]
     a, b = found.get(part), expected[part]
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return wrapped(f"{part}: {shown(a)}, and it should be {shown(b)}")

@@ -22,7 +22,7 @@ def observe(name: str, function, case: Case) -> dict:
         return slots_of_steps(function, case.arguments)
     given = [x.clone() if isinstance(x, torch.Tensor) else x for x in case.arguments]
     parts = COMPARED.get(name, one_tensor)(given, function(*case.arguments))
-    changed = [i for i, (before, after) in enumerate(zip(given, case.arguments), 1)
+    changed = [i for i, (before, after) in enumerate(zip(given, case.arguments))
                if isinstance(before, torch.Tensor) and not torch.equal(before, after)]
     return {**parts, CHANGED: changed}
 
@@ -102,23 +102,25 @@ def slots_of_steps(function, arguments) -> dict:
     return {"the right rows are in slots after each step": right, ROWS_MOVED: moved}
 
 
+class WatchedLayer(LayerCache):
+    """Remembers what a token attends to, and refuses bounds that would read other memory."""
+
+    def decode(self, q, k, v):
+        self.read = super().decode(q, k, v)
+        return self.read
+
+    def add_sentences(self, keys, bounds, first_row=0, n_all_sinks=0):
+        if len(bounds) != len(keys) or bounds.max() > keys.shape[1]:
+            raise ValueError(f"`add_sentences` gets bounds {bounds.tolist()}, and keys of the shape"
+                             f" {tuple(keys.shape)}")
+        super().add_sentences(keys, bounds, first_row, n_all_sinks)
+
+
 def states_after_seals(function, arguments) -> dict:
     """What all layers hold after each seal, and what they attend to in the end."""
-    class Layer(LayerCache):
-        seal = function
-
-        def decode(self, q, k, v):
-            self.read = super().decode(q, k, v)
-            return self.read
-
-        def add_sentences(self, keys, bounds, first_row=0, n_all_sinks=0):
-            if len(bounds) != len(keys) or bounds.max() > keys.shape[1]:
-                raise ValueError(f"`add_sentences` gets bounds {bounds.tolist()}, and keys of the"
-                                 f" shape {tuple(keys.shape)}")  # it would read other memory
-            super().add_sentences(keys, bounds, first_row, n_all_sinks)
-
     spans, lengths, settings = arguments
-    cache, states = sealing_cache(Layer, spans, settings), {}
+    layer_class = type("Layer", (WatchedLayer,), {"seal": function})
+    cache, states = sealing_cache(layer_class, spans, settings), {}
     take(cache, spans[-1][1], "prefill")
     for layer in cache.layers:
         layer.host.reserve(spans[-1][1] + 100)  # more than a seal will, so these rows stay
@@ -128,16 +130,13 @@ def states_after_seals(function, arguments) -> dict:
         if step in lengths:
             scores = [layer.scores for layer in cache.layers]
             cache.seal(lengths[step])
-            states[f"scores are the same tensors after step {step}"] = all(
-                layer.scores is before for layer, before in zip(cache.layers, scores))
-            states |= {f"{what} of layer {i} after step {step}": value
-                       for i, layer in enumerate(cache.layers)
-                       for what, value in state_of(layer).items()}
+            for i, layer in enumerate(cache.layers):
+                state = {"scores are the same tensor": layer.scores is scores[i], **state_of(layer)}
+                states |= {f"layer {i} after step {step}, {what}": x for what, x in state.items()}
     for i, layer in enumerate(cache.layers):
         keys, values, mask = layer.read
-        attended = mask.squeeze(1)
-        states |= {f"keys attended to in layer {i}": keys[attended],
-                   f"values attended to in layer {i}": values[attended]}
+        states |= {f"layer {i} attends to {what}": x[mask.squeeze(1)]
+                   for what, x in (("keys", keys), ("values", values))}
     return states
 
 
