@@ -82,7 +82,7 @@ def judge(exercise: str, folder: Path, args) -> Result:
 
 def of_cases(exercise: str, folder: Path, seed: int, limit: float) -> tuple[str, str]:
     """Status and message of the small cases."""
-    names = [*(case.name for case in cases(exercise[3:], seed)), "the end"]
+    names = [*(case.name for case in cases(exercise[3:], seed)), "the end", "the end"]
     if not (folder / f"{exercise}.py").is_file():
         return "missing", f"there is no file {folder / exercise}.py"
     try:
@@ -169,9 +169,10 @@ def main(arguments=None) -> int:
         exercises = exercises_of(args.lesson)
         if not args.folder.is_dir():
             raise ValueError(f"there is no folder {args.folder}")
-        if not args.limit > 0 or not 0 <= args.seed < 2**32:
-            raise ValueError(f"limit is {args.limit}, seed is {args.seed}: the limit must be above"
-                             " 0, and the seed from 0 to 2³² - 1")
+        if not 0 < args.limit <= 10**6:
+            raise ValueError(f"limit is {args.limit:g}, must be above 0 and at most 1000000")
+        if not 0 <= args.seed < 2**32:
+            raise ValueError(f"seed is {args.seed}, must be from 0 to {2**32 - 1}")
     except ValueError as error:
         print(f"course.check: {error}", file=sys.stderr)
         return 2

@@ -446,6 +446,8 @@ def test_a_grader_gets_a_line_for_each_exercise(mine, in_this_process, capsys):
     ("from importlib.util import *\ns = spec_from_file_location('x', 'sentencekv.py')\n"
      "m = module_from_spec(s)\nimport sys\nsys.modules['x'] = m\ns.loader.exec_module(m)\n"
      "select_rows = m.select_rows", "imported", ""),
+    ("import sys, sentencekv\ndef select_rows(*a):\n    sys.setprofile(None)\n"
+     "    return sentencekv.select_rows(*a)", "imported", ""),
     (None, "missing", "07_select_rows.py"),
     ("import nothing_like_this", "error", "ModuleNotFoundError"),
     ("def select_rows(:", "error", "SyntaxError"),
@@ -499,8 +501,9 @@ def test_a_process_that_ends_itself_is_an_error(mine, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["1"], "course.check: lesson 1 has no exercise, these have: 2, 3, 4, 5, 6, 7, 8, 9, and all"),
     (["all", "--folder", "nowhere"], "course.check: there is no folder nowhere"),
-    (["2", "--limit", "0"], "course.check: limit is 0"),
-    (["2", "--seed", "-1"], "course.check: limit is 300, seed is -1"),
+    (["2", "--limit", "0"], "course.check: limit is 0, must be above 0"),
+    (["2", "--limit", "nan"], "course.check: limit is nan, must be above 0"),
+    (["2", "--seed", "-1"], "course.check: seed is -1, must be from 0"),
 ])
 def test_a_wrong_command_is_said_in_one_line(capsys, arguments, message):
     assert check.main(arguments) == 2
@@ -536,5 +539,5 @@ def test_the_project_s_own_tests_run_with_the_student_s_function(mine, exercise)
 def test_the_example_question_is_answered_with_the_student_s_functions(mine, default_folder,
                                                                        capfd):
     results = [check.Result(name, "right", "", 0) for name in ("02_attend", "06_mean_query")]
-    assert check.ask(results, mine, 600)
+    assert check.ask(results, mine, 10**5)
     assert "8.03" in capfd.readouterr().out

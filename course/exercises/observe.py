@@ -29,7 +29,8 @@ def observe(name: str, function, case: Case) -> dict:
 
 def tensors(result, n: int) -> tuple:
     """The n tensors that a function returned."""
-    if not isinstance(result, tuple) or [*map(type, result)] != [torch.Tensor] * n:
+    if (not isinstance(result, (tuple, list)) or len(result) != n
+            or not all(isinstance(x, torch.Tensor) for x in result)):
         raise ValueError(f"your function returns {described(result)}, and not {n} tensors")
     return result
 
@@ -68,7 +69,7 @@ def slots_after(arguments, result) -> dict:
     before, _, _, _, selected = arguments
     rows, places, missing = tensors(result, 3)
     shapes = [list(x.shape) for x in (rows, places, missing)]
-    if missing.dtype != torch.bool or any(shape != shapes[0] for shape in shapes):
+    if missing.dtype != torch.bool or any(shape != list(before.shape) for shape in shapes):
         return {"the dtype of `missing`": str(missing.dtype), "the three shapes": shapes}
     held, heads = rows < NO_ROW, range(len(rows))
     order = rows.argsort(dim=-1)

@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import sys
+import threading
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -63,14 +64,16 @@ def run_cases(folder: Path, exercise: str, seed: int, write):
         for case in cases(name, seed):
             found = found_in(name, function, case, str(path))
             write({part: encoded(value) for part, value in found.items()})
+        is_watched = sys.getprofile() is not None
     except ValueError as error:
         return write({"problem": str(error)})
     except NotImplementedError:
         return write({"not written": True})
     finally:
-        sys.setprofile(None)
+        watch(None)
     chosen = code.co_nlocals > code.co_argcount  # else all names are given
-    write({"imported": bool(files - {str(path)}), "same names": chosen and str(path) in files})
+    write({"imported": bool(files - {str(path)}) or not is_watched,
+           "same names": chosen and str(path) in files})
 
 
 def files_of(code) -> set:
@@ -84,8 +87,13 @@ def files_of(code) -> set:
                 code.co_name, code.co_names, code.co_varnames):
             files.add(found.co_filename)
 
-    sys.setprofile(look)
+    watch(look)
     return files
+
+
+def watch(look):
+    sys.setprofile(look)
+    threading.setprofile(look)
 
 
 def encoded(value):
