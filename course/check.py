@@ -1,199 +1,189 @@
-"""Check your exercises: `python -m course.check 6`, or `python -m course.check 6 --folder MINE`.
+"""Check your exercises: `python -m course.check 7 --folder MINE`, or `all` instead of 7.
 
-Your function runs on small cases, with a diagnosis if the mistake is a known one. Then it takes the
-place of the project's function: some of the project's own tests run with it, and it answers the
-example question.
+Your function runs on small cases, and a likely mistake is named. Then it takes the place of the
+project's function: some of the project's own tests run with it, and it answers the example
+question. The exit status is 0 if all exercises are right.
 """
 
 import argparse
-import inspect
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
 import sys
-import textwrap
-import traceback
-from contextlib import redirect_stderr
-from io import StringIO
+import time
 from pathlib import Path
+from typing import NamedTuple
 
-import pytest
-import torch
+from course.exercises import stubs
+from course.exercises.cases import N_STEPS, cases
+from course.exercises.diagnose import diagnose
+from course.exercises.observe import ROWS_MOVED
+from course.exercises.student import ROOT, decoded
 
-import cache
-import generate
-import model
-import segment
-import sentencekv
-from cache import NO_ROW
-from course.exercises import cases, stubs
-
-ROOT = Path(__file__).parent.parent
-SLOW = "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects"
-ORACLES = {  # lesson -> what runs with its functions in place
-    2: ["test_model.py::test_decoding_one_by_one_equals_one_forward", SLOW],
-    # Other tests of segment.py change names in that module, which a student's file has imported.
-    3: [f"test_segment.py::{name}" for name in (
-        "test_sentences", "test_every_rule_has_a_true_example_that_needs_it",
-        "test_the_stream_finds_the_sentences_of_the_whole", "test_sentences_of_real_tokens")],
-    4: ["test_sentencekv.py", SLOW],
-    5: ["test_sentencekv.py", SLOW],
-    6: ["test_sentencekv.py", SLOW],
-    7: ["test_cache.py::test_slots_hold_what_is_wanted_and_only_what_is_not_there_moves", SLOW],
-    8: [SLOW],
-}
+LESSONS = sorted({int(exercise[:2]) for exercise in stubs.EXERCISES})
+WRITE_IT = "imported from the project: write the function yourself"
 
 
-def with_mistake(function, old: str, new: str):
-    """The project's function with a change to its text."""
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(old) == 1, f"{old!r} is not once in {function.__name__}"
-    scope = dict(vars(inspect.getmodule(function)))
-    exec(source.replace(old, new), scope)
-    return scope[function.__name__]
+class Result(NamedTuple):
+    name: str  # of the exercise
+    status: str  # right, wrong, not written, imported, too slow, missing or error
+    message: str
+    seconds: float
 
 
-def results(name: str, function) -> list:
-    """(arguments or a name, result) of all cases of an exercise, or the error at the first that
-    fails."""
-    found, arguments = [], ()
+class TooSlow(Exception):
+    """A process did not end in time."""
 
-    def watched(*given, **named):
-        nonlocal arguments
-        arguments = given + tuple(named.values())
-        return function(*given, **named)
 
+def run(*arguments, seconds: float) -> tuple[int, list[dict]]:
+    """Run functions of a student in a process of its own, with one thread: all inputs are tiny.
+    Returns its exit status and its lines of JSON. At TooSlow, it and what it started have ended."""
+    def limit():  # ends it also when this process has been killed
+        most = math.ceil(seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (most, most + 1))
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "course.exercises.student", *map(str, arguments)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
+        encoding="utf-8", start_new_session=True, preexec_fn=limit)
     try:
-        for result in getattr(cases, name[3:])(watched):  # some have a name
-            found.append(result if isinstance(result, tuple) else (arguments, result))
-    except NotImplementedError:
-        raise
-    except Exception as error:  # of the student's function: it is shown, not hidden
-        found.append((arguments, error))
+        out, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        out, _ = process.communicate()
+    finally:
+        if process.poll() is None:  # Ctrl-C
+            os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode in (-signal.SIGKILL, -signal.SIGXCPU):
+        raise TooSlow(lines_of(out))
+    return process.returncode, lines_of(out)
+
+
+def lines_of(out: str) -> list[dict]:
+    """The whole lines: a process that was ended can leave half a line."""
+    return [json.loads(line) for line in out.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def judge(exercise: str, folder: Path, args) -> Result:
+    """One exercise, in at most `args.limit` seconds."""
+    begin = time.monotonic()
+    try:
+        status, message = of_cases(exercise, folder, args.seed, args.limit)
+        if status == "right" and not args.quick:
+            left = max(0, args.limit - (time.monotonic() - begin))
+            status, message = of_tests(exercise, folder, left, message)
+    except TooSlow as slow:
+        status, message = "too slow", f"{slow}, {args.limit:g} seconds are the limit"
+    return Result(exercise, status, message, round(time.monotonic() - begin, 1))
+
+
+def of_cases(exercise: str, folder: Path, seed: int, limit: float) -> tuple[str, str]:
+    """Status and message of the small cases."""
+    names = [*(case.name for case in cases(exercise[3:], seed)), "the end", "the end"]
+    if not (folder / f"{exercise}.py").is_file():
+        return "missing", f"there is no file {folder / exercise}.py"
+    try:
+        status, lines = run("cases", folder, exercise, seed, seconds=limit)
+    except TooSlow as slow:
+        (lines,) = slow.args
+        raise TooSlow(f"no result of the case: {names[len(lines)]}") from slow
+    last = lines[-1] if lines else {}
+    if "problem" in last:
+        return "error", last["problem"]
+    if "not written" in last:
+        return "not written", "replace `raise NotImplementedError`"
+    if "imported" not in last:
+        return "error", f"the process ended with status {status} in the case: {names[len(lines)]}"
+    if last["imported"]:
+        return "imported", WRITE_IT
+    found = [{part: decoded(x) for part, x in line.items()} for line in lines[:-1]]
+    problem = diagnose(exercise, found, seed)
+    return ("wrong", problem) if problem else ("right", praise(found, last["same names"]))
+
+
+def praise(found: list[dict], same_names: bool) -> str:
+    moved = [parts[ROWS_MOVED] for parts in found if ROWS_MOVED in parts]
+    return (f"{len(found)} cases"
+            + (f", {moved[0]} rows move in {N_STEPS} steps, the least possible" if moved else "")
+            + (", with the names of the project's own lines" if same_names else ""))
+
+
+def of_tests(exercise: str, folder: Path, seconds: float, message: str) -> tuple[str, str]:
+    """Status and message of the project's own tests, once the small cases are right."""
+    try:
+        status, lines = run("tests", folder, exercise, seconds=seconds)
+    except TooSlow as slow:
+        raise TooSlow("the small cases are right; the project's own tests did not end") from slow
+    failed = lines[-1]["failed"] if lines else f"the process ended with status {status}"
+    if failed:
+        lines = f"the project's own tests with your function: {failed}".splitlines()
+        return "wrong", "\n  ".join(line[:200] for line in lines[:15])
+    return "right", f"{message}, and the project's own tests"
+
+
+def ask(results: list[Result], folder: Path, limit: float) -> bool:
+    """The example question, with all functions that are right. Whether it is answered."""
+    print("the example question with your code; the boards cost $8.03½:", flush=True)
+    right = [result.name for result in results if result.status == "right"]
+    try:
+        return subprocess.run([sys.executable, "-m", "course.exercises.student", "question",
+                               folder, *right], cwd=ROOT, timeout=limit).returncode == 0
+    except subprocess.TimeoutExpired:
+        print(f"no answer in {limit:g} seconds")
+        return False
+
+
+def exercises_of(lesson: str) -> list[str]:
+    """Raises ValueError if a lesson has none."""
+    found = [name for name in stubs.EXERCISES if lesson in ("all", str(int(name[:2])))]
+    if not found:
+        raise ValueError(f"lesson {lesson} has no exercise, these have:"
+                         f" {', '.join(map(str, LESSONS))}, and all")
     return found
 
 
-def same(a, b) -> bool:
-    """Whether two results, tensors or answers or errors, are equal up to rounding."""
-    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-        return repr(a) == repr(b)
-    return a.shape == b.shape and torch.allclose(
-        a.float(), b.float(), rtol=1e-4, atol=1e-6, equal_nan=True)
+def shown(result: Result, as_json: bool) -> str:
+    if as_json:
+        return json.dumps(result._asdict(), ensure_ascii=False)
+    return f"{result.name}: {result.status}: {result.message}"
 
 
-def all_same(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(same(x, y) for (_, x), (_, y) in zip(a, b))
-
-
-def diagnose(name: str, function) -> str:
-    """What is wrong with a student's function, "" if nothing is."""
-    solution, _ = stubs.EXERCISES[name]
-    found, expected = results(name, function), results(name, solution)
-    if all_same(found, expected):
-        return ""
-    for old, new, diagnosis in cases.MISTAKES[name]:
-        if all_same(found, results(name, with_mistake(solution, old, new))):
-            return diagnosis
-    for i, ((arguments, a), (_, b)) in enumerate(zip(found, expected), 1):
-        if not same(a, b):
-            return f"result {i}, {call(solution, arguments)}{difference(function, a, b)}"
-    return f"{len(found)} results, and there should be {len(expected)}"
-
-
-def call(solution, arguments) -> str:
-    """The arguments of a call, without those that are objects, or the name of a result."""
-    if isinstance(arguments, str):
-        return f"{arguments}, "
-    names = list(inspect.signature(solution).parameters)
-    shown = [f"{name} = {value!r}\n" for name, value in zip(names, arguments)
-             if isinstance(value, (torch.Tensor, str, int))]
-    return f"with\n{''.join(shown)}" if shown else ""
-
-
-def difference(function, found, expected) -> str:
-    """How a result of a student's function differs from what is expected."""
-    if isinstance(found, Exception):
-        file = function.__code__.co_filename
-        lines = [f.lineno for f in traceback.extract_tb(found.__traceback__) if f.filename == file]
-        return f"{found!r}" + (f", at line {lines[-1]} of {Path(file).name}" if lines else "")
-    for what in ("shape", "dtype") if isinstance(expected, torch.Tensor) else ():
-        if getattr(found, what, None) != getattr(expected, what):
-            return (f"has the {what} {getattr(found, what, f'of a {type(found).__name__}')}"
-                    f" and should have {getattr(expected, what)}")
-    return f"is\n{found!r}\nand should be\n{expected!r}".replace(str(NO_ROW), "NO_ROW")
-
-
-def install(function, solution):
-    """Put a function in the place of the project's, in every module that uses it."""
-    owner, _, method = solution.__qualname__.rpartition(".")
-    if owner:
-        setattr(getattr(inspect.getmodule(solution), owner), method, function)
-        return
-    for module in (sentencekv, model, cache, segment, generate):
-        if getattr(module, method, None) is solution:
-            setattr(module, method, function)
-    if method in sentencekv.SCORES:
-        sentencekv.SCORES[method] = function
-
-
-def run_oracles(functions: dict) -> int:
-    """Put functions, name of the exercise -> function, in place and run the project's own tests.
-    Returns pytest's exit status. This process keeps the functions."""
-    for name, function in functions.items():
-        install(function, stubs.EXERCISES[name][0])
-    tests = dict.fromkeys(test for name in functions for test in ORACLES[int(name[:2])])
-    return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider",
-                            *(str(ROOT / "tests" / test) for test in tests)]))
-
-
-def load(path: Path, name: str):
-    """The function that a student's file defines. Raises ValueError if the file cannot be run."""
-    scope = {}
-    try:
-        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
-    except Exception as error:  # whatever the student wrote
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
-    if name not in scope:
-        raise ValueError(f"{path} has no function {name}")
-    return scope[name]
+def parse(arguments):
+    parser = argparse.ArgumentParser(prog="course.check", description=__doc__.split("\n")[0])
+    parser.add_argument("lesson", help="a number, or all")
+    parser.add_argument("--folder", type=Path, default=Path(stubs.__file__).parent)
+    parser.add_argument("--json", action="store_true",
+                        help="for a grader: a line of JSON for each exercise, and no question")
+    parser.add_argument("--quick", action="store_true", help="the small cases alone")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for an exercise")
+    parser.add_argument("--seed", type=int, default=0, help="of the random cases")
+    return parser.parse_args(arguments)
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="course.check", description=__doc__.split("\n")[0])
-    parser.add_argument("lesson", type=int)
-    parser.add_argument("--folder", type=Path, default=Path(stubs.__file__).parent)
-    args = parser.parse_args(arguments)
+    args = parse(arguments)
     try:
-        if args.lesson not in ORACLES:
-            raise ValueError(f"lesson {args.lesson} has no exercise, these have:"
-                             f" {', '.join(map(str, ORACLES))}")
-        written = {name: load(args.folder / f"{name}.py", name[3:])
-                   for name in stubs.EXERCISES if int(name[:2]) == args.lesson}
+        exercises = exercises_of(args.lesson)
+        if not args.folder.is_dir():
+            raise ValueError(f"there is no folder {args.folder}")
+        if not 0 < args.limit <= 10**6:
+            raise ValueError(f"limit is {args.limit:g}, must be above 0 and at most 1000000")
+        if not 0 <= args.seed < 2**32:
+            raise ValueError(f"seed is {args.seed}, must be from 0 to {2**32 - 1}")
     except ValueError as error:
         print(f"course.check: {error}", file=sys.stderr)
         return 2
-    for name, function in list(written.items()):
-        try:
-            problem = diagnose(name, function)
-        except NotImplementedError:
-            print(f"{name}: not written yet")
-            del written[name]
-            continue
-        print(f"{name}: {problem or 'all small cases are right'}")
-        if problem in ("", cases.ALL_MOVE) and name == "07_assign_slots":
-            moved, least = cases.rows_moved(function)
-            print(f"{name}: {moved} rows moved in 50 steps, the least possible is {least}")
-        if problem:
-            return 1
-    if not written:
-        return 1
-    print("the project's own tests with your code:", flush=True)
-    if status := run_oracles(written):
-        return status
-    print("the example question with your code; the boards cost $8.03½:", flush=True)
-    with redirect_stderr(StringIO()) as tables:
-        status = generate.main(["--prompt", str(ROOT / "examples" / "walden_house.txt"),
-                                "--token-budget", "512"])
-    if status:
-        print(tables.getvalue(), end="", file=sys.stderr)
-    return status
+    folder, results = args.folder.resolve(), []
+    for exercise in exercises:
+        results.append(judge(exercise, folder, args))
+        print(shown(results[-1], args.json), flush=True)
+    statuses = {result.status for result in results}
+    if "right" in statuses <= {"right", "not written"} and not args.json and not args.quick:
+        return 0 if ask(results, folder, args.limit) and statuses == {"right"} else 1
+    return 0 if statuses == {"right"} else 1
 
 
 if __name__ == "__main__":

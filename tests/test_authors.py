@@ -15,7 +15,7 @@ from conftest import REFERENCE
 
 import sentencekv
 from benchmarks.methods.base import Recording
-from course.check import with_mistake
+from course.exercises.diagnose import with_mistake
 from model import Llama, LlamaConfig
 from sentencekv import SentenceKVConfig
 

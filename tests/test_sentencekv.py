@@ -105,8 +105,8 @@ def test_bounds_count_the_kept_tokens_of_every_sentence():
 
 def test_summed_scores_rank_like_the_mean_query():
     queries, vectors = random(5, 2, 3, 8), random(2, 40, 8)  # (tokens, H_kv, G, D)
-    lengths = torch.ones(2, 40, dtype=torch.long)
-    summed = sum(mean_query(q, vectors, None, lengths) for q in queries)
+    ones = torch.ones(2, 40)
+    summed = sum(mean_query(q, vectors, ones, ones) for q in queries)
     expected = (vectors @ queries.mean(dim=(0, 2)).unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(summed / 5, expected)
     assert summed.argsort().tolist() == expected.argsort().tolist()
@@ -125,7 +125,7 @@ def test_votes_are_the_attention_of_sentences_whose_keys_are_all_alike():
 
 def test_the_gaussian_score_is_the_average_over_normal_keys():
     q, vectors, variances = random(2, 3, 8), random(2, 4, 8), random(2, 4).abs()
-    lengths = torch.tensor([[1, 5, 2, 0], [3, 3, 1, 4]])
+    lengths = torch.tensor([[1.0, 5, 2, 0], [3, 3, 1, 4]])
     noise = random(100_000, 8)
     for head in range(2):
         keys = [v + s.sqrt() * noise for v, s in zip(vectors[head], variances[head])]
@@ -138,7 +138,7 @@ def test_the_gaussian_score_is_the_average_over_normal_keys():
 
 
 def test_the_gaussian_score_of_keys_all_alike_is_a_vote_by_token():
-    q, vectors, lengths = random(2, 3, 8), random(2, 4, 8), torch.tensor([[1, 5, 2, 4]] * 2)
+    q, vectors, lengths = random(2, 3, 8), random(2, 4, 8), torch.tensor([[1.0, 5, 2, 4]] * 2)
     found = gaussian(q, vectors, torch.zeros(2, 4), lengths)
     torch.testing.assert_close(found * lengths, votes(q, vectors, None, lengths))
 
@@ -151,8 +151,8 @@ def test_selection_walks_down_the_ranking_until_the_budget_is_full(data):
     lengths = torch.tensor([data.draw(row) for _ in range(n_heads)])
     scores = torch.tensor([data.draw(st.permutations(range(n_sentences))) for _ in lengths]).float()
     room = data.draw(st.integers(0, 40))
-    selected = select_rows(scores, lengths, torch.tensor([[room]]))
-    assert torch.equal(select_rows(scores, lengths, torch.tensor([[room]]), max(room, 1)), selected)
+    selected = select_rows(scores, lengths, torch.tensor([room]))
+    assert torch.equal(select_rows(scores, lengths, room, max(room, 1)), selected)
     for head in range(n_heads):
         left, expected = room, [0] * n_sentences
         for s in sorted(range(n_sentences), key=lambda s: -scores[head, s]):

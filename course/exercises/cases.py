@@ -1,158 +1,341 @@
-"""Small inputs for each exercise, and the mistakes that a student is likely to make.
+"""Inputs for each exercise.
 
-The cases of an exercise are a generator under its name: it calls the student's function and yields
-what is compared with the project's. Shapes are as in `sentencekv.py`, for 2 KV heads.
+An exercise has fixed cases under its name in FIXED, the first of them small enough to be redone by
+hand, and a case of random numbers in RANDOM. Shapes, views and dtypes are those that the project
+passes.
 """
 
 import math
-from types import SimpleNamespace
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 import sentencekv
-from cache import NO_ROW, LayerCache, SentenceKVCache
-from model import LlamaConfig
+from cache import NO_ROW, SentenceKVCache
+from model import Attention, LlamaConfig
 from sentencekv import SentenceKVConfig
+from support.host_rows import Copies
 
 TINY = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
                    num_attention_heads=4, num_key_value_heads=2, head_dim=4,
                    max_position_embeddings=256)
+N_RANDOM, N_STEPS = 6, 50
+N_RANDOM_OF = {"is_end": 40, "seal": 3}  # others have N_RANDOM
+STEPS = f"{N_STEPS} steps, one after the other"
 
 
-def random(seed: int, *shape) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+class Case(NamedTuple):
+    name: str
+    arguments: tuple
+    tolerance: float = 1e-4  # relative to the largest number of a result
 
 
-def attend(function):
-    attention, q = SimpleNamespace(head_dim=4), random(1, 4, 1, 4)
-    keys, values = random(2, 2, 6, 4), random(3, 2, 6, 4)
-    mask = torch.tensor([[[1, 0, 1, 1, 0, 1]], [[0, 1, 1, 0, 0, 1]]]).bool()
-    yield function(attention, q, keys, values, None)
-    yield function(attention, q, keys, values, mask)
+class Draw:
+    """Random numbers of one seed."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def integers(self, low: int, high: int, *shape) -> torch.Tensor:
+        """From `low` to `high`, both included."""
+        return torch.randint(low, high + 1, shape, generator=self.generator)
+
+    def number(self, low: int, high: int) -> int:
+        return self.integers(low, high, 1).item()
+
+    def choice(self, options):
+        return options[self.number(0, len(options) - 1)]
 
 
-def is_end(function):
-    for before, after in (("He left.", "She sat."), ("Dr.", "Smith sat."), ("He sat", "down."),
-                          ("It is 3.", "5 m long."), ("Why?", "he asked."), ("你好。", "再见。"),
-                          ("I work at Yahoo!", "in London."), ("Ax Inc.", "The end."),
-                          ("the U.S.", "Army"), ("Wait.", "• Tea"), ("你好。", '"Hello'),
-                          ("the U.S.", '"Hello'), ("Is it so?", "iPhone")):
-        yield function(before, " ", after)
-    yield function("A heading", "\n\n", "A line")
-    yield function("a line", "\n", "another")
+# Lesson 2
+def attention_case(name: str, q, keys, values, mask=None, tolerance=1e-4) -> Case:
+    heads, kv_heads, dim = len(q), len(keys), q.shape[-1]
+    config = LlamaConfig(vocab_size=8, hidden_size=heads * dim, intermediate_size=8,
+                         num_hidden_layers=1, num_attention_heads=heads,
+                         num_key_value_heads=kv_heads, head_dim=dim, max_position_embeddings=8)
+    keys, values = torch.stack((keys, values), dim=2).unbind(dim=2)  # views, as in a cache
+    return Case(name, (Attention(config), q, keys, values, mask), tolerance)
 
 
-def sentence_bounds(function):
+def attend() -> Iterator[Case]:
+    q = 100.0 * torch.tensor([[[1, 0]], [[0, 1]], [[-1, -1]], [[0, 1]]])  # finds one key each
+    keys = torch.tensor([[[1.0, 0], [0, 1], [0, 0]], [[0, 1], [1, 0], [0, 0]]])
+    values = torch.arange(1.0, 13).view(2, 3, 2)
+    mask = torch.tensor([[[0, 1, 1]], [[0, 1, 0]]]).bool()
+    yield attention_case("without a mask", q, keys, values)
+    yield attention_case("with a mask", q, keys, values, mask)
+    q = torch.tensor([[[2.0, 0, 0, 0]], [[0, 2.0, 0, 0]]])
+    keys = torch.tensor([[[math.log(3), 0, 0, 0], [0, 0, 0, 0]]])
+    values = torch.tensor([[[4.0, 0, 0, 0], [0, 4, 0, 0]]])
+    yield attention_case("weights 3/4 and 1/4, then 1/2 and 1/2", q, keys, values)
+    yield attend_at_random(Draw(1), heads=(2, 2), name="one query head in a group")
+    yield attend_at_random(Draw(2), heads=(3, 1), name="one KV head")
+    case = attend_at_random(Draw(3), heads=(6, 2), name="q in bfloat16, keys in float32")
+    attention, q, *kv = case.arguments
+    yield case._replace(arguments=(attention, q.bfloat16(), *kv), tolerance=0.02)
+
+
+def attend_at_random(draw: Draw, heads=None, name="D = 6") -> Case:
+    n_heads, kv_heads = heads or draw.choice([(4, 2), (6, 2), (6, 3), (8, 2)])
+    n, mask = draw.number(5, 9), None
+    if draw.number(0, 3):
+        mask = draw.normal(kv_heads, 1, n) > 0
+        mask[:, :, -1] = True
+    q = 2 * draw.normal(n_heads, 1, 6)
+    return attention_case(name + (", with a mask" if mask is not None else ", without a mask"),
+                          q, draw.normal(kv_heads, n, 6), draw.normal(kv_heads, n, 6), mask)
+
+
+# Lesson 3
+BEFORE = ["He left.", "Dr.", "He sat", "It is 3.", "Why?", "你好。", "I work at Yahoo!", "Ax Inc.",
+          "the U.S.", "Wait.", "Is it so?", "It rose.", "see p.", "Well...", "«Oui!»", "am 3.",
+          'He said "No."', "Τι είναι;", "I saw it;", "1. Tea", "It failed.[3]", "A heading", "so!"]
+AFTER = ["She sat.", "Smith sat.", "down.", "5 m long.", "he asked.", "再见。", "in London.", "Army",
+         "The end.", "the end.", "• Tea", '"Hello', "iPhone", "ρώτησε", "3 men came.", "2. Milk",
+         "”", ", no", "» dit-il", "(2) is", "however, no"]
+GAPS = [" ", " ", " ", "\n", "\n\n", ""]
+
+
+def is_end() -> Iterator[Case]:
+    for before, gap, after in (
+            ("He left.", " ", "She sat."), ("He sat", " ", "down."), ("Dr.", " ", "Smith sat."),
+            ("It is 3.", " ", "5 m long."), ("Why?", " ", "he asked."), ("你好。", "", "再见。"),
+            ("你好。", "", "”"), ("你好。", " ", '"Hello'), ("I work at Yahoo!", " ", "in London."),
+            ("Ax Inc.", " ", "The end."), ("the U.S.", " ", "Army"), ("the U.S.", " ", '"Hello'),
+            ("the U.S.", " ", "the end."), ("Wait.", " ", "• Tea"), ("Is it so?", " ", "iPhone"),
+            ("Τι είναι;", " ", "ρώτησε"), ("I sat.", " ", "it fell"),
+            ("I sat.", " ", "3 men came."), ("1. Tea", " ", "2. Milk"), ("A heading", "\n\n", "A line"),
+            ("a line", "\n", "another")):
+        yield Case(f"between {before!r} and {after!r}", (before, gap, after))
+
+
+def is_end_at_random(draw: Draw) -> Case:
+    before, gap, after = draw.choice(BEFORE), draw.choice(GAPS), draw.choice(AFTER)
+    return Case(f"between {before!r} and {after!r}", (before, gap, after))
+
+
+# Lesson 4
+def sentence_bounds() -> Iterator[Case]:
     ends = torch.tensor([4, 7, 10])
-    for marked in ([[-1, 0, 1, 8, 9]], [[0, 1, 5, 8, 9], [3, 4, 5, 6, 7]],
-                      [[7, 8, 9], [0, 1, 8]]):
-        yield function(torch.tensor(marked), ends)
+    for name, *marked in (
+            ("the second sentence has no rows", [-1, 0, 1, 8, 9]),
+            ("all sentences have rows", [0, 3, 4, 6, 7]),
+            ("two secondary sinks in one head, none in the other", [-1, -1, 0, 4, 5],
+             [3, 4, 5, 6, 7]),
+            ("only the last sentence has rows", [7, 8, 9]),
+            ("the first sentence has no rows", [4, 5, 6, 8]),
+            ("only secondary sinks", [-1, -1])):
+        yield Case(name, (torch.tensor(marked), ends))
+    yield Case("one sentence", (torch.tensor([[-1, 0, 1]]), torch.tensor([2])))
 
 
-def sentence_vectors(function):
-    keys = random(1, 2, 9, 4)
-    yield from function(keys, torch.tensor([[0, 2, 5, 9], [0, 1, 5, 9]]))
-    yield from function(keys, torch.tensor([[2, 3, 3, 9], [1, 4, 6, 6]]))
+def sentence_bounds_at_random(draw: Draw) -> Case:
+    ends = draw.integers(1, 6, draw.number(3, 9)).cumsum(dim=0)
+    n_tokens = ends[-1].item()
+    n = draw.number(2, n_tokens)
+    kept = draw.normal(3, n_tokens).argsort(dim=-1)[:, :n].sort(dim=-1).values
+    secondary = draw.normal(3, n_tokens) > 1
+    return Case("three heads", (sentencekv.order_rows(kept, secondary)[1], ends))
 
 
-def scores(function):
-    yield function(random(1, 2, 3, 4), random(2, 2, 5, 4), random(3, 2, 5).abs(),
-                   torch.tensor([[1, 5, 2, 0, 3], [3, 3, 1, 4, 2]]))
+# Lesson 5
+def sentence_vectors() -> Iterator[Case]:
+    keys = torch.tensor([[[1.0, 0], [3, 0], [2, 2], [2, 6], [5, 4]]])
+    yield Case("two sentences", (keys, torch.tensor([[0, 2, 5]])))
+    yield Case("an empty sentence at the end", (keys, torch.tensor([[0, 2, 5, 5]])))
+    yield Case("rows before the first bound and after the last", (keys, torch.tensor([[1, 2, 4]])))
+    yield Case("other bounds in each head", (torch.cat((keys, 2 * keys)),
+                                             torch.tensor([[0, 2, 5], [1, 4, 5]])))
+    keys = 3 * Draw(1).normal(2, 12, 1, 6).expand(-1, -1, 7, -1).flatten(1, 2)
+    keys = torch.cat((keys, Draw(2).normal(2, 7, 6)), dim=1)
+    yield Case("12 sentences of 7 equal keys", (keys, torch.arange(0, 92, 7).expand(2, -1)))
+    keys = torch.stack((1 + 0.2 * Draw(1).normal(2, 40, 6), Draw(2).normal(2, 40, 6)), dim=2)
+    bounds = torch.tensor([[2, 9, 14, 30, 40, 40], [0, 6, 12, 25, 33, 38]])
+    yield Case("keys in bfloat16", (keys.bfloat16()[:, :, 0], bounds), tolerance=1e-3)
 
 
-mean_query = gaussian = scores
+def sentence_vectors_at_random(draw: Draw) -> Case:
+    n, bounds = draw.number(8, 20), None
+    bounds = draw.integers(0, n, 3, draw.number(3, 6)).sort(dim=-1).values
+    return Case("three heads", (draw.normal(3, n, 2, 6)[:, :, 0], bounds))  # a view, as in a cache
 
 
-def token_importance(function):
-    yield function(random(1, 4, 3, 8), random(2, 2, 20, 8), pool=1)  # no pooling
-    yield function(random(1, 4, 3, 8), random(2, 2, 20, 8))
+# Lesson 6
+def score_cases() -> Iterator[Case]:
+    q = torch.tensor([[[2.0, 0, 0, 0], [4, 4, 0, 0]]])
+    vectors = torch.tensor([[[math.log(3), 0, 0, 0], [0, 0, 0, 0]]])
+    yield Case("keys of no variance", (q[:, :1], vectors, torch.zeros(1, 2), torch.ones(1, 2)))
+    yield Case("two query heads", (q, vectors, torch.zeros(1, 2), torch.ones(1, 2)))
+    yield Case("3 rows and 1", (q, vectors, torch.zeros(1, 2), torch.tensor([[3.0, 1]])))
+    yield Case("an empty sentence", (q, vectors, torch.zeros(1, 2), torch.tensor([[3.0, 0]])))
+    variances = torch.tensor([[0, 2 * math.log(2)]])
+    yield Case("variances 0 and 2 ln 2", (q, vectors, variances, torch.ones(1, 2)))
+    case = scores_at_random(Draw(1))
+    q, vectors, variances, lengths = case.arguments
+    yield case
+    yield Case("exponents of hundreds", (20 * q, 3 * vectors, variances, lengths), 0.001)
+    low = vectors - 200 * q[:, :1]
+    low[:, 2], lengths[:, 2] = 0, 0  # as a place that is not in use
+    yield Case("low exponents, and 0 for an empty sentence",
+               (q[:, :1], low, torch.zeros_like(variances), lengths), 0.001)
+    yield Case("q and vectors in bfloat16", (q.bfloat16(), vectors.bfloat16(), variances, lengths),
+               0.05)
 
 
-def select_rows(function):
-    scores, available = random(1, 2, 6), torch.tensor([[3, 1, 4, 1, 5, 2], [2, 0, 3, 3, 0, 4]])
-    for budget in (0, 1, 4, 7, 100):
-        yield function(scores, available, budget)
-    yield function(scores, available, torch.tensor([4]))
+def scores_at_random(draw: Draw) -> Case:
+    n, group = draw.number(5, 9), draw.number(2, 4)
+    lengths = draw.integers(0, 6, 2, n).float()
+    lengths[:, 0] = 2
+    return Case("D = 6", (draw.normal(2, group, 6), draw.normal(2, n, 6),
+                          draw.normal(2, n).abs(), lengths))
 
 
-def assign_slots(function):
-    """Any order of the loaded rows is right: what is compared does not depend on it."""
-    starts = torch.tensor([[4, 8, 12]])
-    for before, places, resident, selected in (
-            ([5, 8, 4], [0, 1, 0], [2, 1, 0], [0, 2, 1]),
-            ([4, 5, 8, 9], [0, 0, 1, 1], [2, 2, 0], [2, 1, 0]),
-            ([NO_ROW] * 4, [0] * 4, [0, 0, 0], [2, 2, 0]),
-            ([4, 5, 8, 9], [0, 0, 1, 1], [2, 2, 0], [1, 0, 2])):
-        given = [torch.tensor([x]) for x in (before, places, resident, selected)]
-        before, *rest = (x.clone() for x in given)
-        places, resident, selected = rest
-        wanted = {starts[0, s].item() + i for s in range(3) for i in range(selected[0, s])}
-        rows, places, missing = function(before, places, starts, resident, selected)
-        if missing.dtype != torch.bool:
-            raise ValueError(f"`missing` has the dtype {missing.dtype}, it must be torch.bool")
-        if not all(map(torch.equal, given, (before, *rest))):
-            raise ValueError("you changed an argument: work on copies")
-        yield rows.sort().values
-        if missing.sum() > (selected - resident).clamp(min=0).sum() and set(
-                rows[rows < NO_ROW].tolist()) == wanted:
-            raise ValueError(ALL_MOVE)
-        yield places[rows < NO_ROW][rows[rows < NO_ROW].argsort()]
-        yield rows[missing].sort().values
-        yield (rows == given[0])[~missing & (rows < NO_ROW)]
-    rows_moved(function)  # finds what goes wrong only after several steps
+# Lesson 7
+def token_importance() -> Iterator[Case]:
+    k = torch.tensor([0, math.log(3), 0, 0, 0]).view(1, 5, 1)
+    yield Case("no pooling", (torch.ones(1, 2, 1), k, 1))
+    yield Case("the maximum of 3", (torch.ones(1, 2, 1), k, 3))
+    q = torch.tensor([[[1.0], [1]], [[0], [0]]])
+    yield Case("two query heads, no pooling", (q, k, 1))
+    yield Case("two query heads, two KV heads, no pooling", (q, torch.cat((k, -k)), 1))
+    draw = Draw(1)
+    yield Case("the maximum of 7", (draw.normal(4, 20, 6)[:, -3:], draw.normal(2, 20, 6)))
+    yield Case("one query", (draw.normal(4, 20, 6)[:, -1:], draw.normal(2, 20, 6), 3))
+    yield Case("fewer tokens than the maximum is of", (draw.normal(4, 3, 6), draw.normal(2, 5, 6)))
 
 
-def rows_moved(function, steps: int = 50) -> tuple[int, int]:
-    """How many rows `assign_slots` loads in a random run, and the least that are necessary."""
-    lengths = torch.tensor([[3, 7, 5, 9, 2, 6, 8, 4]])
-    starts = lengths.cumsum(dim=-1) - lengths
-    rows, places = torch.full((1, 20), NO_ROW), torch.zeros(1, 20, dtype=torch.long)
-    resident, scores, moved, least = torch.zeros_like(lengths), 0, 0, 0
-    for step in range(steps):
-        scores = 0.9 * scores + random(step, *lengths.shape)  # most of a selection stays
-        selected = sentencekv.select_rows(scores, lengths, 20 - step % 3)
-        rows, places, missing = function(rows, places, starts, resident, selected)
-        moved += int(missing.sum())
-        least += int((selected - resident).clamp(min=0).sum())
-        resident = selected
-    return moved, least
+def token_importance_at_random(draw: Draw) -> Case:
+    heads, kv_heads = draw.choice([(4, 2), (6, 2), (6, 3)])
+    tokens, window = draw.number(12, 30), draw.number(2, 6)
+    q, k = 2 * draw.normal(heads, tokens, 6)[:, -window:], draw.normal(kv_heads, tokens, 6)
+    return Case("D = 6", (q, k, draw.choice([1, 3, 5, 7])))
 
 
-def seal(function):
-    yield from seal_after(function, [(0, 5), (5, 12), (12, 20)])
-    yield from seal_after(function, [(0, 15), (15, 30), (30, 40)])  # 16 tokens are dropped
+def select_rows() -> Iterator[Case]:
+    scores = torch.tensor([[0.1, 0.9, 0.5]])
+    available = torch.tensor([[3, 3, 2]], dtype=torch.int32)
+    for budget in (4, 0, 3, 6, 100, torch.tensor([4], dtype=torch.int32)):
+        yield Case(f"a budget of {budget}", (scores, available, budget))
+    scores = torch.tensor([[3.0, 4, 1, 2], [1, 2, 4, 3]])
+    available = torch.tensor([[6, 1, 9, 2], [6, 9, 1, 2]], dtype=torch.int32)
+    yield Case("a long sentence has a low score", (scores, available, 4))
+    yield Case("the best sentence is too long", (scores.flip(-1), available, 4))
+    yield Case("at most 4 sentences", (scores, available, 4, 4))
+    yield Case("no rows of the best sentence", (scores, available * (scores < 4), 7))
+    sinks = torch.tensor([[math.inf, 0.9, 0.5], [math.inf, -0.9, -0.5]])
+    yield Case("a score of infinity", (sinks, torch.tensor([[12, 40, 20], [4, 40, 20]]), 50))
+    scores = torch.tensor([[0.5, -2, -0.5, 0, 0, 0]])
+    available = torch.tensor([[3, 2, 4, 0, 0, 0]], dtype=torch.int32)
+    budget = torch.tensor([6], dtype=torch.int32)
+    yield Case("places that are not in use", (scores, available, budget))
 
 
-def seal_after(function, spans: list):
-    class Layer(LayerCache):
-        seal = function
-
-    cache, n_tokens = sealing_cache(Layer, spans), spans[-1][1]
-    plan, layer = cache.plan, cache.layers[1]
-    take(cache, n_tokens, "prefill")
-    layer.host.reserve(100)  # more than a seal will, so these rows stay
-    layer.host.later.fill_(math.nan)
-    for i in range(12):
-        if i in (6, 9):
-            cache.seal(5 if i == 6 else 3)
-            in_use = slice(plan.n_places)
-            yield "the starts of the sentences, then their ends", torch.stack(
-                (layer.starts[:, in_use], layer.ends[:, in_use]))
-            yield "scores", layer.scores.clone()
-            yield "rows on the host", layer.host.read(0, plan.open_row)
-            yield "vectors", layer.vectors[:, in_use].clone()
-        take(cache, 1, "decode")
+def select_rows_at_random(draw: Draw) -> Case:
+    n = draw.number(5, 12)
+    available = draw.integers(0, 6, 3, n).int()
+    budget = draw.number(1, 20)
+    return Case(f"a budget of {budget}", (draw.normal(3, n), available, budget))
 
 
-def sealing_cache(layer_class, spans: list) -> SentenceKVCache:
+# Lesson 8
+def slots_case(name: str, *lines) -> Case:
+    """As in a cache: rows, starts and counts are 32-bit numbers, and places are indices."""
+    rows, places, *of_places = (torch.tensor(line) for line in lines)
+    return Case(name, (rows.int(), places, *(x.int() for x in of_places)))
+
+
+def assign_slots() -> Iterator[Case]:
+    starts = [[0, 4, 8, 12]]
+    yield slots_case("one row stays, two are loaded", [[5, 8, 4]], [[1, 2, 1]], starts,
+                     [[0, 2, 1, 0]], [[0, 0, 2, 1]])
+    yield slots_case("all slots are empty", [[NO_ROW] * 4], [[0] * 4], starts, [[0] * 4],
+                     [[0, 2, 2, 0]])
+    yield slots_case("all rows stay", [[4, 5, 8]], [[1, 1, 2]], starts, [[0, 2, 1, 0]],
+                     [[0, 2, 1, 0]])
+    yield slots_case("fewer rows are selected than before", [[4, 5, 8, 9]], [[1, 1, 2, 2]], starts,
+                     [[0, 2, 2, 0]], [[0, 2, 1, 0]])
+    yield slots_case("fewer of one sentence, more of a later one", [[8, 5, 9, 4]], [[2, 1, 2, 1]],
+                     starts, [[0, 2, 2, 0]], [[0, 1, 0, 2]])
+    yield slots_case("two heads", [[5, 8, 4], [NO_ROW, 12, 8]], [[1, 2, 1], [3, 3, 2]],
+                     starts * 2, [[0, 2, 1, 0], [0, 0, 1, 1]], [[0, 0, 2, 1], [0, 1, 0, 1]])
+    lengths = [[3, 7, 5, 9, 2, 6, 8, 4], [2, 7, 5, 6, 6, 7, 7, 4]]
+    starts = [[0, 3, 10, 15, 24, 26, 32, 40], [0, 2, 9, 14, 20, 26, 33, 40]]
+    yield slots_case(STEPS, [[NO_ROW] * 20] * 2, [[0] * 20] * 2, starts, [[0] * 8] * 2, lengths)
+
+
+def assign_slots_at_random(draw: Draw) -> Case:
+    lengths = draw.integers(1, 6, 2, draw.number(4, 8))
+    starts, n_slots = lengths.cumsum(dim=-1) - lengths, draw.number(6, 12)
+    rows = torch.full((2, n_slots), NO_ROW)
+    places = torch.zeros(2, n_slots, dtype=torch.long)
+    before, selected = (sentencekv.select_rows(draw.normal(*lengths.shape), lengths, budget)
+                        for budget in (n_slots - draw.number(0, 2), n_slots))
+    for head in range(2):
+        held = [(starts[head, s] + i, s) for s in range(lengths.shape[1])
+                for i in range(before[head, s])]
+        order = draw.normal(n_slots).argsort()[: len(held)]
+        rows[head, order], places[head, order] = torch.tensor(held).T
+    return slots_case("two heads", *(x.tolist() for x in (rows, places, starts, before, selected)))
+
+
+# Lesson 9
+def seal_case(name: str, ends: list, lengths: dict, **settings) -> Case:
+    """Sentences of the prompt, how many rows are sealed after which step, and other settings."""
+    return Case(name, ([*zip([0, *ends], ends)], lengths, settings), tolerance=1e-6)
+
+
+def seal() -> Iterator[Case]:
+    yield seal_case("5 rows, then 3", [5, 12, 20], {6: 5, 9: 3})
+    yield seal_case("6 rows are open, 4 are sealed; later, 5", [15, 30, 40], {6: 4, 11: 5})
+    yield seal_case("secondary sinks, other numbers in each head", [15, 30, 40], {6: 5, 9: 3},
+                    secondary_sinks=3)
+    yield seal_case("8 bits a channel", [15, 30, 40], {6: 5, 9: 4}, kv_bits=8)
+
+
+def seal_at_random(draw: Draw) -> Case:
+    ends = draw.integers(3, 12, draw.number(2, 5)).cumsum(dim=0).tolist()
+    lengths, n_open, step = {}, 0, 0
+    while step < 16:
+        n_new = draw.number(1, 6)
+        step, n_open = step + n_new, n_open + n_new
+        lengths[step] = draw.number(max(1, n_open - 2), n_open)  # at most 2 stay open
+        n_open -= lengths[step]
+    return seal_case("several seals", ends, lengths)
+
+
+class LateCopies(Copies):
+    """Copies as on a GPU: rows are on the host only once something has waited for them."""
+
+    def start(self, target, source):
+        self.wait()
+        self.in_flight = target, source
+
+    def wait(self):
+        if self.in_flight:
+            target, source = self.in_flight
+            target.copy_(source)
+        self.in_flight = None
+
+    finish = wait
+
+
+def sealing_cache(layer_class, spans: list, settings=None) -> SentenceKVCache:
     """A cache for TINY with layers of this class, which expects a text of these sentences."""
     class Cache(SentenceKVCache):
         Layer = layer_class
 
-    config = SentenceKVConfig(token_budget=24, keep_factor=1, sink_tokens=2, secondary_sinks=0,
-                              recent_window=4, observation_window=4, sentence_limit=12,
-                              kv_bits=16)
-    cache = Cache(config, TINY, spans[-1][1] + 20, "cpu", torch.float32)
+    config = SentenceKVConfig(**{
+        "token_budget": 24, "keep_factor": 1, "sink_tokens": 2, "secondary_sinks": 0,
+        "recent_window": 4, "observation_window": 4, "sentence_limit": 12, "kv_bits": 16,
+        **(settings or {})})
+    cache = Cache(config, TINY, spans[-1][1] + 40, "cpu", torch.float32)
+    cache.copies = LateCopies("cpu")
+    for layer in cache.layers:
+        layer.host.copies = cache.copies
     cache.expect(spans)
     return cache
 
@@ -160,7 +343,7 @@ def sealing_cache(layer_class, spans: list) -> SentenceKVCache:
 def take(cache, n_tokens: int, method: str):
     """What a model does, with random q, k and v. `method` is "prefill" or "decode"."""
     for i, layer in enumerate(cache.layers):
-        q, k, v = (random(cache.num_tokens + 100 * (3 * i + j), heads, n_tokens, 4)
+        q, k, v = (Draw(cache.num_tokens + 100 * (3 * i + j)).normal(heads, n_tokens, 4)
                    for j, heads in enumerate((4, 2, 2)))
         getattr(layer, method)(q, k, v)
         if method == "prefill":
@@ -168,119 +351,18 @@ def take(cache, n_tokens: int, method: str):
     cache.advance(n_tokens)
 
 
-GROUPS = "query heads 0 to G - 1 share KV head 0; you gave it every H_kv-th head"
-ALL_MOVE = "you loaded rows that were in slots already"
-# (text of the project's function, what a student may write instead, the diagnosis)
-MISTAKES = {
-    "02_attend": [
-        ("q.view(len(keys), -1, self.head_dim)",
-         "q.view(-1, len(keys), self.head_dim).transpose(0, 1)", GROUPS),
-        ("grouped[None], keys[None], values[None], mask)",
-         "q[None], keys.repeat(len(q) // len(keys), 1, 1)[None],\n"
-         "            values.repeat(len(q) // len(keys), 1, 1)[None],\n"
-         "            None if mask is None else mask.repeat(1, len(q) // len(keys), 1, 1))",
-         GROUPS),
-        ("values[None], mask)", "values[None], is_causal=True)",
-         "the rows of a group are heads, not positions: no is_causal"),
-        ("values[None], mask)", "values[None], None if mask is None else ~mask)",
-         "your mask excludes what it should include: it is True where to attend"),
-        ("values[None], mask)", "values[None])", "you attended to slots that the mask excludes"),
-        ("values[None], mask)", "values[None], mask, scale=1.0)",
-         "you did not divide by the root of D"),
-    ],
-    "03_is_end": [
-        ("    if one_holds(ABBREVIATED, before, after):\n        return opens and not small\n", "",
-         "an abbreviation ends a sentence only before a word that opens one"),
-        ("    if not MARK_END.match(before) or one_holds(INSIDE, before, after):\n",
-         "    if not MARK_END.match(before):\n", "the rules of INSIDE say where no sentence ends"),
-        ("starts_item(before, after) or ends_line(before, gap, after)",
-         "starts_item(before, after)", "a line end can end a sentence without a mark"),
-    ],
-    "04_sentence_vectors": [
-        ("lengths.clamp(min=1).unsqueeze(-1)", "keys.shape[1]",
-         "you divided by N, not by the sentence's rows"),
-        ("lengths.clamp(min=1).unsqueeze(-1)", "lengths.unsqueeze(-1)",
-         "the mean of no keys is NaN: an empty sentence gets zeros"),
-        ("squares - vectors.square().mean(dim=-1)", "squares",
-         "your variance is the mean square: subtract the square of the mean"),
-        ("squares - vectors.square().mean(dim=-1)",
-         "(squares - vectors.square().mean(dim=-1)) * keys.shape[-1]",
-         "you summed the variance over channels: the mean is asked for"),
-    ],
-    "04_sentence_bounds": [
-        ("F.pad(ends, (1, 0))", "F.pad(ends, (1, 0), value=-1)",
-         "rows marked with -1 belong to no sentence: the first sentence begins after them"),
-        ("bounds.masked_fill(repeated, marked.shape[-1]).sort(dim=-1).values", "bounds",
-         "a sentence without rows must become an empty one at the end"),
-        ("torch.searchsorted(marked, starts_and_end)",
-         "torch.searchsorted(marked, starts_and_end, right=True)",
-         "an end is the position after a sentence: a token there is in the next one"),
-    ],
-    "05_mean_query": [
-        ("q.mean(dim=1)", "q.sum(dim=1)", "you summed the group's queries: the mean is asked for"),
-        ("q.mean(dim=1)", "q[:, 0]", "you took one query head of the group, not their mean"),
-        (").squeeze(-1)", ").squeeze(-1) / math.sqrt(q.shape[-1])",
-         "you divided by the root of D: the score is the plain product"),
-    ],
-    "05_gaussian": [
-        ("scaled = q / math.sqrt(q.shape[-1])", "scaled = q",
-         "you did not divide the query by the root of D"),
-        (" / 2  # (H_kv, G, S)", "  # (H_kv, G, S)", "the exponent has half of |q|² σ²"),
-        ("attention.sum(dim=1) / lengths.clamp(min=1)", "attention.sum(dim=1)",
-         "the result is the share of one token: divide by the sentence's length"),
-        ("(log_mean_exp + lengths.log().unsqueeze(1))", "log_mean_exp",
-         "a sentence of n keys counts n times in the softmax: add ln n"),
-        ("attention.sum(dim=1)", "attention.mean(dim=1)", "sum over the query heads of the group"),
-        ("lengths.clamp(min=1)", "lengths", "0 / 0 is NaN: an empty sentence receives 0"),
-    ],
-    "06_token_importance": [
-        (".sum(dim=2).mean(dim=1)", ".sum(dim=2).sum(dim=1)",
-         "sum over the window, but take the mean over the group"),
-        (" / math.sqrt(dim)", "", "you did not divide the logits by the root of D"),
-        ("q.reshape(kv_heads, -1, dim)",
-         "q.unflatten(0, (-1, kv_heads)).transpose(0, 1).reshape(kv_heads, -1, dim)", GROUPS),
-        ("triu(tokens - window + 1)", "triu(tokens)",
-         "queries of the window attended to tokens after them"),
-        ("padding=pool // 2)", "padding=pool // 2) * 0 + received[:, : tokens - window]",
-         "you did not pool: each token gets the maximum of its neighbours"),
-    ],
-    "06_select_rows": [
-        ("topk(n, dim=-1)", "topk(n, dim=-1, largest=False)",
-         "the best sentence has the highest score"),
-        ("(counts - excess).clamp(min=0)", "counts.masked_fill(excess > 0, 0)",
-         "the first rows of the last sentence are selected too, until the budget is full"),
-        ("clamp(min=0)  # rows too many: 0, 1, 4", "clamp(min=0) * 0",
-         "the budget is exceeded: of the last sentence only the first rows are selected"),
-        ("torch.zeros_like(available).scatter_(-1, best, selected)", "selected.gather(-1, best)",
-         "gather puts nothing back: use scatter, or gather with order.argsort()"),
-        ("scatter_(-1, best, selected)", "copy_(selected)",
-         "your result is in the order of the scores: put it back in the sentences' order"),
-    ],
-    "07_assign_slots": [
-        ("n_loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)",
-         "free, n_loads = free | True, selected.cumsum(dim=-1)\n"
-         "    number = free.cumsum(dim=-1)",
-         ALL_MOVE),
-        ("(selected - n_resident).clamp(min=0)", "(selected - n_resident)",
-         "a sentence that needs fewer rows than before loads none: no negative counts"),
-        ("missing = free & (place < n_places)", "missing = free",
-         "a free slot is missing nothing when all rows to load have a slot"),
-        ("rows.masked_fill(free, NO_ROW)", "rows",
-         "a free slot that takes no row is empty: its row is NO_ROW"),
-        ("torch.where(free, place, places)", "places",
-         "a slot that takes a row takes the row's place, too"),
-    ],
-    "08_seal": [
-        ("self.scores.zero_()", "None", "scores must begin at zero for the next sentence"),
-        ("kv[:, :, 0], bounds", "kv[:, :, 1], bounds", "a sentence vector is the mean of keys"),
-        ("bounds, first_row)", "bounds)",
-         "bounds count from the first row of the sentence: tell `add_sentences` which row this is"),
-        ("self.plan.slots_of(first_row, first_row + length)",
-         "slice(first_row, first_row + length)", "a row is not a slot: ask `plan.slots_of`"),
-        ("first_row = self.plan.open_row", "first_row = self.plan.n_rows - length",
-         "the first `length` open tokens are sealed, not the last ones"),
-        ("self.offload(first_row, kv)", "self.offload(first_row + self.plan.n_dropped, kv)",
-         "rows are not positions: the first row to write is `plan.open_row`"),
-        ("self.offload(first_row, kv)", "None", "the rows are not on the host: offload them"),
-    ],
-}
+FIXED = {f.__name__: f for f in (attend, is_end, sentence_bounds, sentence_vectors,
+                                 token_importance, select_rows, assign_slots, seal)}
+FIXED |= {"mean_query": score_cases, "gaussian": score_cases}
+RANDOM = {f.__name__.removesuffix("_at_random"): f for f in (
+    attend_at_random, is_end_at_random, sentence_bounds_at_random, sentence_vectors_at_random,
+    token_importance_at_random, select_rows_at_random, assign_slots_at_random, seal_at_random)}
+RANDOM |= {"mean_query": scores_at_random, "gaussian": scores_at_random}
+
+
+def cases(name: str, seed: int = 0) -> list[Case]:
+    """All cases of an exercise. `name` is the function's. The names of cases hide the seed."""
+    drawn = [RANDOM[name](Draw(1000 * seed + i))
+             for i in range(N_RANDOM_OF.get(name, N_RANDOM))]
+    return [*FIXED[name](), *(case._replace(name=f"random case {i}, {case.name}")
+                              for i, case in enumerate(drawn, 1))]

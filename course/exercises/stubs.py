@@ -1,7 +1,8 @@
 """Write the exercises: `python -m course.exercises.stubs [FOLDER]`.
 
 A stub is the signature and the docstring of a function of the project, without its body. So the
-exercises cannot differ from the project, and the project's functions are the solutions.
+exercises cannot differ from the project, and the project's functions are the solutions. The stub of
+the capstone is its solution, `solutions/my_cache.py`, without the bodies of the methods to write.
 """
 
 import ast
@@ -14,6 +15,7 @@ import cache
 import model
 import segment
 import sentencekv
+from course.exercises.solutions import my_cache
 from support import slots
 
 EXERCISES = {  # the number of the lesson, the function, and what its body may use
@@ -22,17 +24,25 @@ EXERCISES = {  # the number of the lesson, the function, and what its body may u
                   " OPENING, WIDE_END, ends_line,\n                     one_holds, starts_item)"),
     "04_sentence_bounds": (sentencekv.sentence_bounds,
                            "import torch\nimport torch.nn.functional as F"),
-    "04_sentence_vectors": (sentencekv.sentence_vectors,
+    "05_sentence_vectors": (sentencekv.sentence_vectors,
                             "import torch\nimport torch.nn.functional as F"),
-    "05_mean_query": (sentencekv.mean_query, "import torch"),
-    "05_gaussian": (sentencekv.gaussian, "import math\n\nimport torch"),
-    "06_token_importance": (sentencekv.token_importance,
+    "06_mean_query": (sentencekv.mean_query, "import torch"),
+    "06_gaussian": (sentencekv.gaussian, "import math\n\nimport torch"),
+    "07_token_importance": (sentencekv.token_importance,
                             "import math\n\nimport torch\nimport torch.nn.functional as F"),
-    "06_select_rows": (sentencekv.select_rows,
+    "07_select_rows": (sentencekv.select_rows,
                        "import math\n\nimport torch\n\nfrom support.settings import MAX_COUNT"),
-    "07_assign_slots": (slots.assign_slots, "import torch\n\nfrom cache import NO_ROW"),
-    # A layer's seal has all of lessons 4 to 7 in five lines. The cache's counts, and calls it.
-    "08_seal": (cache.LayerCache.seal, "import torch"),
+    "08_assign_slots": (slots.assign_slots, "import torch\n\nfrom cache import NO_ROW"),
+    # A layer's seal has all of lessons 4 to 8 in five lines. The cache's counts, and calls it.
+    "09_seal": (cache.LayerCache.seal, "import torch"),
+}
+STEPS = {  # of the capstone: what a step is about, and the methods of `my_cache.Layer` to write
+    1: ("rows", ["order"]),
+    2: ("vectors", ["add_sentences"]),
+    3: ("score", ["add_score"]),
+    4: ("budget", ["most_important", "select"]),
+    5: ("tiers", ["load", "keep", "decode"]),
+    6: ("writing", ["window_start", "seal"]),
 }
 
 
@@ -46,10 +56,24 @@ def stub(function, imports: str) -> str:
     return f"{imports}\n\n\n{head}\n    raise NotImplementedError\n"
 
 
+def cache_stub() -> str:
+    """The text of the capstone's solution, without the bodies of the methods to write."""
+    source = inspect.getsource(my_cache)
+    lines, to_write = source.splitlines(), {name for _, names in STEPS.values() for name in names}
+    (layer,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "Layer")
+    for node in reversed(layer.body):  # from below: the numbers of the lines above stay right
+        if getattr(node, "name", "") in to_write:
+            body = slice(node.body[0].end_lineno, node.end_lineno)  # without the docstring
+            lines[body] = ["        raise NotImplementedError"]
+    return "\n".join(lines) + "\n"
+
+
 def write(folder: Path):
     for name, (function, imports) in EXERCISES.items():
         (folder / f"{name}.py").write_text(stub(function, imports), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    here = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
+    write(here)
+    (here / "my_cache.py").write_text(cache_stub(), encoding="utf-8")
