@@ -1,4 +1,4 @@
-"""Check your exercises: `python -m course.check 6`, or `python -m course.check 6 --folder MINE`.
+"""Check your exercises: `python -m course.check 7`, or `python -m course.check 7 --folder MINE`.
 
 Your function runs on small cases, with a diagnosis if the mistake is a known one. Then it takes the
 place of the project's function: some of the project's own tests run with it, and it answers the
@@ -36,8 +36,9 @@ ORACLES = {  # lesson -> what runs with its functions in place
     4: ["test_sentencekv.py", SLOW],
     5: ["test_sentencekv.py", SLOW],
     6: ["test_sentencekv.py", SLOW],
-    7: ["test_cache.py::test_slots_hold_what_is_wanted_and_only_what_is_not_there_moves", SLOW],
-    8: [SLOW],
+    7: ["test_sentencekv.py", SLOW],
+    8: ["test_cache.py::test_slots_hold_what_is_wanted_and_only_what_is_not_there_moves", SLOW],
+    9: [SLOW],
 }
 
 
@@ -177,7 +178,7 @@ def main(arguments=None) -> int:
             del written[name]
             continue
         print(f"{name}: {problem or 'all small cases are right'}")
-        if problem in ("", cases.ALL_MOVE) and name == "07_assign_slots":
+        if problem in ("", cases.ALL_MOVE) and name == "08_assign_slots":
             moved, least = cases.rows_moved(function)
             print(f"{name}: {moved} rows moved in 50 steps, the least possible is {least}")
         if problem:

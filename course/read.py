@@ -1,4 +1,4 @@
-"""Print a lesson with the project's code in it: `python -m course.read 6`.
+"""Print a lesson with the project's code in it: `python -m course.read 7`.
 
 In a lesson, a block of code marked `include` holds names of the project's functions, one a line.
 Here their source takes the place of the names, so that no lesson holds a copy of the code.

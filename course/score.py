@@ -1,4 +1,4 @@
-"""Score a score of your own: `python -m course.score mine/05_gaussian.py`.
+"""Score a score of your own: `python -m course.score mine/06_gaussian.py`.
 
 The file has a function with the arguments and the result of `sentencekv.mean_query`. It is compared
 with the scores of the project, with the default settings otherwise: how many hidden numbers are

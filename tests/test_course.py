@@ -92,7 +92,7 @@ def test_the_project_s_function_passes_and_plausible_mistakes_are_named(name):
 
 
 def test_rows_that_move_are_counted():
-    name = "07_assign_slots"
+    name = "08_assign_slots"
     solution, _ = stubs.EXERCISES[name]
     moved, least = cases.rows_moved(solution)
     assert moved == least > 100
@@ -130,18 +130,19 @@ raise SystemExit(check.run_oracles(written))
 
 
 @pytest.mark.parametrize("arguments, text, status, message", [
-    (["1"], "", 2, "course.check: lesson 1 has no exercise, these have: 2, 3, 4, 5, 6, 7, 8"),
-    (["7"], None, 2, "course.check: {file}: FileNotFoundError: "),
-    (["7"], "import nothing_like_this", 2, "course.check: {file}: ModuleNotFoundError: "),
-    (["7"], "def other(): pass", 2, "course.check: {file} has no function assign_slots"),
-    (["7"], "def assign_slots(*_): raise NotImplementedError", 1, "not written yet"),
-    (["7"], "def assign_slots(*_): return [1 / 0]", 1,
-     "ZeroDivisionError('division by zero'), at line 1 of 07_assign_slots.py"),
-    (["7"], "def assign_slots(*_): pass", 1, "TypeError('cannot unpack non-iterable NoneType"),
+    (["1"], "", 2,
+     "course.check: lesson 1 has no exercise, these have: 2, 3, 4, 5, 6, 7, 8, 9"),
+    (["8"], None, 2, "course.check: {file}: FileNotFoundError: "),
+    (["8"], "import nothing_like_this", 2, "course.check: {file}: ModuleNotFoundError: "),
+    (["8"], "def other(): pass", 2, "course.check: {file} has no function assign_slots"),
+    (["8"], "def assign_slots(*_): raise NotImplementedError", 1, "not written yet"),
+    (["8"], "def assign_slots(*_): return [1 / 0]", 1,
+     "ZeroDivisionError('division by zero'), at line 1 of 08_assign_slots.py"),
+    (["8"], "def assign_slots(*_): pass", 1, "TypeError('cannot unpack non-iterable NoneType"),
 ])
 def test_what_cannot_be_checked_is_said_in_one_line(tmp_path, capsys, arguments, text, status,
                                                     message):
-    file = tmp_path / "07_assign_slots.py"
+    file = tmp_path / "08_assign_slots.py"
     if text is not None:
         file.write_text(text)
     assert check.main([*arguments, "--folder", str(tmp_path)]) == status
@@ -181,8 +182,8 @@ def test_a_lesson_has_the_parts_of_a_lesson(lesson):
     assert text.count("<details>") == text.count("</details>") >= 2
 
 
-def test_there_are_eleven_lessons_and_the_map_names_them():
-    assert [int(lesson.name[:2]) for lesson in LESSONS] == [*range(11)]
+def test_there_are_twelve_lessons_and_the_map_names_them():
+    assert [int(lesson.name[:2]) for lesson in LESSONS] == [*range(12)]
     text = (ROOT / "course" / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120
     for lesson in LESSONS:
@@ -192,7 +193,7 @@ def test_there_are_eleven_lessons_and_the_map_names_them():
 
 @pytest.mark.slow
 def test_a_score_is_compared_with_the_project_s(tmp_path, capsys, monkeypatch, default_folder):
-    file = tmp_path / "05_mine.py"
+    file = tmp_path / "06_mine.py"
     file.write_text("def mine(q, vectors, variances, lengths):\n    return -variances\n")
     monkeypatch.setattr(score, "LENGTH", 300)
     monkeypatch.setattr(score, "METHODS", "sentencekv:score=mine")

@@ -196,7 +196,7 @@ MISTAKES = {
         ("starts_item(before, after) or ends_line(before, gap, after)",
          "starts_item(before, after)", "a line end can end a sentence without a mark"),
     ],
-    "04_sentence_vectors": [
+    "05_sentence_vectors": [
         ("lengths.clamp(min=1).unsqueeze(-1)", "keys.shape[1]",
          "you divided by N, not by the sentence's rows"),
         ("lengths.clamp(min=1).unsqueeze(-1)", "lengths.unsqueeze(-1)",
@@ -216,13 +216,13 @@ MISTAKES = {
          "torch.searchsorted(marked, starts_and_end, right=True)",
          "an end is the position after a sentence: a token there is in the next one"),
     ],
-    "05_mean_query": [
+    "06_mean_query": [
         ("q.mean(dim=1)", "q.sum(dim=1)", "you summed the group's queries: the mean is asked for"),
         ("q.mean(dim=1)", "q[:, 0]", "you took one query head of the group, not their mean"),
         (").squeeze(-1)", ").squeeze(-1) / math.sqrt(q.shape[-1])",
          "you divided by the root of D: the score is the plain product"),
     ],
-    "05_gaussian": [
+    "06_gaussian": [
         ("scaled = q / math.sqrt(q.shape[-1])", "scaled = q",
          "you did not divide the query by the root of D"),
         (" / 2  # (H_kv, G, S)", "  # (H_kv, G, S)", "the exponent has half of |q|² σ²"),
@@ -233,7 +233,7 @@ MISTAKES = {
         ("attention.sum(dim=1)", "attention.mean(dim=1)", "sum over the query heads of the group"),
         ("lengths.clamp(min=1)", "lengths", "0 / 0 is NaN: an empty sentence receives 0"),
     ],
-    "06_token_importance": [
+    "07_token_importance": [
         (".sum(dim=2).mean(dim=1)", ".sum(dim=2).sum(dim=1)",
          "sum over the window, but take the mean over the group"),
         (" / math.sqrt(dim)", "", "you did not divide the logits by the root of D"),
@@ -244,7 +244,7 @@ MISTAKES = {
         ("padding=pool // 2)", "padding=pool // 2) * 0 + received[:, : tokens - window]",
          "you did not pool: each token gets the maximum of its neighbours"),
     ],
-    "06_select_rows": [
+    "07_select_rows": [
         ("topk(n, dim=-1)", "topk(n, dim=-1, largest=False)",
          "the best sentence has the highest score"),
         ("(counts - excess).clamp(min=0)", "counts.masked_fill(excess > 0, 0)",
@@ -256,7 +256,7 @@ MISTAKES = {
         ("scatter_(-1, best, selected)", "copy_(selected)",
          "your result is in the order of the scores: put it back in the sentences' order"),
     ],
-    "07_assign_slots": [
+    "08_assign_slots": [
         ("n_loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)",
          "free, n_loads = free | True, selected.cumsum(dim=-1)\n"
          "    number = free.cumsum(dim=-1)",
@@ -270,7 +270,7 @@ MISTAKES = {
         ("torch.where(free, place, places)", "places",
          "a slot that takes a row takes the row's place, too"),
     ],
-    "08_seal": [
+    "09_seal": [
         ("self.scores.zero_()", "None", "scores must begin at zero for the next sentence"),
         ("kv[:, :, 0], bounds", "kv[:, :, 1], bounds", "a sentence vector is the mean of keys"),
         ("bounds, first_row)", "bounds)",

@@ -22,17 +22,17 @@ EXERCISES = {  # the number of the lesson, the function, and what its body may u
                   " OPENING, WIDE_END, ends_line,\n                     one_holds, starts_item)"),
     "04_sentence_bounds": (sentencekv.sentence_bounds,
                            "import torch\nimport torch.nn.functional as F"),
-    "04_sentence_vectors": (sentencekv.sentence_vectors,
+    "05_sentence_vectors": (sentencekv.sentence_vectors,
                             "import torch\nimport torch.nn.functional as F"),
-    "05_mean_query": (sentencekv.mean_query, "import torch"),
-    "05_gaussian": (sentencekv.gaussian, "import math\n\nimport torch"),
-    "06_token_importance": (sentencekv.token_importance,
+    "06_mean_query": (sentencekv.mean_query, "import torch"),
+    "06_gaussian": (sentencekv.gaussian, "import math\n\nimport torch"),
+    "07_token_importance": (sentencekv.token_importance,
                             "import math\n\nimport torch\nimport torch.nn.functional as F"),
-    "06_select_rows": (sentencekv.select_rows,
+    "07_select_rows": (sentencekv.select_rows,
                        "import math\n\nimport torch\n\nfrom support.settings import MAX_COUNT"),
-    "07_assign_slots": (slots.assign_slots, "import torch\n\nfrom cache import NO_ROW"),
-    # A layer's seal has all of lessons 4 to 7 in five lines. The cache's counts, and calls it.
-    "08_seal": (cache.LayerCache.seal, "import torch"),
+    "08_assign_slots": (slots.assign_slots, "import torch\n\nfrom cache import NO_ROW"),
+    # A layer's seal has all of lessons 4 to 8 in five lines. The cache's counts, and calls it.
+    "09_seal": (cache.LayerCache.seal, "import torch"),
 }
 
 

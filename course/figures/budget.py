@@ -1,4 +1,4 @@
-"""The sentences of lesson 6 fill a budget of four rows: `python -m course.figures.budget`."""
+"""The sentences of lesson 7 fill a budget of four rows: `python -m course.figures.budget`."""
 
 import torch
 

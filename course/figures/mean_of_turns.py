@@ -1,4 +1,4 @@
-"""How much of a key the mean of lesson 4 keeps: `python -m course.figures.mean_of_turns`."""
+"""How much of a key the mean of lesson 5 keeps: `python -m course.figures.mean_of_turns`."""
 
 import math
 

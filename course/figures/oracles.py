@@ -1,4 +1,4 @@
-"""What the tests of lesson 9 compare: `python -m course.figures.oracles`."""
+"""What the tests of lesson 10 compare: `python -m course.figures.oracles`."""
 
 from course.figures.draw import Picture
 

@@ -1,4 +1,4 @@
-"""The slots of lesson 7 before and after a step: `python -m course.figures.slots`."""
+"""The slots of lesson 8 before and after a step: `python -m course.figures.slots`."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The two sentences of lesson 5 with the same mean: `python -m course.figures.two_scores`."""
+"""The two sentences of lesson 6 with the same mean: `python -m course.figures.two_scores`."""
 
 import torch
 
