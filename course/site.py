@@ -111,10 +111,10 @@ class Site:
 
     def fill(self, template: str, place: Path, **values):
         """Write a file of the site from a template."""
-        near = lessons()
-        values |= {"name": self.name, "up": up(place), "mark": MARK, "place_of": place_of, "recorded": self.recorded,
-                   "lessons": [self.documents[path] for path in near],
-                   "others": [self.documents[path] for path in self.documents if path not in near]}
+        others = [self.documents[path] for path in self.documents if path not in lessons()]
+        values |= {"name": self.name, "mark": MARK, "up": up(place), "place_of": place_of,
+                   "lessons": [self.documents[path] for path in lessons()], "others": others,
+                   "recorded": self.recorded}
         text = TEMPLATES.get_template(template).render(values)
         self.file(place).write_text(text, encoding="utf-8")
 

@@ -10,11 +10,10 @@ with the chapters that it belongs to: `talk`, `1` and `2` for the sessions, or n
 indented line is a piece:
 
     question             the lesson's question
-    figure               its first picture
+    figure NAME          the first picture whose file has this name in its own, or the first of all
     table HEADING        the first table of a section
-    list HEADING         the first list
-    code HEADING         the first block of code
-    source NAME          the source of a function
+    list HEADING         the first list, with points
+    steps HEADING        the first list, with numbers
     Any other line       the sentence of the lesson that begins so
 """
 
@@ -27,13 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from course.pages import (FOLDER, MARKDOWN, TEMPLATES, TOP, Document, colours, lessons, name_of,
-                          render, source)
+                          render)
 from segment import sentence_ends
 
 PLAN = FOLDER / "slides.txt"
 MARK = '<meta name="generator" content="course.slides">'
 CHAPTERS = {"talk": "talk", "1": "session-1", "2": "session-2"}  # in slides.txt, in the address
-BLOCKS = {"table": "table", "list": "bullet_list", "code": "fence"}  # a token of each kind
+BLOCKS = {"table": "table", "list": "bullet_list", "steps": "ordered_list"}  # in tokens
 LINK = re.compile(r'<a href="(?!https:)[^"]*">(.*?)</a>', re.DOTALL)
 IMAGE = re.compile(r'(src|srcset)="([^"]+)"')
 
@@ -44,10 +43,11 @@ class Slide:
     chapters: list[str]
     lines: list[str]  # its pieces
 
-    def pieces(self) -> list[tuple]:
-        """(heading of its section, HTML that needs no other file) of each piece."""
+    def pieces(self) -> tuple[str, list[str]]:
+        """(heading of the first piece's section, pieces as HTML that needs no other file)"""
         found = [piece(self.document, line) for line in self.lines]
-        return [(heading, embedded(self.document.path.parent, html)) for heading, html in found]
+        heading, _ = found[0]
+        return heading, [embedded(self.document.path.parent, html) for _, html in found]
 
 
 def plan(text: str) -> list[Slide]:
@@ -72,36 +72,34 @@ def piece(document: Document, line: str) -> tuple[str, str]:
     """(heading of its section, HTML). Raises ValueError if the document has no such piece."""
     kind, _, name = line.partition(" ")
     if line == "question":
-        return "", f'<p class="question">{document.question}</p>'
-    if line == "figure":
-        return "", figure(document)
+        return document.title, f'<p class="question">{document.question}</p>'
+    if kind == "figure":
+        return figure(document, name)
     if kind in BLOCKS:
         return name, block(document, BLOCKS[kind], name)
-    if kind == "source":
-        return "", source(name)
     heading, found = sentence(document, line)
     return heading, f"<p>{MARKDOWN.renderInline(found)}</p>"
 
 
-def figure(document: Document) -> str:
-    for token in document.tokens:
-        if token.type == "html_block" and "<picture>" in token.content:
-            return token.content
-        if any(child.type == "image" for child in token.children or []):
-            return MARKDOWN.renderInline(token.content)
-    raise ValueError(f"slides.txt: {document.path.name} has no figure")
+def figure(document: Document, name: str) -> tuple[str, str]:
+    for heading, _, tokens in document.sections():
+        for token in tokens:
+            if token.content.startswith("<picture>") and name in token.content:
+                return heading, token.content
+            for image in token.children or []:
+                if image.type == "image" and name in image.attrGet("src"):
+                    return heading, MARKDOWN.renderInline(token.content)
+    raise ValueError(f"slides.txt: {document.path.name} has no figure {name}")
 
 
 def block(document: Document, kind: str, heading: str) -> str:
-    """The first block of a section. Of a block with an end, all until its end."""
+    """The first block of a kind in a section."""
     (tokens,) = [part for name, _, part in document.sections() if name == heading] or [[]]
-    first = next((i for i, token in enumerate(tokens) if token.type in (kind, f"{kind}_open")), None)
-    if first is None:
+    types = [token.type for token in tokens]
+    if f"{kind}_open" not in types:
         raise ValueError(f"slides.txt: {document.path.name} has no {kind} in {heading!r}")
-    if tokens[first].type == kind:
-        return render([tokens[first]])
-    last = [token.type for token in tokens].index(f"{kind}_close", first)
-    return render(tokens[first : last + 1])
+    first = types.index(f"{kind}_open")
+    return render(tokens[first : types.index(f"{kind}_close", first) + 1])
 
 
 def sentence(document: Document, beginning: str) -> tuple[str, str]:
@@ -112,7 +110,7 @@ def sentence(document: Document, beginning: str) -> tuple[str, str]:
             text = token.content.replace("\n", " ")
             if token.type == "inline" and beginning in text:
                 ends = sentence_ends(text)
-                parts = (text[start:end] for start, end in zip([0, *ends], ends))
+                parts = (text[start:end].strip() for start, end in zip([0, *ends], ends))
                 found += [(heading, part) for part in parts if part.startswith(beginning)]
     if len(found) != 1:
         raise ValueError(f"slides.txt: {len(found)} sentences of {document.path.name} begin with"
