@@ -133,14 +133,16 @@ class Site:
 
 
 def plain_text(tokens: list) -> str:
-    """What a reader sees of tokens, without the heading and in one line."""
+    """What a reader sees of a section's tokens, without the heading and in one line."""
     texts = []
     for token in tokens[3:]:
-        parts = token.children or [token]
-        texts += [" " if part.type == "softbreak" else part.content for part in parts
-                  if part.type != "image"]
+        for part in token.children or [token]:
+            if part.type in ("html_block", "html_inline"):
+                texts.append(re.sub("<[^>]*>", " ", part.content))
+            elif part.type != "image":
+                texts.append(" " if part.type == "softbreak" else part.content)
         texts.append(" ")
-    return " ".join(re.sub("<[^>]*>", "", "".join(texts)).split())
+    return " ".join("".join(texts).split())
 
 
 def numbered(path: Path) -> str:

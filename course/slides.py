@@ -85,7 +85,7 @@ def figure(document: Document, name: str) -> tuple[str, str]:
     for heading, _, tokens in document.sections():
         for token in tokens:
             if token.content.startswith("<picture>") and name in token.content:
-                return heading, token.content
+                return heading, token.content.replace('media="', 'media="screen and ')
             for image in token.children or []:
                 if image.type == "image" and name in image.attrGet("src"):
                     return heading, MARKDOWN.renderInline(token.content)

@@ -122,7 +122,7 @@ def test_the_deck_needs_nothing_and_shows_every_lesson(deck):
 @pytest.mark.parametrize("text, message", [
     ("which_sentences talk", "'which_sentences talk' must be the name of a lesson"),
     ("which_sentence 3", "must be the name of a lesson, and perhaps talk, 1, 2"),
-    ("which_sentence\n    A score is", "0 sentences of .*which_sentence.md begin with 'A score is'"),
+    ("which_sentence\n    A score", "0 sentences of .*which_sentence.md begin with 'A score'"),
     ("which_sentence\n    The", r"\d+ sentences of .*which_sentence.md begin with 'The'"),
     ("which_sentence\n    figure absent", "which_sentence.md has no figure absent"),
     ("which_sentence\n    table The words", "has no table in 'The words'"),

@@ -5,13 +5,15 @@ const menu = document.querySelector(".menu");
 const wordsOf = text => text.toLowerCase().split(/\s+/).filter(Boolean);
 const count = (text, word) => text.toLowerCase().split(word).length - 1;
 
-function found(words) {  // the sections that have all words, the best first
-  const value = section => words.map(word =>
-    8 * count(section.title, word) + 8 * count(section.heading, word) + count(section.text, word));
-  return SECTIONS.map(section => ({section, values: value(section)}))
-    .filter(({values}) => values.every(Boolean))
-    .sort((a, b) => b.values.reduce((x, y) => x + y) - a.values.reduce((x, y) => x + y))
-    .slice(0, 12).map(({section}) => section);
+function value(section, words) {  // 0 if a word is missing
+  const values = words.map(word => 8 * count(section.title, word) + 8 * count(section.heading, word)
+    + Math.min(3, count(section.text, word)));
+  const phrase = count(section.text, words.join(" ")) ? 5 : 0;
+  return values.every(Boolean) ? values.reduce((a, b) => a + b) + phrase : 0;
+}
+function found(words) {  // the best sections, of equal ones the first
+  return SECTIONS.map(section => [value(section, words), section]).filter(([value]) => value)
+    .sort(([a], [b]) => b - a).slice(0, 12).map(([, section]) => section);
 }
 function addMarked(parent, text, words) {  // text with each of the words in a <mark>
   const escaped = words.map(word => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
@@ -20,8 +22,9 @@ function addMarked(parent, text, words) {  // text with each of the words in a <
       ? Object.assign(document.createElement("mark"), {textContent: part}) : part);
 }
 function excerpt(text, words) {
-  const at = Math.max(0, text.toLowerCase().indexOf(words[0]) - 50);
-  return (at ? "… " : "") + text.slice(at, at + 150) + (at + 150 < text.length ? " …" : "");
+  const at = text.toLowerCase().indexOf(words[0]), start = Math.max(0, at - 60);
+  const part = text.slice(start, start + 140);
+  return (start ? part.replace(/^\S*/, "…") : part) + (start + 140 < text.length ? " …" : "");
 }
 function search() {
   const words = wordsOf(input.value);
@@ -54,7 +57,8 @@ function markFound(section, words) {  // folded parts that have one of the words
         && words.some(word => count(texts.currentNode.textContent, word)))
       nodes.push(texts.currentNode);
   for (const node of nodes) {
-    for (let at = node.parentElement; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
+    const folded = node.parentElement.closest("details");
+    if (folded) folded.open = true;
     const parts = document.createElement("span");
     addMarked(parts, node.textContent, words);
     node.replaceWith(...parts.childNodes);
@@ -63,6 +67,7 @@ function markFound(section, words) {  // folded parts that have one of the words
 }
 
 input.addEventListener("input", search);
+input.addEventListener("focus", search);
 input.addEventListener("keydown", event => {
   if (event.key === "Enter") list.querySelector("a")?.click();
   if (event.key === "ArrowDown") list.querySelector("a")?.focus();
@@ -83,7 +88,7 @@ document.addEventListener("keydown", event => {
   }
 });
 document.addEventListener("click", event => {
-  if (!event.target.closest(".search")) list.hidden = true;
+  if (event.target !== input) list.hidden = true;
 });
 if (matchMedia("(max-width: 860px)").matches) menu.open = false;
 const asked = new URLSearchParams(location.search).get("find");
