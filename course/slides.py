@@ -94,7 +94,7 @@ def figure(document: Document, name: str) -> tuple[str, str]:
 
 def block(document: Document, kind: str, heading: str) -> str:
     """The first block of a kind in a section."""
-    (tokens,) = [part for name, _, part in document.sections() if name == heading] or [[]]
+    tokens = next((part for name, _, part in document.sections() if name == heading), [])
     types = [token.type for token in tokens]
     if f"{kind}_open" not in types:
         raise ValueError(f"slides.txt: {document.path.name} has no {kind} in {heading!r}")
