@@ -79,7 +79,8 @@ def attention(bench: Bench, ids: list[int], n_prompt: int, methods: list[Method]
         yield method, *map(mean, zip(*seen))
 
 
-def table(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Method]) -> str:
+def measure(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Method]) -> list[dict]:
+    """What each method answers, attends to and holds: a row for each."""
     full = Method("full", methods[0].budget)
     writers: dict[Method, Writer] = {
         writer.method: writer for writer in bench.answers(ids, max_new_tokens, [full, *methods])}
@@ -87,16 +88,21 @@ def table(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Metho
     seen = {full.spec: (1.0, 0.0)}
     for method, *values in attention(bench, [*ids, *writers[full].tokens], len(ids), others):
         seen[method.spec] = values
-    lines = []
+    rows = []
     for method in methods:
         mass, error = seen[method.spec]
-        row = writers[method].row()
-        answer = " ".join(bench.text(writers[method]).split()).replace("|", "/")
-        lines.append([method.spec, f"{mass:.1%}" if mass < 1.001 else "no share", f"{error:.3f}",
-                      *(f"{row[name]:.0f}" for name in ("held", "elsewhere", "read")),
-                      f"{row['device']:.1%}", answer])
-    return markdown(["method", "attention mass", "output error", "held", "elsewhere", "read",
-                     "device", "answer"], lines)
+        answer = " ".join(bench.text(writers[method]).split())
+        rows.append(writers[method].row(mass=mass, error=error, answer=answer))
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    return markdown(
+        ["method", "attention mass", "output error", "held", "elsewhere", "read", "device",
+         "answer"],
+        ([row["method"], f"{row['mass']:.1%}" if row["mass"] < 1.001 else "no share",
+          f"{row['error']:.3f}", *(f"{row[name]:.0f}" for name in ("held", "elsewhere", "read")),
+          f"{row['device']:.1%}", row["answer"].replace("|", "/")] for row in rows))
 
 
 @with_status
@@ -112,7 +118,8 @@ def main(arguments=None):
     args.budgets, args.program = [args.budget], "compare"
     prompt, methods = read_text(args.prompt), asked_methods(args)
     bench = Bench(model_folder(args.model))
-    print(table(bench, bench.tokenizer.prompt_ids(prompt), args.max_new_tokens, methods))
+    ids = bench.tokenizer.prompt_ids(prompt)
+    print(table(measure(bench, ids, args.max_new_tokens, methods)))
 
 
 if __name__ == "__main__":

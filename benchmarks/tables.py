@@ -175,36 +175,45 @@ def segmentation(rows: list[dict]) -> str:
              f"{row['in_the_middle']:.1%}"] for row in rules))))
 
 
-def runs_of(number: str) -> list[dict]:
-    """Of a lesson."""
-    return [row for row in rows_of("lessons") if row["task"] == f"lesson {number.strip()}"]
-
-
-def lesson(number: str) -> str:
-    """The answers of a lesson's runs."""
+def lesson_answers(_) -> str:
+    """The answers of the runs that lessons show."""
     return markdown(["options", "device", "ms/token", "answer"], (
         [f"`{row['run']}`", f"{row['device_kv_bytes'] / row['full_kv_bytes']:.1%}",
-         f"{row['decode_ms_per_token']:.0f}", row["text"]] for row in runs_of(number)))
+         f"{row['decode_ms_per_token']:.0f}", row["text"]] for row in rows_of("lessons")))
 
 
-def lesson_bytes(number: str) -> str:
-    """What the runs of a lesson hold, in bytes and in tokens of 46,080 bytes."""
+def lesson_bytes(asked: str) -> str:
+    """What some of these runs hold, in bytes and in tokens of 46,080 bytes. `asked` names their
+    options, with a semicolon between two runs."""
+    runs = [row for options in asked.split(";") for row in rows_of("lessons")
+            if row["run"] == options.strip()]
     return markdown(["options", "", "bytes", "tokens"], (
-        [f"`{row['run']}`", f"`{name}_kv_bytes`", f"{size:,}", f"{size / 46080:,.1f}"]
-        for row in runs_of(number) for name in ("device", "host", "full")
-        if (size := row[f"{name}_kv_bytes"])))
+        [f"`{row['run']}`", name, f"{size:,}", f"{size / 46080:,.1f}"]
+        for row in runs for name, size in bytes_held(row).items() if size))
 
 
-def lesson_parts(spec: str) -> str:
-    """The parts of what one run has on the device, and their share of the full cache."""
-    (row,) = [row for row in rows_of("lessons") if row["run"] == spec.strip()]
-    return markdown(["part", "bytes", "measured"], (
-        [name, f"{size:,}", f"{size / row['full_kv_bytes']:.1%}"]
-        for name, size in row["device_kv_parts"].items()))
+def bytes_held(row: dict) -> dict:
+    parts = row["device_kv_parts"] if len(row["device_kv_parts"]) > 1 else {}
+    return parts | {f"`{name}_kv_bytes`": row[f"{name}_kv_bytes"]
+                    for name in ("device", "host", "full")}
 
 
-MAKERS = {"methods": methods, "times": times, "lesson": lesson, "lesson_bytes": lesson_bytes,
-          "lesson_parts": lesson_parts, "scale": lambda file: scale(rows_of(file.strip())),
+def lesson_loads(_) -> str:
+    """What these runs select and load in all steps, and the hit rate of all but the first one,
+    which loads all that it selects."""
+    lines = []
+    for row in (row for row in rows_of("lessons") if row["selected_bytes"]):
+        selected, loaded, steps = row["selected_bytes"], row["loaded_bytes"], row["decode_steps"]
+        first = selected / steps
+        lines.append([f"`{row['run']}`", steps, f"{selected:,}", f"{loaded:,}",
+                      f"{row['hit_rate']:.1%}", f"{1 - (loaded - first) / (selected - first):.1%}"])
+    return markdown(["options", "steps", "`selected_bytes`", "`loaded_bytes`", "`hit_rate`",
+                     "without the first step"], lines)
+
+
+MAKERS = {"methods": methods, "times": times, "lesson_answers": lesson_answers,
+          "lesson_bytes": lesson_bytes, "lesson_loads": lesson_loads,
+          "scale": lambda file: scale(rows_of(file.strip())),
           "segmentation": lambda file: segmentation(rows_of(file.strip()))}
 
 

@@ -93,6 +93,8 @@ def fence(renderer, tokens, i, options, env) -> str:
     if token.info == "include":
         return "".join(map(source, token.content.split()))
     code = coloured(token.content) if token.info == "python" else escape(token.content)
+    if token.info == "console":
+        code = re.sub(r"^\$", '<span class="prompt">$</span>', code, flags=re.MULTILINE)
     return f"<pre><code>{code}</code></pre>\n"
 
 

@@ -3,7 +3,6 @@
 import doctest
 import inspect
 import re
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,26 +12,18 @@ from conftest import ROOT
 
 import sentencekv
 from course import check, read, score
+from course.bugs import __main__ as bugs
 from course.exercises import cases, stubs
 
 BUGS = {  # a patch in course/bugs, and an oracle that catches it
-    "1_one_slot_too_many": "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
-    "2_scores_that_stay": "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
-    "3_a_position_for_a_row":
-        "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
-    "4_heads_in_the_wrong_group": "test_model.py::test_decoding_one_by_one_equals_one_forward",
-    "5_a_mean_of_dropped_keys":
-        "test_cache.py::test_a_small_budget_selects_what_the_slow_way_selects",
+    "1": check.SLOW, "2": check.SLOW, "3": check.SLOW, "5": check.SLOW,
+    "4": "test_model.py::test_decoding_one_by_one_equals_one_forward",
 }
 
 
 @pytest.fixture
 def copy(tmp_path):
-    """The project's modules and tests, to be changed."""
-    for folder in (".", "tests", "benchmarks", "weights", "support"):
-        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        for file in (ROOT / folder).glob("*.py"):
-            shutil.copy(file, tmp_path / folder)
+    bugs.copy_project(tmp_path)
     return tmp_path
 
 
@@ -47,14 +38,30 @@ def run_tests(folder, *tests):
 
 
 def test_every_bug_has_an_oracle():
-    assert {path.stem for path in (ROOT / "course" / "bugs").glob("*.patch")} == set(BUGS)
+    assert {path.stem for path in bugs.PATCHES} == set(BUGS)
+
+
+@pytest.mark.parametrize("patch", bugs.PATCHES, ids=lambda patch: patch.stem)
+def test_the_page_of_the_bugs_names_the_line(patch):
+    page = (bugs.FOLDER / "README.md").read_text(encoding="utf-8")
+    text = patch.read_text(encoding="utf-8")
+    file, line = re.search(rf"## Bug {patch.stem}\n.*?`(\w+\.py)`, line (\d+)", page,
+                           re.DOTALL).groups()
+    assert f"+++ b/{file}\n" in text
+    number, changed = 0, set()
+    for row in text.splitlines()[2:]:
+        if begin := re.match(r"@@ -\d+,\d+ \+(\d+)", row):
+            number = int(begin[1])
+            continue
+        changed |= {number} if row[0] in "+-" else set()
+        number += row[0] != "-"
+    assert int(line) in changed
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(copy, bug):
-    patch = ROOT / "course" / "bugs" / f"{bug}.patch"
-    subprocess.run(["git", "apply", patch], cwd=copy, check=True)
+    bugs.apply(bugs.FOLDER / f"{bug}.patch", copy)
     done = run_tests(copy, BUGS[bug])
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout
 
@@ -63,6 +70,20 @@ def test_a_planted_bug_is_caught(copy, bug):
 def test_without_a_bug_the_oracles_pass(copy):
     done = run_tests(copy, *set(BUGS.values()))
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text, message", [
+    (None, "{file}: there is no such file"),
+    ("def own(): pass", "{file} has no test: no function whose name begins with test_"),
+    ("def test_own(): assert False", "{file} must pass on the project as it is, and does not"),
+])
+def test_a_file_that_is_no_test_of_one_s_own_is_named_in_one_line(tmp_path, capsys, text, message):
+    file = tmp_path / "test_own.py"
+    if text is not None:
+        file.write_text(text)
+    assert bugs.main([str(file)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"course.bugs: {message.format(file=file)}"
 
 
 def test_the_stubs_are_the_project_s_signatures_and_docstrings(tmp_path):
@@ -196,10 +217,32 @@ def test_a_score_is_compared_with_the_project_s(tmp_path, capsys, monkeypatch, d
     file = tmp_path / "06_mine.py"
     file.write_text("def mine(q, vectors, variances, lengths):\n    return -variances\n")
     monkeypatch.setattr(score, "LENGTH", 300)
-    monkeypatch.setattr(score, "METHODS", "sentencekv:score=mine")
     monkeypatch.setitem(sentencekv.SCORES, "mine", None)  # removed after the test
     assert score.main([str(file), "--count", "1"]) == 0
     out = capsys.readouterr().out
-    assert out.count("| sentencekv:score=mine | ") == 2
-    assert score.main([str(tmp_path / "none.py")]) == 2
-    assert capsys.readouterr().err.startswith("course.score: ")
+    assert out.count("| sentencekv:score=mine | ") == 3  # found, more than gaussian, attention
+    *_, line = out.splitlines()
+    assert re.fullmatch(r"06_mine\.py \| \d+ % found \| -?\d+ more than gaussian \| \d+ and \d+ are"
+                        r" possible \| [\d.]+% of the attention \| gaussian [\d.]+% \|"
+                        r" best_sentences [\d.]+% \| best_tokens [\d.]+%", line)
+
+
+@pytest.mark.parametrize("text, message", [
+    (None, "FileNotFoundError: "),
+    ("def other(): pass", "has no function mine"),
+    ("def mine(*_): raise NotImplementedError", "NotImplementedError: "),
+    ("def mine(q, *_): return q", "the result has the shape (2, 3, 4), and must have that of"),
+    ("def mine(q, vectors, variances, lengths): return 0 * variances / 0", "is not a number"),
+])
+def test_what_is_no_score_is_said_in_one_line(tmp_path, capsys, monkeypatch, text, message):
+    monkeypatch.setitem(sentencekv.SCORES, "mine", None)
+    if text is not None:
+        (tmp_path / "06_mine.py").write_text(text)
+    assert score.main([str(tmp_path / "06_mine.py")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("course.score: ") and message in line
+
+
+def test_no_prompts_are_no_comparison(capsys):
+    assert score.main(["06_mine.py", "--count", "0"]) == 2
+    assert capsys.readouterr().err == "course.score: --count is 0, must be at least 1\n"
