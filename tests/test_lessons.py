@@ -93,7 +93,8 @@ def test_three_dots_stand_for_anything_and_a_number_for_what_is_near_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lesson", [path for path in LESSONS if "```console" in path.read_text()],
+@pytest.mark.parametrize("lesson", [path for path in LESSONS
+                                    if "```console" in path.read_text(encoding="utf-8")],
                          ids=lambda path: path.name)
 def test_a_command_prints_what_its_lesson_shows(lesson, tmp_path, default_folder):
     """In a folder that looks like the project, with an empty folder `mine`."""
