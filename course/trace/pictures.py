@@ -12,9 +12,11 @@ from pathlib import Path
 
 
 @contextmanager
-def open_page(path: Path, scheme: str = "light", width: int = 1280, height: int = 860):
-    """The page in a browser that cannot reach any network. Yields playwright's `Page` and a list
-    of what the page complains of or tries to fetch. ValueError if there is no browser."""
+def open_page(path: Path, scheme: str = "light", width: int = 1280, height: int = 860,
+              ready: str = "#answer [role=button]"):
+    """The page in a browser that cannot reach any network, when it has an element that `ready`
+    selects. Yields playwright's `Page` and a list of what the page complains of or tries to fetch.
+    ValueError if there is no browser."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     try:
         from playwright.sync_api import sync_playwright
@@ -32,7 +34,7 @@ def open_page(path: Path, scheme: str = "light", width: int = 1280, height: int 
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: complaints.append(request.url))
         page.goto(path.resolve().as_uri())
-        page.wait_for_selector("#answer [role=button]")
+        page.wait_for_selector(ready)
         complaints.remove(path.resolve().as_uri())  # the page itself
         yield page, complaints
         browser.close()

@@ -1,0 +1,1 @@
+const SECTIONS = {{ sections|safe }};
