@@ -58,7 +58,7 @@ class Trace:
 
     def __init__(self, cache, model=None, new_full_cache=None):
         self.cache, self.data = cache, {"format": "sentencekv trace 1", "answers": []}
-        self.model, self.new_full_cache, self.full = model, new_full_cache, None
+        self.model, self.new_full_cache, self.full_cache = model, new_full_cache, None
         self.steps = []  # of the last answer: rows (L, H_kv, S) and attention (L, H_kv, S + 3)
         self.windows, self.n_written = [], 0
         self.attention = None  # uint8 (steps, L, H_kv, S + 3), by sentence of the document
@@ -135,24 +135,24 @@ class Trace:
 
         def found(i, weights):
             now = columns[i, :, : weights.shape[-1]].clone()
-            now[:, window:] = n_columns - 1
+            now[:, window:] = n_columns - 1  # recent
             return add_up(weights, now, n_columns)
 
-        with watched_layers(self.full.layers, found) as shares:
+        with watched_layers(self.full_cache.layers, found) as shares:
             for step in progress(range(len(attention))):
                 window, token = self.windows[step], ids[n_read + step]
-                self.model.decode(token[None], self.full)
+                self.model.decode(token[None], self.full_cache)
                 attention[step] = to_bytes(torch.stack(shares)).cpu()
                 shares.clear()
         answer["full_attention"] = pack(attention.numpy())
 
     def read_again(self, ids: torch.Tensor, part_size: int, progress):
         """Read a text into the full cache: the document only the first time."""
-        self.full = self.full or self.new_full_cache()
-        start = min(self.full.num_tokens, len(self.data["pieces"]))
-        self.full.truncate(start)
+        self.full_cache = self.full_cache or self.new_full_cache()
+        start = min(self.full_cache.num_tokens, len(self.data["pieces"]))
+        self.full_cache.truncate(start)
         part_ends = tuple(range(part_size, len(ids) - start, part_size))
-        self.model.prefill(ids[start:], self.full, progress, part_ends)
+        self.model.prefill(ids[start:], self.full_cache, progress, part_ends)
 
     def columns_of(self, n_tokens: int, later_ends: list[int]) -> torch.Tensor:
         """The column of the field `attention` that each token belongs to while it is not recent,

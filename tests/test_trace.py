@@ -347,6 +347,11 @@ def recorded(name):
     return json.JSONDecoder().raw_decode(page, start)[0]
 
 
+def shown_share(share):
+    """As the page writes it."""
+    return f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"
+
+
 @contextmanager
 def in_browser(path, **how):
     with ExitStack() as stack:
@@ -426,13 +431,13 @@ def test_a_page_shows_what_was_missed(name):
             shown = page.evaluate("[...values.slice(0, size())]")
             assert shown == pytest.approx(expected.tolist(), abs=1e-6)
             first = page.locator("#top li").first.text_content()
-            assert first.startswith(f"{expected.max():.{0 if expected.max() > 0.1 else 1}%}"[:-1])
+            assert first.startswith(shown_share(expected.max()))
             page.click("#whole")
             shown = page.evaluate("[...values.slice(0, size())]")
             assert shown == pytest.approx(numbers.mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
             page.evaluate(f"keep({step + 1})")
         page.get_by_text("Missed", exact=True).click()
-        share = f"{100 * missed[step].mean(axis=(0, 1)).sum():.0f} %"
+        share = shown_share(missed[step].mean(axis=(0, 1)).sum())
         assert f"missed {share} of" in page.locator("#top-title").text_content()
         assert f"missed sentences {share}" in page.locator("#legend").text_content()
         page.locator("#views :checked").press("ArrowLeft")
