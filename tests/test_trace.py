@@ -481,6 +481,26 @@ def test_the_key_token_attends_to_the_needle(name, width):
         assert complaints == []
 
 
+@pytest.mark.slow
+def test_a_question_is_chosen_in_the_page(capfd, chat_folder, prompt, tmp_path):
+    """The second one, here without a full cache, and the first one again."""
+    path = tmp_path / "page.html"
+    status, _, err = run(capfd, "--prompt", prompt, "--model", chat_folder, *FULL, path,
+                         "--ask", "Who slept?", "--ask", "Where had they gone?")
+    assert status == 0, err
+    with in_browser(path) as (page, complaints):
+        missed = page.get_by_text("Missed", exact=True)
+        missed.click()
+        page.evaluate("delete trace.answers[1].full_attention")
+        for number, visible, view in ((1, False, "paid"), (0, True, "paid")):
+            page.select_option("#question", str(number))
+            page.evaluate("showAnswer(+$('question').value)")  # waits until it is there
+            assert missed.is_visible() == visible and page.evaluate("view") == view
+            written = page.evaluate("answer.pieces.slice(-answer.n_written).join('')")
+            assert page.locator("#answer").text_content().split() == written.split()
+        assert complaints == []
+
+
 HOSTILE = [
     "</script><script>document.title='broken'</script>", "<!--", "<img src=x onerror=alert(1)>",
     "{{trace}}", "\x00\x07\x1b[31m\u2028", "😀👩‍👩‍👧 ", "\u202eright to left\u2066 שלום",
