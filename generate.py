@@ -117,7 +117,10 @@ class Session:
         self.cache = make_cache(args.cache, config, model.config, max_tokens, self.device,
                                 self.dtype)
         self.max_tokens, self.stop = max_tokens, tokenizer.stop_tokens()
-        self.trace = Trace(self.cache) if args.trace or args.show_sentences else None
+        self.trace = None
+        if args.trace or args.show_sentences:
+            self.trace = Trace(self.cache, model, partial(
+                FullCache, model.config, max_tokens, self.device, self.dtype))
         self.timer = StageTimer(self.device)
         watch_stages(self.timer, model, self.cache, decode=not (args.cuda_graph or args.compile))
         self.decode, self.time_step = compiled.step(model, self.cache, args, self.timer)
@@ -200,7 +203,7 @@ def main(arguments: list[str]) -> int:
     first = session.read(ids)
     with questions.interrupts() as stopped:
         text = session.write(first, stopped)
-        return report.finish(report.describe(session, text, stopped()), session.trace, args)
+        return report.finish(report.describe(session, text, stopped()), session, stopped)
 
 
 if __name__ == "__main__":

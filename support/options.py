@@ -75,6 +75,9 @@ def parser(description: str, defaults, scores) -> Parser:
     parser.add_argument("--load", type=Path, metavar="FILE", help="go on from it: no --prompt")
     parser.add_argument("--trace", type=Path, metavar="FILE",
                         help="write a page of what each token attends to; or its data, .json")
+    parser.add_argument("--trace-full", action="store_true",
+                        help="in that page also what a full cache attends to, and so what was"
+                             " missed; all is read twice, in twice the time")
     parser.add_argument("--model", type=Path,
                         help="DIR, FILE.gguf or NAME (smollm2-135m-instruct)")
     add("--cache", "sentencekv", "where keys and values are kept", choices=("sentencekv", "full"))
@@ -132,6 +135,8 @@ def check_files(args):
 
 
 def check_pairs(args):
+    if args.trace_full and not args.trace:
+        raise ValueError("--trace-full needs --trace FILE: it adds to that page")
     traced = args.trace or args.show_sentences
     if traced and args.cache == "full":
         raise ValueError("a full cache selects nothing: there is nothing to show")

@@ -69,7 +69,7 @@ def ask(session, document: Document, prompts: Prompts) -> int:
             text = session.write(first, stopped)
             document.check_unchanged()
             report = describe(session, text, stopped(), question)
-            worst = max(worst, finish(report, session.trace, session.args))
+            worst = max(worst, finish(report, session, stopped))
         if number := stopped():
             return 128 + number
     return worst
@@ -122,7 +122,7 @@ def answer_turn(session, question: str, tokenize) -> int:
             ids = tokenize(question)
         text = session.write(session.read(ids), stopped)
         report = describe(session, text, stopped(), question)
-        status = finish(report, session.trace, session.args)
+        status = finish(report, session, stopped)
     if stopped() == signal.SIGTERM:
         stop(signal.SIGTERM)
-    return 0 if report["interrupted"] else status
+    return 0 if stopped() else status

@@ -56,9 +56,9 @@ def printer(as_json: bool):
     return lambda text="", end="\n": print(shown(text), end=end, flush=True)
 
 
-def progress(layers):
-    """The layers, with a bar that moves while they are read: in a terminal only."""
-    return tqdm(layers, desc="prefill", unit="layer", leave=False, disable=None)
+def progress(parts, what: str = "prefill", unit: str = "layer"):
+    """The layers, or other parts, with a bar that moves while they are read: in a terminal only."""
+    return tqdm(parts, desc=what, unit=unit, leave=False, disable=None)
 
 
 def printed(pairs, written: list, special: set, stopped, as_json: bool) -> str:
@@ -102,9 +102,10 @@ def describe(session, text: str, signal: int, question: str | None = None) -> di
     return report
 
 
-def finish(report: dict, trace, args) -> int:
+def finish(report: dict, session, stopped) -> int:
     """Print times and memory, and write the trace. Returns the exit status: the answer is there
-    even if the trace cannot be written."""
+    even if the trace cannot be written. `stopped()` is 0, or the signal that ends it all."""
+    args = session.args
     if "question" in report:
         say("{ttft_ms:.0f} ms to the first token, {decode_ms_per_token:.1f} ms/token".format(
             **report), *fast_lines(report))
@@ -114,10 +115,43 @@ def finish(report: dict, trace, args) -> int:
         print_sentences(report["most_attended"])
     if args.json:
         printer(False)(json.dumps(report))
-    status = 0
-    if args.trace and not (status := tried(trace.write, args.trace)):
-        say("", f"{args.trace} shows what the answer attended to")
-    return 128 + report["signal"] if report["interrupted"] else status
+    status = write_trace(session, stopped) if args.trace else 0
+    return 128 + number if (number := stopped()) else status
+
+
+def write_trace(session, stopped) -> int:
+    """Write the trace, with --trace-full a second time: whatever happens while all is read again,
+    what the answer attended to is not lost. Returns the exit status."""
+    trace, args = session.trace, session.args
+    if status := tried(trace.write, args.trace):
+        return status
+    say("", f"{args.trace} shows what the answer attended to")
+    if not args.trace_full:
+        return 0
+    say("reading all again with a full cache, which takes as long again; Ctrl-C leaves it out")
+    try:
+        trace.add_full(session.ids + session.written, args.prefill_chunk,
+                       lambda parts: until(stopped, progress(parts, "full cache", "part")))
+    except Stopped:
+        say(f"{args.trace} does not show what a full cache attends to")
+        return 0
+    finally:
+        session.timer.totals()  # these times are of no answer
+    if not (status := tried(trace.write, args.trace)):
+        say(f"{args.trace} also shows what a full cache attends to")
+    return status
+
+
+class Stopped(Exception):
+    """A signal came."""
+
+
+def until(stopped, parts):
+    """The parts of a long piece of work. Raises `Stopped` if a signal came before one of them."""
+    for part in parts:
+        if stopped():
+            raise Stopped
+        yield part
 
 
 def tried(write, *arguments) -> int:

@@ -24,10 +24,12 @@ and of all after it. The document is the first text that was read.
         attention  (steps, L, H_kv, S + 3): the share of the attention that each sentence receives,
                    the mean of the head's queries. The last columns are all sinks, all secondary
                    sinks, and the recent tokens. A byte v stands for a share of (v / 255) ** 2
+        full_attention  with --trace-full: what `attention` would be if all tokens were attended to.
+                   A full cache has read the same tokens, those of the answer too
         report     times and bytes, as `generate.py --json` prints them
 
-`rows` and `attention` are compressed by zlib, and written in base64. Step s chooses token s + 1 of
-the answer. Prefill chooses token 0, and attends to everything.
+These three are compressed by zlib, and written in base64. Step s chooses token s + 1 of the answer.
+Prefill chooses token 0, and attends to everything.
 """
 
 import base64
@@ -48,10 +50,15 @@ MOST_NUMBERS = 2**27  # in `rows`, for a browser to unpack; later steps are left
 
 
 class Trace:
-    """Records the answers of a session. Recording is a part of the decode time in a report."""
+    """Records the answers of a session. Recording is a part of the decode time in a report.
 
-    def __init__(self, cache):
+    For `add_full` it needs the model, and `new_full_cache()` with room for all that is read and
+    written.
+    """
+
+    def __init__(self, cache, model=None, new_full_cache=None):
         self.cache, self.data = cache, {"format": "sentencekv trace 1", "answers": []}
+        self.model, self.new_full_cache, self.full_cache = model, new_full_cache, None
         self.steps = []  # of the last answer: rows (L, H_kv, S) and attention (L, H_kv, S + 3)
         self.windows, self.n_written = [], 0
         self.attention = None  # uint8 (steps, L, H_kv, S + 3), by sentence of the document
@@ -63,13 +70,17 @@ class Trace:
         self.steps, self.windows, self.n_written, n_numbers = [], [], 0, 0
         plan, layers = self.cache.plan, self.cache.layers
         dtype = torch.uint8 if plan.config.sentence_limit < 256 else torch.int32
-        with watched_layers(layers) as shares:
+
+        def found(i, weights):
+            return received(layers[i], weights), plan.window_start()
+
+        with watched_layers(layers, found) as shares:
             for token in written:
                 rows = torch.stack([layer.n_resident[:, 1 : plan.n_places] for layer in layers])
                 n_numbers += rows.numel()  # rows (L, H_kv, S)
                 if shares and n_numbers < MOST_NUMBERS:
-                    found = to_bytes(torch.stack([share for share, _ in shares]))
-                    self.steps.append((rows.to("cpu", dtype), found.cpu()))
+                    attention = to_bytes(torch.stack([share for share, _ in shares]))
+                    self.steps.append((rows.to("cpu", dtype), attention.cpu()))
                     self.windows.append(shares[0][1] + plan.n_dropped)
                 shares.clear()
                 self.n_written += 1
@@ -110,6 +121,53 @@ class Trace:
             "rows": pack(np.diff(selected.numpy(), axis=0, prepend=np.uint8(0))),
             "attention": pack(self.attention.numpy()), "report": report})
 
+    def add_full(self, ids: list[int], part_size: int, progress=iter):
+        """Record what a full cache attends to while the last answer is written: all `ids` that were
+        read and written are read again, the answer's one by one. `part_size` is the most tokens to
+        be read at a time. `progress` wraps the layers, and then the answer's steps. What it raises
+        ends this, and nothing is recorded."""
+        answer, n_read = self.data["answers"][-1], len(ids) - self.n_written
+        ids = torch.tensor(ids, device=self.model.embed_tokens.weight.device)
+        self.read_again(ids[:n_read], part_size, progress)
+        columns = self.columns_of(len(ids), answer["ends"]).to(ids.device)
+        attention, window = torch.zeros_like(self.attention), 0
+        n_columns = attention.shape[-1]
+
+        def found(i, weights):
+            now = columns[i, :, : weights.shape[-1]].clone()
+            now[:, window:] = n_columns - 1  # recent
+            return add_up(weights, now, n_columns)
+
+        with watched_layers(self.full_cache.layers, found) as shares:
+            for step in progress(range(len(attention))):
+                window, token = self.windows[step], ids[n_read + step]
+                self.model.decode(token[None], self.full_cache)
+                attention[step] = to_bytes(torch.stack(shares)).cpu()
+                shares.clear()
+        answer["full_attention"] = pack(attention.numpy())
+
+    def read_again(self, ids: torch.Tensor, part_size: int, progress):
+        """Read a text into the full cache: the document only the first time."""
+        self.full_cache = self.full_cache or self.new_full_cache()
+        start = min(self.full_cache.num_tokens, len(self.data["pieces"]))
+        self.full_cache.truncate(start)
+        part_ends = tuple(range(part_size, len(ids) - start, part_size))
+        self.model.prefill(ids[start:], self.full_cache, progress, part_ends)
+
+    def columns_of(self, n_tokens: int, later_ends: list[int]) -> torch.Tensor:
+        """The column of the field `attention` that each token belongs to while it is not recent,
+        (L, H_kv, T). Those that are in no sentence yet count as recent."""
+        ends = torch.tensor(self.data["ends"] + later_ends)
+        column = torch.searchsorted(ends, torch.arange(n_tokens), right=True)
+        column[column == len(ends)] = len(ends) + 2
+        column[: self.data["sinks"]] = len(ends)
+        secondary = self.data["secondary"]
+        columns = column.repeat(len(secondary), len(secondary[0]), 1)
+        for layer, heads in enumerate(secondary):
+            for head, positions in enumerate(heads):
+                columns[layer, head, positions] = len(ends) + 1
+        return columns
+
     def most_attended(self, n: int = 5) -> list[dict]:
         """The `n` sentences of the document that received most attention while the last answer was
         written: the mean share of the recorded steps, in the second half of the layers. In the
@@ -147,23 +205,25 @@ def number_places(starts, positions, ends, n_first: int) -> torch.Tensor:
 
 
 @contextmanager
-def watched_layers(layers):
-    """In here each layer appends, for a token, the share of the attention that each place of its
-    table received (H_kv, S + 3), and the first row of the token's window."""
+def watched_layers(layers, found):
+    """In here each layer appends, for a token, what `found(i, weights)` makes of layer i's
+    attention weights (H_kv, n): of all keys that the layer returned, the mean of the head's
+    queries."""
     shares = []
 
-    def watched(layer, decode):
+    def watched(i, decode):
         def decode_and_note(q, k, v):
             keys, values, mask = decode(q, k, v)
             grouped = q.view(len(k), -1, q.shape[-1]) / math.sqrt(q.shape[-1])  # (H_kv, G, D)
             logits = (keys @ grouped.mT.to(keys.dtype)).mT.float()  # faster than q @ k.mT
-            weights = logits.masked_fill(~mask, -math.inf).softmax(dim=-1).mean(dim=1)
-            shares.append((received(layer, weights), layer.plan.window_start()))
+            if mask is not None:
+                logits = logits.masked_fill(~mask, -math.inf)
+            shares.append(found(i, logits.softmax(dim=-1).mean(dim=1)))
             return keys, values, mask
         return decode_and_note
 
-    for layer in layers:
-        layer.decode = watched(layer, layer.decode)
+    for i, layer in enumerate(layers):
+        layer.decode = watched(i, layer.decode)
     try:
         yield shares
     finally:
@@ -181,7 +241,12 @@ def received(layer, weights: torch.Tensor) -> torch.Tensor:
     # An empty slot can name any place of the table's capacity. Its weight is 0.
     sentence[:, : sink.shape[1]] = torch.where(
         layer.slot_place == 0, sink, (layer.slot_place - 1).clamp(max=n + 2))
-    return weights.new_zeros(len(weights), n + 3).scatter_add_(-1, sentence, weights)
+    return add_up(weights, sentence, n + 3)
+
+
+def add_up(weights: torch.Tensor, columns: torch.Tensor, n_columns: int) -> torch.Tensor:
+    """Weights (H_kv, n), and the column of each -> (H_kv, n_columns)"""
+    return weights.new_zeros(len(weights), n_columns).scatter_add_(-1, columns, weights)
 
 
 def to_bytes(shares: torch.Tensor) -> torch.Tensor:

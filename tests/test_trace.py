@@ -4,10 +4,13 @@ import base64
 import io
 import json
 import math
+import os
 import random
+import signal
 import sys
 import zlib
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,8 +19,10 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY, random_ids, random_llama, random_spans
 from test_generate import TEXT, chat_folder, prompt, run, run_json  # noqa: F401  two are fixtures
 
+import generate
 from cache import LayerCache, SentenceKVCache
 from course.trace.pictures import open_page
+from model import FullCache
 from sentencekv import SentenceKVConfig, find_secondary_sinks
 from support.trace import Trace, one_line
 
@@ -25,8 +30,8 @@ EXAMPLES = {"walden_house": ("8", "8.03"), "needle_two_cities": ("m", "marmalade
 
 
 def unpack(answer, name):
-    n_columns = answer["shape"][-1] + (3 if name == "attention" else 0)
-    kind = np.uint8 if name == "attention" or answer["bytes"] == 1 else np.int32
+    n_columns = answer["shape"][-1] + (0 if name == "rows" else 3)
+    kind = np.uint8 if name != "rows" or answer["bytes"] == 1 else np.int32
     numbers = np.frombuffer(zlib.decompress(base64.b64decode(answer[name])), kind)
     numbers = numbers.reshape(*answer["shape"][:-1], n_columns)
     return numbers.cumsum(axis=0, dtype=kind) if name == "rows" else (numbers / 255.0) ** 2
@@ -115,6 +120,89 @@ def test_the_numbers_are_the_caches_own(keep_factor, sentence_limit):
             head.nonzero().squeeze(1).tolist() for head in expected]
 
 
+def traced(config, n_steps=40, part_size=50):
+    """Of random texts: the data of a trace with the full cache, all tokens, and the sentences of
+    the texts. There are a document and a question. The answer has two sentences and a rest."""
+    spans, more = random_spans(300, 12), random_spans(30, 12)
+    ids, model = random_ids(330 + n_steps, "cpu"), random_llama()
+    n_tokens = len(ids) + 1
+    cache = SentenceKVCache(config, TINY, n_tokens, "cpu", torch.float32)
+    trace = Trace(cache, model, partial(FullCache, TINY, n_tokens, "cpu", torch.float32))
+    for text, sentences in ((ids[:300], spans), (ids[300:330], more)):
+        cache.expect(sentences)
+        model.prefill(text, cache)
+
+    def written():
+        yield 0, ""
+        for step, token in enumerate(ids[330:]):
+            if step in (9, 18):
+                cache.seal(8)
+            model.decode(token[None], cache)
+            yield step, "x"
+
+    list(trace.watch(written()))
+    spans = spans + [(start + 300, end + 300) for start, end in more]
+    trace.add("", ["x"] * n_tokens, spans, cache.report())
+    trace.add_full([*ids.tolist(), 0], part_size)
+    return trace.data, ids, spans + [(330, 338), (338, 346)]
+
+
+def slow_attention(ids):
+    """The weights of all layers, query heads and tokens of a model that attends to all:
+    [layer][head] (T, T)."""
+    found, cache = [], FullCache(TINY, len(ids), "cpu", torch.float32)
+
+    def noting(prefill):
+        def noted(q, k, v):
+            logits = q @ k.repeat_interleave(len(q) // len(k), dim=0).mT / math.sqrt(q.shape[-1])
+            future = torch.ones(logits.shape[1:], dtype=torch.bool).triu(1)
+            found.append(logits.masked_fill(future, -math.inf).softmax(dim=-1))
+            return prefill(q, k, v)
+        return noted
+
+    for layer in cache.layers:
+        layer.prefill = noting(layer.prefill)
+    random_llama().prefill(ids, cache)
+    return found
+
+
+@pytest.mark.parametrize("keep_factor", [1.5, math.inf])
+def test_the_full_view_is_full_attention_computed_in_one_pass(keep_factor):
+    """Added up by sentence in loops, and most of it was not selected."""
+    config = SentenceKVConfig(token_budget=60, keep_factor=keep_factor, secondary_ratio=0.9)
+    data, ids, spans = traced(config)
+    (answer,), secondary, weights = data["answers"], data["secondary"], slow_attention(ids)
+    shares, n = unpack(answer, "full_attention"), answer["shape"][-1]
+    assert shares.shape == unpack(answer, "attention").shape and n == len(spans)
+    group = TINY.num_attention_heads // TINY.num_key_value_heads
+    for step, layer, head in [(0, 0, 0), (5, 1, 1), (17, 0, 1), (18, 1, 0), (39, 1, 1)]:
+        position, expected = 330 + step, np.zeros(n + 3)
+        found = weights[layer][head * group : (head + 1) * group, position].mean(dim=0).tolist()
+        assert not any(found[position + 1 :])
+        for p, weight in enumerate(found[: position + 1]):
+            column = next((s for s, (_, end) in enumerate(spans) if p < end), n + 2)
+            column = n + 2 if p >= answer["windows"][step] else column
+            column = n + 1 if p in secondary[layer][head] else n if p < 4 else column
+            expected[column] += weight
+        assert shares[step, layer, head] == pytest.approx(expected, abs=4e-3)
+        assert expected.sum() == pytest.approx(1)
+    missed = np.where(unpack(answer, "rows") == 0, shares[..., :n], 0)
+    assert missed.sum(axis=-1).mean() > 0.3
+
+
+def test_both_views_agree_if_everything_is_selected():
+    config = SentenceKVConfig(token_budget=1000, kv_bits=16, secondary_ratio=0.9)
+    data, _, _ = traced(config)
+    (answer,) = data["answers"]
+    paid, full = (np.sqrt(unpack(answer, name)) for name in ("attention", "full_attention"))
+    assert abs(paid - full).max() < 1.5 / 255
+    missed = full[..., :-3][unpack(answer, "rows") == 0]
+    assert missed.max() < 1.5 / 255
+    again, _, _ = traced(config, part_size=10_000)
+    other = np.sqrt(unpack(again["answers"][0], "full_attention"))
+    assert abs(other - full).max() < 1.5 / 255
+
+
 def data_of(path):
     return json.loads(path.read_text())
 
@@ -156,6 +244,71 @@ def test_every_turn_is_an_answer_that_has_the_earlier_ones_before_it(capfd, chat
         assert selected == answer["report"]["selected_bytes"] > 0
 
 
+FULL = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", 20, "--token-budget", 80,
+        "--trace-full", "--trace"]
+
+
+def full_views(path):
+    return [unpack(answer, "full_attention") for answer in data_of(path)["answers"]]
+
+
+def test_every_question_has_a_full_view(capfd, chat_folder, prompt, tmp_path):
+    """The full cache goes back to the document, which it reads once. A loaded one is read, too."""
+    common, document = ["--model", chat_folder, *FULL], tmp_path / "d"
+    first, second = ["--ask", "Who slept?"], ["--ask", "Where had they gone?"]
+    for name, arguments in {
+            "both": ["--prompt", prompt, "--save", document, *first, *second],
+            "loaded": ["--load", document, *second],
+            "parts": ["--prompt", prompt, "--prefill-chunk", 100, *second]}.items():
+        status, _, err = run(capfd, *arguments, *common, tmp_path / f"{name}.json")
+        assert status == 0 and "takes as long again" in err, err
+    both, (loaded,), (parts,) = (full_views(tmp_path / f"{name}.json")
+                                 for name in ("both", "loaded", "parts"))
+    assert len(both) == 2 and (both[0].sum(axis=-1) > 0.9).all()
+    assert np.sqrt(loaded) == pytest.approx(np.sqrt(both[1]), abs=1.5 / 255)
+    assert np.sqrt(parts) == pytest.approx(np.sqrt(both[1]), abs=1.5 / 255)
+
+
+def test_every_turn_has_a_full_view_and_times_of_its_own(capfd, chat_folder, prompt, tmp_path,
+                                                         monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who slept?\nWhere had they gone?\n"))
+    path = tmp_path / "chat.json"
+    status, _, err = run(capfd, "--prompt", prompt, "--model", chat_folder, "--chat", *FULL, path)
+    assert status == 0, err
+    first, second = data_of(path)["answers"]
+    assert len(full_views(path)) == 2 and first["shape"] != second["shape"]
+    for answer in (first, second):
+        assert {*answer["report"]["stages_ms"]} == {"tokenize", "segment", "prefill", "decode"}
+
+
+def test_an_answer_of_one_token_has_no_steps(capfd, tiny_folder, prompt, tmp_path):
+    path = tmp_path / "one.json"
+    status, _, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, *FULL, path,
+                         "--max-new-tokens", 1)
+    assert status == 0 and full_views(path)[0].shape[0] == 0, err
+
+
+def test_nothing_is_lost_if_the_full_cache_is_left_out(capfd, tiny_folder, prompt, tmp_path,
+                                                       monkeypatch):
+    """By Ctrl-C, or because there is no memory for it."""
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        return FullCache(*_)
+
+    def out_of_memory(*_):
+        raise MemoryError
+
+    for new_cache, status, line in ((interrupted, 130, "does not show what a full cache"),
+                                    (out_of_memory, 2, "out of memory")):
+        path = tmp_path / f"{status}.json"
+        monkeypatch.setattr(generate, "FullCache", new_cache)
+        got, out, err = run(capfd, "--prompt", prompt, "--model", tiny_folder, *FULL, path,
+                            "--json")
+        (answer,) = data_of(path)["answers"]
+        assert got == status and line in err and "full_attention" not in answer
+        assert json.loads(out)["text"] == answer["report"]["text"]
+
+
 @pytest.mark.parametrize("budget", [80, 1024])  # the text has 432 tokens
 def test_sentences_that_received_most_are_printed(capfd, tiny_folder, prompt, budget):
     common = ["--prompt", prompt, "--model", tiny_folder, "--device", "cpu", "--token-budget",
@@ -175,12 +328,28 @@ def test_sentences_that_received_most_are_printed(capfd, tiny_folder, prompt, bu
     (["--trace", "{tmp}/prompt.txt"], "would replace"),
     (["--show-sentences", "--cache", "full"], "nothing to show"),
     (["--trace", "x.html", "--cuda-graph"], "--cuda-graph is not for --trace"),
+    (["--trace-full"], "--trace-full needs --trace FILE"),
+    (["--trace-full", "--show-sentences"], "--trace-full needs --trace FILE"),
+    (["--trace-full", "--trace", "x.html", "--cache", "full"], "nothing to show"),
+    (["--trace-full", "--trace", "x.html", "--fast"], "--fast is not for --trace"),
 ])
 def test_what_cannot_be_traced_is_refused_before_reading(capfd, prompt, tmp_path, arguments,
                                                          message):
     arguments = [word.format(tmp=tmp_path) for word in arguments]
     status, out, err = run(capfd, "--prompt", prompt, "--model", "no/such/model", *arguments)
     assert status == 2 and message in err and err.count("\n") == 1
+
+
+def recorded(name):
+    """The data in a recorded page."""
+    page = (ROOT / "course" / "trace" / f"{name}.html").read_text(encoding="utf-8")
+    start = page.index('{"format": "sentencekv trace 1"')
+    return json.JSONDecoder().raw_decode(page, start)[0]
+
+
+def shown_share(share):
+    """As the page writes it."""
+    return f"{100 * share:.{0 if share >= 0.0995 else 1}f} %"
 
 
 @contextmanager
@@ -198,21 +367,81 @@ def in_browser(path, **how):
 def test_a_recorded_page_is_what_its_command_writes(capfd, default_folder, tmp_path, name):
     """examples/README.md has the command. Other processors round differently."""
     status, _, err = run(capfd, "--prompt", ROOT / "examples" / f"{name}.txt", "--token-budget",
-                         512, "--dtype", "float32", "--device", "cpu", "--trace",
-                         tmp_path / "again.json")
+                         512, "--dtype", "float32", "--device", "cpu", "--trace-full",
+                         "--trace", tmp_path / "again.json")
     assert status == 0, err
-    page = (ROOT / "course" / "trace" / f"{name}.html").read_text(encoding="utf-8")
-    start = page.index('{"format": "sentencekv trace 1"')
-    kept, again = json.JSONDecoder().raw_decode(page, start)[0], data_of(tmp_path / "again.json")
+    kept, again = recorded(name), data_of(tmp_path / "again.json")
     numbers = []
     for trace in (kept, again):
         (answer,) = trace["answers"]
-        numbers.append([unpack(answer, name) for name in ("attention", "rows")])
-        for name in ("attention", "rows", "report"):
+        fields = "attention", "full_attention", "rows"
+        numbers.append([unpack(answer, name) for name in fields])
+        for name in (*fields, "report"):
             del answer[name]
     assert kept == again
-    (shares, rows), (shares_again, rows_again) = numbers
-    assert abs(shares - shares_again).mean() < 1e-3 and (rows != rows_again).mean() < 0.05
+    (*shares, rows), (*shares_again, rows_again) = numbers
+    for before, after in zip(shares, shares_again):
+        assert abs(before - after).mean() < 1e-3
+    assert (rows != rows_again).mean() < 0.05
+
+
+SCREENS = {"desktop": {"width": 1280, "height": 800},
+           "phone": {"width": 390, "height": 844, "is_mobile": True, "has_touch": True}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("screen", SCREENS)
+def test_a_page_opens_at_the_key_token_and_its_sentence(name, screen):
+    """All on the first screen. On a phone the panel takes a third of it at most."""
+    (key, needle), how = EXAMPLES[name], SCREENS[screen]
+    path = ROOT / "course" / "trace" / f"{name}.html"
+    with in_browser(path, **how) as (page, complaints):
+        assert page.locator("#answer [aria-current]").text_content() == key
+        assert needle in page.locator(".best").text_content()
+        boxes = {name: page.locator(name).bounding_box() for name in (
+            "header", "#panel", "#answer", "#top", "#bars", "#document", ".best")}
+        for box in ("header", "#answer", ".best"):
+            assert 0 <= boxes[box]["y"] < boxes[box]["y"] + boxes[box]["height"] <= how["height"]
+        assert boxes["#document"]["y"] <= boxes[".best"]["y"]
+        assert boxes["#answer"]["y"] < boxes["#top"]["y"] < boxes["#bars"]["y"]
+        if screen == "phone":
+            assert boxes["#panel"]["height"] <= how["height"] / 3
+        hint = page.locator("#attending").text_content()
+        assert ("Tap another" if screen == "phone" else "Point at another") in hint
+        assert page.evaluate("[document.body.scrollWidth <= innerWidth, scrollY]") == [True, 0]
+        assert complaints == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_page_shows_what_was_missed(name):
+    (answer,) = recorded(name)["answers"]
+    half = answer["shape"][1] // 2
+    paid, full, rows = (unpack(answer, field)[:, half:] for field in (
+        "attention", "full_attention", "rows"))
+    missed = np.where(rows == 0, full[..., :-3], 0)
+    views = {"Attention": paid[..., :-3], "Full cache": full[..., :-3], "Missed": missed,
+             "Selected": rows > 0}
+    with in_browser(ROOT / "course" / "trace" / f"{name}.html") as (page, complaints):
+        for view, numbers in views.items():
+            page.get_by_text(view, exact=True).click()
+            step = page.evaluate("step") - 1
+            expected = numbers[step].mean(axis=(0, 1))
+            shown = page.evaluate("[...values.slice(0, size())]")
+            assert shown == pytest.approx(expected.tolist(), abs=1e-6)
+            first = page.locator("#top li").first.text_content()
+            assert first.startswith(shown_share(expected.max()))
+            page.click("#whole")
+            shown = page.evaluate("[...values.slice(0, size())]")
+            assert shown == pytest.approx(numbers.mean(axis=(0, 1, 2)).tolist(), abs=1e-6)
+            page.evaluate(f"keep({step + 1})")
+        page.get_by_text("Missed", exact=True).click()
+        share = shown_share(missed[step].mean(axis=(0, 1)).sum())
+        assert f"missed {share} of" in page.locator("#top-title").text_content()
+        assert f"missed sentences {share}" in page.locator("#legend").text_content()
+        page.locator("#views :checked").press("ArrowLeft")
+        assert page.evaluate("view") == "full" and complaints == []
 
 
 @pytest.mark.slow
@@ -228,19 +457,17 @@ def test_the_key_token_attends_to_the_needle(name, width):
         best = page.locator(".best")
         assert needle in best.text_content() and best.count() == 1
         assert float(best.evaluate("e => e.style.getPropertyValue('--share')")) > 0.7
-        box = best.bounding_box()
-        assert 0 <= box["y"] <= 860
         assert needle in page.locator("#top li").first.text_content()
         page.select_option("#layer", "3")
         assert page.evaluate("heads.length") == 3
         page.select_option("#head", "1")
-        page.select_option("#measure", "rows")
-        lit = page.evaluate("valuesAt(4).slice(0, size()).reduce((a, b) => a + b, 0)")
+        page.get_by_text("Selected", exact=True).click()
+        lit = page.evaluate("sum(valuesAt(4, view).slice(0, size()))")
         selected = page.evaluate("sentences.filter((_, i) => rowsOf(4, 3, 1, i) > 0).length")
         assert lit == selected > 0
         page.select_option("#layer", "second")
         page.select_option("#head", "all")
-        page.select_option("#measure", "attention")
+        page.get_by_text("Attention", exact=True).click()
         page.locator(".sentence", has_text=needle).first.click()
         shares = tokens.evaluate_all("all => all.map(e => +e.style.getPropertyValue('--share'))")
         assert shares[texts.index(key)] >= 0.5 * max(shares) > 0 and shares[0] == 0
@@ -251,6 +478,26 @@ def test_the_key_token_attends_to_the_needle(name, width):
         shown = tokens.evaluate_all("all => all.findIndex(e => e.ariaCurrent)")
         page.locator("#answer [aria-current]").press("ArrowRight")
         assert tokens.evaluate_all("all => all.findIndex(e => e.ariaCurrent)") == shown + 1
+        assert complaints == []
+
+
+@pytest.mark.slow
+def test_a_question_is_chosen_in_the_page(capfd, chat_folder, prompt, tmp_path):
+    """The second one, here without a full cache, and the first one again."""
+    path = tmp_path / "page.html"
+    status, _, err = run(capfd, "--prompt", prompt, "--model", chat_folder, *FULL, path,
+                         "--ask", "Who slept?", "--ask", "Where had they gone?")
+    assert status == 0, err
+    with in_browser(path) as (page, complaints):
+        missed = page.get_by_text("Missed", exact=True)
+        missed.click()
+        page.evaluate("delete trace.answers[1].full_attention")
+        for number, visible, view in ((1, False, "paid"), (0, True, "paid")):
+            page.select_option("#question", str(number))
+            page.evaluate("showAnswer(+$('question').value)")  # waits until it is there
+            assert missed.is_visible() == visible and page.evaluate("view") == view
+            written = page.evaluate("answer.pieces.slice(-answer.n_written).join('')")
+            assert page.locator("#answer").text_content().split() == written.split()
         assert complaints == []
 
 
@@ -280,7 +527,8 @@ def test_a_hostile_document_is_shown_as_text(tmp_path):
     trace.add("<b>?</b>", HOSTILE + ["<i>", "a", "b", "c"], spans, report)
     trace.write(path)
     with in_browser(path) as (page, complaints):
-        assert page.title() == "Which sentences does each token attend to?"
+        assert page.title() == "Which sentences does the answer read again?"
+        assert not page.get_by_text("Missed", exact=True).is_visible()  # there is no full cache
         assert page.locator(".sentence").count() == len(HOSTILE)
         assert page.locator(".sentence").all_text_contents() == HOSTILE
         page.locator("#answer [role=button]").nth(2).click()

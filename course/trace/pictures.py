@@ -1,6 +1,6 @@
-"""Pictures of a trace page: python -m course.trace.pictures PAGE.html --token 9 --out PREFIX
+"""Pictures of a trace page: python -m course.trace.pictures PAGE.html --out PREFIX
 
-Writes PREFIX_light.png and PREFIX_dark.png, with the given token of the answer chosen. It needs
+Writes PREFIX_light.png and PREFIX_dark.png, of the page as it opens. It needs
 `pip install playwright` and a Chromium.
 """
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 
 @contextmanager
-def open_page(path: Path, scheme: str = "light", width: int = 1280, height: int = 860,
-              ready: str = "#answer [role=button]"):
+def open_page(path: Path, scheme: str = "light", width: int = 1280, height: int = 800,
+              ready: str = "#answer [role=button]", **how):
     """The page in a browser that cannot reach any network, when it has an element that `ready`
     selects. Yields playwright's `Page` and a list of what the page complains of or tries to fetch.
-    ValueError if there is no browser."""
+    `how` are more options of the page, of playwright. ValueError if there is no browser."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     try:
         from playwright.sync_api import sync_playwright
@@ -29,7 +29,7 @@ def open_page(path: Path, scheme: str = "light", width: int = 1280, height: int 
         browser = playwright.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme,
-                                reduced_motion="reduce", offline=True)
+                                reduced_motion="reduce", offline=True, **how)
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: complaints.append(request.url))
@@ -43,14 +43,11 @@ def open_page(path: Path, scheme: str = "light", width: int = 1280, height: int 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("page", type=Path)
-    parser.add_argument("--token", type=int, help="number of a token of the answer, from 0")
     parser.add_argument("--out", required=True, help="how the names of the pictures begin")
     args = parser.parse_args(arguments)
     try:
         for scheme in ("light", "dark"):
             with open_page(args.page, scheme) as (page, _):
-                if args.token is not None:
-                    page.locator("#answer [role=button]").nth(args.token).click()
                 page.screenshot(path=f"{args.out}_{scheme}.png")
     except ValueError as error:
         print(f"pictures: {error}", file=sys.stderr)
