@@ -511,6 +511,19 @@ def test_a_wrong_command_is_said_in_one_line(capsys, arguments, message):
     assert done.err.startswith(message) and done.err.count("\n") == 1 and not done.out
 
 
+@pytest.mark.parametrize("statuses, asked, status", [
+    (["right", "right"], True, 0),
+    (["right", "not written"], True, 1),
+    (["right", "wrong"], False, 1),
+    (["not written", "not written"], False, 1),
+])
+def test_the_question_is_asked_if_nothing_is_wrong(monkeypatch, statuses, asked, status):
+    results, questions = iter(statuses), []
+    monkeypatch.setattr(check, "judge", lambda name, *_: check.Result(name, next(results), "", 0))
+    monkeypatch.setattr(check, "ask", lambda *question: questions.append(question) or True)
+    assert check.main(["7"]) == status and bool(questions) == asked
+
+
 # The project's own tests
 def own_tests(exercises: list, folder) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -533,11 +546,3 @@ def test_the_project_s_own_tests_run_with_the_student_s_function(mine, exercise)
     (mine / f"{exercise}.py").write_text(f"{imports}\n\n\n{wrong}")
     done = own_tests([exercise], mine)
     assert "test_" in json.loads(done.stdout)["failed"], done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_the_example_question_is_answered_with_the_student_s_functions(mine, default_folder,
-                                                                       capfd):
-    results = [check.Result(name, "right", "", 0) for name in ("02_attend", "06_mean_query")]
-    assert check.ask(results, mine, 10**5)
-    assert "8.03" in capfd.readouterr().out
