@@ -336,7 +336,8 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("07_select_rows", ("int(budget)", "int(budget) - 1"), "one row less"),
     ("07_select_rows", ("int(budget)", "int(budget) + 1"), "one row more"),
     ("07_select_rows", ("int(budget)", "budget.item()"), "AttributeError"),
-    ("07_select_rows", ("return selected", "scores.zero_()\nreturn selected"), "changed the argument scores"),
+    ("07_select_rows", ("return selected", "scores.zero_()\nreturn selected"),
+     "changed the argument scores"),
     ("07_select_rows", """
         order = scores.argsort(descending=True)
         counts = available.gather(1, order)
@@ -348,7 +349,8 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("08_assign_slots", ("range(int(n_resident[head, s]), int(selected[head, s]))",
                          "range(int(selected[head, s] - n_resident[head, s]))"), "after them"),
     ("08_assign_slots", ("] < starts", "] <= starts"), "off by one"),
-    ("08_assign_slots", ("rows.clone(), places.clone()", "rows, places"), "changed the argument rows"),
+    ("08_assign_slots", ("rows.clone(), places.clone()", "rows, places"),
+     "changed the argument rows"),
     ("08_assign_slots", (".bool()", ""), "torch.bool"),
     ("08_assign_slots", ("rows[head, slot] = NO_ROW", "missing[head, slot] = True"), "empty"),
     ("08_assign_slots", ("rows[head, slot] = NO_ROW", "pass"), "empty"),

@@ -108,8 +108,8 @@ def is_end() -> Iterator[Case]:
             ("Ax Inc.", " ", "The end."), ("the U.S.", " ", "Army"), ("the U.S.", " ", '"Hello'),
             ("the U.S.", " ", "the end."), ("Wait.", " ", "• Tea"), ("Is it so?", " ", "iPhone"),
             ("Τι είναι;", " ", "ρώτησε"), ("I sat.", " ", "it fell"),
-            ("I sat.", " ", "3 men came."), ("1. Tea", " ", "2. Milk"), ("A heading", "\n\n", "A line"),
-            ("a line", "\n", "another")):
+            ("I sat.", " ", "3 men came."), ("1. Tea", " ", "2. Milk"),
+            ("A heading", "\n\n", "A line"), ("a line", "\n", "another")):
         yield Case(f"between {before!r} and {after!r}", (before, gap, after))
 
 
