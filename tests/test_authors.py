@@ -255,10 +255,10 @@ def test_a_mistake_in_a_function_is_found(monkeypatch, owner, name, old, new, ki
 @pytest.mark.parametrize("owner, name, old, new", [
     (oracle.SlowHead, "most_important", "max(0, i - 3)", "i"),
     (oracle.SlowHead, "attended", "[:room]", "[: room - 1]"),
-    (oracle.SlowHead, "best_sentences", "descending=True", "descending=False"),
-    (oracle.SlowHead, "best_sentences", "self.config.query_decay", "0.9"),
+    (oracle.SlowHead, "best_sentences", "reverse=True", "reverse=False"),
+    (oracle.SlowHead, "scores", "self.config.query_decay", "0.9"),
     (slow_cache.SlowSentenceKV, "seal", "head.queries.clear()", "pass"),
-    (oracle.SlowHead, "best_sentences", "in self.spans if", "in self.spans[:-1] if"),
+    (oracle.SlowHead, "scores", "in self.spans if", "in self.spans[:-1] if"),
 ])
 def test_a_mistake_in_the_oracle_is_found(monkeypatch, owner, name, old, new):
     monkeypatch.setattr(owner, name, with_mistake(getattr(owner, name), old, new))

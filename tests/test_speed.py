@@ -60,7 +60,7 @@ def test_the_shapes_are_those_of_the_models(name):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--lengths", "90000"], "90000 prompt tokens + 16 new ones = 90016, and the model has"),
-    (["--lengths", "500", "--data", "requirements.txt"], "--data has"),
+    (["--lengths", "500", "--data", ".gitignore"], "--data has"),
     (["--lengths", "100", "--cuda-graph"], "--cuda-graph needs a GPU"),
     (["--lengths", "100", "--token-budget", "8"], "token_budget is 8"),
     (["--lengths", "100", "--model", "nowhere"], "--model nowhere: no such folder"),

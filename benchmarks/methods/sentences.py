@@ -57,9 +57,10 @@ def cost(cache: SentenceKVCache) -> Cost:
     return Cost(held * packed, n_rows + index, held * packed + index, device)
 
 
-def place_bytes(layer) -> int:
+def place_bytes(layer) -> float:
     """Of one place in the table of a KV head, without its vector."""
-    return sum(getattr(layer, name)[0, :1].nbytes for name in layer.TABLE if name != "vectors")
+    tables = [getattr(layer, name) for name in layer.TABLE if name != "vectors"]
+    return sum(table[:, :1].nbytes for table in tables) / layer.host.heads
 
 
 class BestSentences(SentenceKVCache):

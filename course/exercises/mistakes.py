@@ -165,9 +165,9 @@ MISTAKES = {
         ("F.max_pool1d(", "F.avg_pool1d(", "the maximum of the neighbours is asked for"),
     ],
     "select_rows": [
-        ("topk(n, dim=-1)", "topk(n, dim=-1, largest=False)",
+        ("largest(scores, n)", "largest(-scores, n)",
          "the best sentence has the highest score"),
-        ("scores.topk(", "(scores * available).topk(",
+        ("largest(scores", "largest(scores * available",
          "the score alone decides: do not multiply it by the length"),
         ("(counts - excess).clamp(min=0)", "counts.masked_fill(excess > 0, 0)",
          "the first rows of the last sentence are selected too, until the budget is full"),
