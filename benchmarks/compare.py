@@ -83,7 +83,7 @@ def table(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Metho
     full = Method("full", methods[0].budget)
     writers: dict[Method, Writer] = {
         writer.method: writer for writer in bench.answers(ids, max_new_tokens, [full, *methods])}
-    others = [method for method in methods if method.name != "full"]
+    others = [method for method in methods if method.spec != "full"]
     seen = {full.spec: (1.0, 0.0)}
     for method, *values in attention(bench, [*ids, *writers[full].tokens], len(ids), others):
         seen[method.spec] = values

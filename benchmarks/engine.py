@@ -18,11 +18,9 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks import TOP, data, plain_parser
-from benchmarks.methods import (METHODS, PUBLISHED, SHAPE, class_of, cost, has_budget, make_cache,
-                                settings_of, split, try_out)
+from benchmarks.methods import PUBLISHED, SHAPE, class_of, make_cache, settings_of, try_out
 from benchmarks.methods.base import Evicting, MethodCache, Recording, forget_shared
 from benchmarks.rows import Results, by_method, columns_of, differences
-from cache import SentenceKVCache
 from generate import prefill, seal_finished
 from model import rope_table
 from segment import SentenceStream, token_spans
@@ -45,29 +43,18 @@ class Method:
     budget: int
 
     @property
-    def name(self) -> str:
-        return split(self.spec)[0]
-
-    @property
-    def settings(self) -> dict:
-        return settings_of(self.spec)
-
-    @property
     def sentence_limit(self) -> int:
-        default = getattr(class_of(self.name), "sentence_limit", SentenceKVConfig.sentence_limit)
-        return self.settings.get("sentence_limit", default)
+        default = getattr(class_of(self.spec), "sentence_limit", SentenceKVConfig.sentence_limit)
+        return settings_of(self.spec).get("sentence_limit", default)
 
     @property
     def row_budget(self) -> int | None:
-        return self.budget if has_budget(self.name) else None
+        return self.budget if class_of(self.spec).budgeted else None
 
     def new_cache(self, model, pieces: list[str], max_new_tokens: int):
-        settings = self.settings
-        settings.pop("sees", None)
-        if "unit" in settings and not issubclass(class_of(self.name), SentenceKVCache):
-            raise ValueError(f"method {self.name!r} remembers by no unit")
-        spans = units(pieces, settings.pop("unit", "sentence"), self.sentence_limit)
-        return make_cache(self.name, model.config, self.budget, spans, max_new_tokens, **settings)
+        unit = settings_of(self.spec).get("unit", "sentence")
+        spans = units(pieces, unit, self.sentence_limit)
+        return make_cache(self.spec, model.config, self.budget, spans, max_new_tokens)
 
 
 def units(pieces: list[str], unit: str, limit: int) -> list[tuple[int, int]]:
@@ -105,7 +92,7 @@ class Writer:
 
     def row(self, **result) -> dict:
         """Of a file of results. `device` is a share of what the full cache has there."""
-        costs = {name: round(value, 1) for name, value in cost(self.cache)._asdict().items()}
+        costs = {name: round(value, 1) for name, value in self.cache.cost()._asdict().items()}
         costs["device"] = round(costs["device"] / self.cache.num_tokens, 4)
         return {"method": self.method.spec, "budget": self.method.row_budget, **result, **costs}
 
@@ -219,7 +206,7 @@ class Bench:
         blind, caches = self.record(prompts[0][:n])[0], []
         for method in methods:
             cache = method.new_cache(self.model, pieces, room)
-            sees = isinstance(cache, Evicting) and method.settings.get("sees") != "nothing"
+            sees = isinstance(cache, Evicting) and cache.sees == "question"
             (seen if sees else blind).replay(cache)
             if sees:
                 cache.forget_window()
@@ -291,15 +278,13 @@ def asked_methods(args) -> list[Method]:
     """What has no budget is run once. A class from a file is tried out."""
     methods = []
     for spec in dict.fromkeys(args.methods.replace(";", " ").split()):
-        name, sees = split(spec)[0], settings_of(spec).get("sees")
-        if sees and (sees != "nothing" or args.program != "requests" or
-                     not issubclass(class_of(name), Evicting)):
-            raise ValueError(f"method {spec!r}: sees=nothing is for requests, and methods that"
-                             " evict")
-        methods += [Method(spec, b) for b in sorted({*args.budgets})
-                    if b == max(args.budgets) or has_budget(name)]
-        if name not in METHODS:
+        sees = settings_of(spec).get("sees")
+        if sees and (sees != "nothing" or args.program != "requests"):
+            raise ValueError(f"method {spec!r}: sees=nothing is for requests")
+        if ".py:" in spec:
             try_out(spec)
+        methods += [Method(spec, budget) for budget in sorted({*args.budgets})
+                    if budget == max(args.budgets) or class_of(spec).budgeted]
     for method in methods:
         method.new_cache(SimpleNamespace(config=SHAPE), ["."], 1)  # are its settings possible?
     return methods
@@ -349,7 +334,7 @@ def run(args, asked: tuple, work, overall: str | None):
     args.data = [data.find(name) for name in args.data]
     methods, bench = asked_methods(args), Bench(model_folder(args.model))
     chosen = {name: str(getattr(args, name)) for name in asked}
-    own = {method.name.rpartition(":")[0] for method in methods if ".py:" in method.name}
+    own = {method.spec.partition(".py:")[0] + ".py" for method in methods if ".py:" in method.spec}
     files = [*args.data, *map(Path, sorted(own))]
     results = Results(args.out, provenance(args.program, chosen, bench.folder, files))
     work(args, bench, methods, results)

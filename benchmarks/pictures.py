@@ -46,7 +46,7 @@ def label(method: str) -> str:
 
 def family(method: str) -> tuple[str, str]:
     """What a method does, and its colour."""
-    kind = class_of(split(method)[0])
+    kind = class_of(method)
     if method in EVERY_KEY or issubclass(kind, SentenceKVCache):
         return ("reads every key", "black") if method in EVERY_KEY else ("SentenceKV", BLUE)
     return FAMILIES[kind.__module__.rpartition(".")[2]]

@@ -8,7 +8,7 @@ this package names the four. Most classes compute them in the hooks of one of tw
     MethodCache  is under both, for methods of neither kind
 
 They show what a method keeps, not how fast it could be: nothing here is offloaded or tuned. Prefill
-is exact, also where a paper approximates it.
+is exact, also where a paper approximates it. All have the arguments of `MethodCache`, and `cost`.
 
 Shapes as in `cache.py`: H query heads, H_kv KV heads, G query heads that share one, T prompt
 tokens, D channels. `kv` is keys and values side by side (H_kv, n, 2, D).
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from model import FullCache
 from sentencekv import token_importance
 
 WINDOW = 32  # SnapKV's observation window: the last queries of the prompt, always kept
@@ -140,6 +141,19 @@ def group_logits(q, keys):
     return logits.float().unflatten(1, (-1, q.shape[1]))
 
 
+def token_attention(q, keys):
+    """What one token pays to each key, the mean of the group: q (H, 1, D) -> (H_kv, m)"""
+    return group_logits(q, keys).softmax(dim=-1).mean(dim=(1, 2))
+
+
+def latest_attention(q, k, n: int):
+    """What each of the prompt's last `n` tokens pays to all of it, float32 (H_kv, G, n, T)."""
+    n_tokens = k.shape[1]
+    first = max(n_tokens - n, 0)
+    future = torch.arange(n_tokens) > torch.arange(first, n_tokens)[:, None]
+    return group_logits(q[:, first:], k).masked_fill(future, -math.inf).softmax(dim=-1)
+
+
 def take(x, index):
     """x (H_kv, n, ...), index (H_kv, m) into n, each head's own -> (H_kv, m, ...)"""
     return x[torch.arange(len(x))[:, None], index]
@@ -161,6 +175,19 @@ def best(scores, n):
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :n]
 
 
+class Full(FullCache):
+    """Everything is attended to."""
+
+    name, label = "full", "full cache"
+    budgeted, reads_on = False, True
+
+    def __init__(self, model_config, budget: int, spans: list, max_new_tokens: int):
+        super().__init__(model_config, spans[-1][1] + max_new_tokens, "cpu", torch.float32)
+
+    def cost(self) -> Cost:
+        return Cost(self.num_tokens, 0, self.num_tokens, self.num_tokens)
+
+
 class MethodCache:
     """A cache with the protocol of `model.FullCache` that tells what it costs.
 
@@ -172,8 +199,10 @@ class MethodCache:
     keeps_all = False  # True: tokens that are not held are kept elsewhere
     dense_layers = 0  # of so many first layers everything is attended to
 
-    def __init__(self, model_config, budget: int, spans: list):
-        """`spans` are the sentences of the prompt, (start, end) in tokens."""
+    def __init__(self, model_config, budget: int, spans: list, max_new_tokens: int, **settings):
+        """`spans` are the sentences of the prompt, (start, end) in tokens. At most `max_new_tokens`
+        will follow. Settings replace class attributes."""
+        vars(self).update(settings)
         self.model_config, self.spans = model_config, spans
         self.n_layers, self.n_kv_heads, _ = model_config.kv_shape
         self.budget, self.num_tokens = budget, 0
@@ -182,6 +211,10 @@ class MethodCache:
             for name, declared in inspect.get_annotations(kind).items():
                 if declared is PerLayer:
                     setattr(self, name, [None] * self.n_layers)
+        self.prepare()
+
+    def prepare(self):
+        """Compute what follows from the budget and the settings."""
 
     @property
     def layers(self) -> list:
@@ -255,6 +288,7 @@ class Evicting(MethodCache):
     """
 
     window = WINDOW
+    sees = "question"  # or "nothing": whose queries are the window, in `benchmarks.requests`
     kept_size = 1.0  # bytes of a kept token, as a part of one of 16 bits
     prompt: PerLayer  # (kv, importance), until all layers are known
     kept: PerLayer  # (H_kv, n, 2, D), the most important first
@@ -304,7 +338,7 @@ class Evicting(MethodCache):
     def advance(self, n_tokens):
         if self.num_tokens == 0:
             self.decide()
-        self.num_tokens += n_tokens
+        super().advance(n_tokens)
 
     def decide(self):
         """All layers have read the prompt: keep what is important."""
@@ -312,10 +346,15 @@ class Evicting(MethodCache):
         self.prompt = []
         scores = self.by_unit(list(scores))
         for layer, (kv, score, rooms) in enumerate(zip(prompt, scores, self.budgets(scores))):
-            self.totals[layer] = rooms + self.window
-            self.kept_at[layer] = best(score, self.fit(rooms).max())
-            self.kept[layer] = self.shrink(layer, take(kv, self.kept_at[layer]))
-            self.recent[layer] = kv[:, score.shape[1] :]
+            n_earlier = score.shape[1]
+            self.totals[layer], self.recent[layer] = rooms + self.window, kv[:, n_earlier:]
+            self.choose(layer, kv[:, :n_earlier], score, rooms)
+
+    def choose(self, layer, kv, score, rooms):
+        """Keep the best of the tokens before the window, kv (H_kv, n, 2, D) with their score
+        (H_kv, n): for each head, what fits where `rooms` (H_kv,) of 16 bits would."""
+        self.kept_at[layer] = best(score, self.fit(rooms).max())
+        self.kept[layer] = self.shrink(layer, take(kv, self.kept_at[layer]))
 
     def fit(self, room):
         """How many kept tokens fit where so many of 16 bits would. (H_kv,)"""

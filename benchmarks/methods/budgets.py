@@ -1,12 +1,10 @@
 """Budgets: how many tokens each layer and each head keeps, at the same mean."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 from benchmarks.methods.base import (WHOLE, Evicting, PerLayer, attention_received, best,
-                                     group_logits)
+                                     group_logits, latest_attention)
 from benchmarks.methods.evict_prompt import SnapKV, StreamingLLM
 from model import apply_rope, rope_table
 
@@ -19,7 +17,6 @@ class PyramidKV(SnapKV):
     """
 
     name, label = "pyramidkv", "PyramidKV"
-    coarseness = 4
 
     def layer_budget(self, layer):
         room = self.budget - self.window
@@ -37,7 +34,6 @@ class AdaKV(SnapKV):
     """
 
     name, label = "adakv", "Ada-KV"
-    coarseness = 1
     reads_on = False
     evenly = 0.2
 
@@ -99,7 +95,7 @@ class DBudgetKV(SnapKV):
     rows: PerLayer  # (H, T) the last query's attention
 
     def importance(self, layer, q, k, v):
-        self.rows[layer] = group_logits(q[:, -1:], k).softmax(dim=-1).flatten(0, 2)
+        self.rows[layer] = latest_attention(q, k, 1).flatten(0, 2)
         return super().importance(layer, q, k, v)
 
     def budgets(self, scores):
@@ -132,12 +128,9 @@ class KVCompress(Evicting):
     block = 16
 
     def importance(self, layer, q, k, v):
-        n_tokens, first = k.shape[1], max(k.shape[1] - self.window, 0)
-        logits = group_logits(q[:, first:], k)  # (H_kv, G, W, T)
-        future = torch.arange(n_tokens) > torch.arange(first, n_tokens)[:, None]
-        attention = logits.masked_fill(future, -math.inf).softmax(dim=-1)
-        received = attention.square().sum(dim=(1, 2))[:, :first]
-        return F.max_pool1d(received, 7, stride=1, padding=3) if first else received
+        received = latest_attention(q, k, self.window).square().sum(dim=(1, 2))  # (H_kv, T)
+        earlier = received[:, : max(k.shape[1] - self.window, 0)]
+        return F.max_pool1d(earlier, 7, stride=1, padding=3) if earlier.numel() else earlier
 
     def budgets(self, scores):
         n_blocks = sum(int(rooms.sum()) for rooms in super().budgets(scores)) // self.block
@@ -158,7 +151,6 @@ class DuoHeads(StreamingLLM):
     """
 
     name, label = "duo_heads", "DuoAttention's split, untrained"
-    coarseness = 2
     reads_on = False
     positions = 500
     looks: PerLayer  # (H_kv,) how far back each head looks
