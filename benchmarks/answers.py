@@ -1,7 +1,7 @@
 """Per cent of prompts that each method answers: RULER, needles in a book, LongBench.
 
     python -m benchmarks.answers ruler --data niah_single_1 vt --methods "full snapkv sentencekv"
-    python -m benchmarks.answers needles --families single,vt --data walden --length 3700
+    python -m benchmarks.answers needles --families single --data walden --length 3700
     python -m benchmarks.answers longbench --data qasper
 
 `needles` hides numbers in a book, in the manner of RULER. The question comes last. Full attention
