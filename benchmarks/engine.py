@@ -163,29 +163,22 @@ class Bench:
         for writers in self.writers(recording, pieces, room, methods):
             tokens = [first] * len(writers)
             for token in ids[n_read:]:
-                tokens = self.step(writers, [token] * len(writers))
+                for writer in writers:
+                    writer.read_on(token)
+                tokens = decode_together(self.model, writers).argmax(dim=-1).tolist()
             for writer in writers:
                 writer.tokens, writer.pieces = [], []
             yield from self.write(writers, tokens, max_new_tokens)
 
-    def step(self, writers: list[Writer], tokens: list[int]) -> list[int]:
-        """Each writer decodes its token. Returns what it would write next."""
-        for writer, token in zip(writers, tokens):
-            writer.read_on(token)
-        return decode_together(self.model, writers).argmax(dim=-1).tolist()
-
     def write(self, writers: list[Writer], tokens: list[int], max_new_tokens: int) -> list[Writer]:
         """All writers go on from their first tokens, until each has ended its answer."""
-        live = list(zip(writers, tokens))
-        for n_written in range(1, max_new_tokens + 1):
-            ended = [pair for pair in live if pair[1] in self.stop or n_written == max_new_tokens]
-            for writer, token in ended:
+        live = writers
+        for n_left in reversed(range(max_new_tokens)):
+            for writer, token in zip(live, tokens):
                 writer.read_on(token)
-            live = [pair for pair in live if pair not in ended]
-            if not live:
-                break
-            left, tokens = zip(*live)
-            live = list(zip(left, self.step(left, tokens)))
+            live = [writer for writer in live if n_left and writer.tokens[-1] not in self.stop]
+            if live:
+                tokens = decode_together(self.model, live).argmax(dim=-1).tolist()
         return writers
 
     def document_length(self, example, ids: list[int]) -> int:
