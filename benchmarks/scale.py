@@ -13,17 +13,16 @@ a large copy.
 
 import math
 import sys
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks import plain_parser, tables, with_status
-from benchmarks.engine import numbers, provenance
+from benchmarks import tables, with_status
+from benchmarks.engine import provenance
 from benchmarks.rows import write
-from benchmarks.speed import bandwidth
+from benchmarks.speed import bandwidth, timing_parser
 from cache import SentenceKVCache
 from model import LlamaConfig
 from sentencekv import SentenceKVConfig, sentence_vectors
@@ -113,8 +112,7 @@ def token_stages(cache, n_new: int) -> list[dict]:
         if i > 0 and i % SENTENCE == 0:
             cache.seal(SENTENCE)
         if i == N_WARM:
-            cache.totals.selected.zero_()
-            cache.totals.loaded.zero_()
+            cache.totals.restart()
         k, v = torch.randn(2, 8, 1, 128, device=device, dtype=dtype)
         with timer("all"):
             keys, values, mask = layer.decode(q, k, v)
@@ -130,17 +128,9 @@ def token_stages(cache, n_new: int) -> list[dict]:
 
 @with_status
 def main(arguments=None):
-    parser = plain_parser("scale", __doc__)
-    add = parser.add_argument
-    add("--lengths", type=numbers(), default=LENGTHS)
-    add("--token-budget", type=int, default=1024)
-    add("--new-tokens", type=int, default=32, help="tokens timed")
-    add("--device", default="auto")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    add("--out", type=Path, help="results: see benchmarks/rows.py")
-    args = parser.parse_args(arguments)
-    device = pick_device(args.device)
-    dtype, copied, rows = pick_dtype(args.dtype, device), bandwidth(device), []
+    args = timing_parser("scale", __doc__, LENGTHS).parse_args(arguments)
+    device, rows = pick_device(args.device), []
+    dtype, copied = pick_dtype(args.dtype, device), bandwidth(device)
     about = provenance("scale", {"token_budget": str(args.token_budget)},
                        "llama-3.1-8b, one layer", [], device, dtype)
     about["copy_bytes_per_second"] = copied

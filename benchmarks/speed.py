@@ -256,28 +256,35 @@ def summary(turns: list[dict], n_tokens: int, weights: int, bytes_a_second: floa
         "peak_device_bytes": max(of_all("peak_device_bytes"), default=None)}
 
 
+def timing_parser(program: str, doc: str, lengths: list[int]):
+    """With the options of `speed` and `scale`."""
+    parser = plain_parser(program, doc)
+    add = parser.add_argument
+    add("--lengths", type=numbers(), default=lengths)
+    add("--token-budget", type=int, default=SentenceKVConfig.token_budget)
+    add("--new-tokens", type=int, default=32, help="tokens timed; as many again for the stages")
+    add("--device", default="auto")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--out", type=Path, help="results: see benchmarks/rows.py")
+    return parser
+
+
 def parse(arguments):
-    parser = plain_parser("speed", __doc__)
-    add, defaults = parser.add_argument, SentenceKVConfig()
+    parser = timing_parser("speed", __doc__, [1024, 4096])
+    add = parser.add_argument
     add("--model", type=Path, help="DIR, FILE.gguf or NAME (smollm2-135m-instruct)")
     add("--config", choices=CONFIGS, help="a real shape with random weights instead")
     add("--data", nargs="+", default=sorted((TOP / "examples").glob("*.txt")),
         help="files, or names of benchmarks/data.py (default: examples/)")
-    add("--lengths", type=numbers(), default=[1024, 4096])
     add("--methods", type=lambda text: text.replace(";", " ").split(),
         default=["full", "sentencekv"], help="separated by blanks; sentencekv:name=value,... too")
     add("--compare", choices=["transformers", "llama.cpp"], action="append", default=[],
         help="another implementation, where installed; may be given twice")
-    add("--token-budget", type=int, default=defaults.token_budget)
-    add("--keep-factor", type=float, default=defaults.keep_factor)
-    add("--new-tokens", type=int, default=32, help="tokens timed, and as many again for the stages")
+    add("--keep-factor", type=float, default=SentenceKVConfig.keep_factor)
     add("--repeats", type=int, default=3)
-    add("--device", default="auto")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--cuda-graph", action="store_true", help=f"measure {GRAPHED!r} too")
     add("--compile", action="store_true", help=f"measure {COMPILED!r} too, and with a graph")
     add("--operators", action="store_true", help="profile a few tokens more, by operator or kernel")
-    add("--out", type=Path, help="results: see benchmarks/rows.py; and a picture beside them")
     args = parser.parse_args(arguments)
     for name, least in (("new_tokens", 2), ("repeats", 1)):
         if getattr(args, name) < least:
