@@ -31,22 +31,6 @@ def refuse(problem: str):
     raise ValueError(problem)
 
 
-def read_rows(name: str, field: str, is_field) -> list[dict]:
-    """Rows with a `text` and a list `field`, all of whose items `is_field` accepts."""
-    path, rows = data.find(name), []
-    for number, row in tasks.read_rows(path, "text", field, bad_line=refuse):
-        if not isinstance(row["text"], str):
-            refuse(f"{path}:{number + 1}: text is no string")
-        if not isinstance(row[field], list) or not all(map(is_field, row[field])):
-            refuse(f"{path}:{number + 1}: {field} is no list of the right kind")
-        rows.append(row)
-    return rows
-
-
-def is_span(span) -> bool:
-    return isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span)
-
-
 def count_golden(rows: list[dict]) -> int:
     def found(text):
         return [text[a:b].strip() for a, b in pairwise([0, *sentence_ends(text)])]
@@ -92,13 +76,13 @@ def cut_in_the_middle(rows: list[dict], tokenizer: Tokenizer, unit: str) -> dict
 
 def measure(args) -> tuple[dict, list[dict]]:
     """Provenance and rows."""
-    golden = read_rows(args.golden, "sentences", lambda field: isinstance(field, str))
-    pages = read_rows(args.pages, "sentence_char_spans", is_span)
     files = [data.find(name) for name in (args.golden, args.pages, args.book)]
-    book, folder = read_text(files[-1]), model_folder(args.model)
+    golden, pages = ([row for _, row in tasks.read_rows(path, "text", field, bad_line=refuse)]
+                     for path, field in zip(files, ("sentences", "sentence_char_spans")))
+    folder = model_folder(None)
     tokenizer = Tokenizer(folder)
     rows = [{"golden": count_golden(golden), "of": len(golden), **score(pages),
-             "characters_per_second": characters_per_second(book)}]
+             "characters_per_second": characters_per_second(read_text(files[-1]))}]
     for name, unit in (("authors' rule", "authors"), ("ours", "sentence")):
         rows.append({"rule": name, **cut_in_the_middle(pages, tokenizer, unit)})
     return provenance("segmentation", {}, folder, files), rows
@@ -110,7 +94,6 @@ def main(arguments=None):
     for name, default in (("golden", "golden_english"), ("pages", "ud_ewt_dev"),
                           ("book", "tale_of_two_cities")):
         parser.add_argument(f"--{name}", default=default, help="a file, or a name of inputs.json")
-    parser.add_argument("--model", type=Path, help="DIR with a tokenizer, or NAME")
     parser.add_argument("--out", type=Path, help="results: see benchmarks/rows.py")
     args = parser.parse_args(arguments)
     about, rows = measure(args)
