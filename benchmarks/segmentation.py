@@ -11,10 +11,10 @@ in the list, and other entries, such as an empty line, are no tokens.
 """
 
 import sys
-import time
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
+from timeit import repeat
 
 from benchmarks import data, plain_parser, tables, tasks, with_status
 from benchmarks.engine import provenance, units
@@ -50,12 +50,7 @@ def score(rows: list[dict]) -> dict:
 
 
 def characters_per_second(text: str) -> float:
-    def once():
-        began = time.perf_counter()
-        sentence_ends(text)
-        return time.perf_counter() - began
-
-    return len(text) / min(once() for _ in range(3))
+    return len(text) / min(repeat(lambda: sentence_ends(text), number=1, repeat=3))
 
 
 def cut_in_the_middle(rows: list[dict], tokenizer: Tokenizer, unit: str) -> dict:

@@ -21,10 +21,10 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
+from timeit import repeat
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -92,14 +92,12 @@ def bandwidth(device) -> float:
     """Bytes a second that a copy reads and writes; the median of 9 after a first."""
     size = 2**32 if device.type == "cuda" else 2**28
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
+
+    def copy():
         target.copy_(source)
         synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size / median(seconds[1:])
+
+    return 2 * size / median(repeat(copy, number=1, repeat=10)[1:])
 
 
 def weight_bytes(model) -> int:
@@ -163,6 +161,10 @@ class Ours:
             found["peak_device_bytes"] = torch.cuda.max_memory_allocated() - self.allocated
         return found
 
+    def details(self) -> dict:
+        return {"stages_ms_per_token": self.stages(self.args.new_tokens),
+                "operators": self.operators() if self.args.operators else {}}
+
     def stages(self, steps: int) -> dict:
         """Milliseconds a token, by stage. A graph and a compiled step have none."""
         if self.method in (GRAPHED, COMPILED, BOTH):
@@ -214,25 +216,19 @@ class Rival:
     def forget(self):
         """Its process has ended."""
 
-    def stages(self, steps) -> dict:
-        return {}
-
-    def operators(self) -> dict:
-        return {}
+    def details(self) -> dict:
+        return {"stages_ms_per_token": {}, "operators": {}}
 
 
 def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[dict]:
     """A row for each subject. They take turns, so that a slow minute is shared out."""
     turns, rows = [[] for _ in subjects], []
-    for repeat, (subject, own) in product(range(args.repeats), zip(subjects, turns)):
+    for turn, (subject, own) in product(range(args.repeats), zip(subjects, turns)):
         own.append(subject.turn())
-        if repeat == args.repeats - 1:
-            stages = subject.stages(args.new_tokens)
-            operators = subject.operators() if args.operators else {}
-            rows.append({
-                **summary(own, args.new_tokens, weights, bytes_a_second),
-                "stages_ms_per_token": stages, "operators": operators,
-                "operators_per_token": sum(number for number, _ in operators.values()) or None})
+        if turn == args.repeats - 1:
+            row = summary(own, args.new_tokens, weights, bytes_a_second) | subject.details()
+            number = sum(number for number, _ in row["operators"].values())
+            rows.append(row | {"operators_per_token": number or None})
         subject.forget()  # before another has its cache
     return rows
 
