@@ -2,11 +2,10 @@
 
     python -m benchmarks.compare --prompt examples/walden_house.txt --budget 256
 
-The prompt is read once. The full cache writes an answer, and at every token of it each method is
-shown the same queries: `mass` is the share of the full cache's attention that goes to the tokens
-within its budget, `error` the relative error of its output, the means of all layers. Keys that a
-method makes up attract attention, too, so its mass may be no share. Held for attention, kept
-elsewhere and read for a token are in tokens of 16 bits a channel, the mean of all KV heads.
+The full cache writes an answer, and at every token of it each method is shown the same queries:
+`mass` is the share of the full cache's attention that goes to the tokens within its budget, `error`
+the relative error of its output, the means of all layers. Keys that a method makes up attract
+attention, too, so its mass may be no share. Held, elsewhere and read are as in `methods.base.Cost`.
 """
 
 import math

@@ -58,11 +58,8 @@ class Method:
 
 
 def units(pieces: list[str], unit: str, limit: int) -> list[tuple[int, int]]:
-    """The prompt in sentences of at most `limit` tokens, or in what they are compared with.
-
-    `chunkN`: N tokens each; `authors`: an end after every token that is one of the marks of the
-    authors' code.
-    """
+    """The prompt in sentences of at most `limit` tokens, in chunks (`chunkN`: N tokens each), or
+    with an end after every mark of the authors' code (`authors`)."""
     if unit == "sentence":
         return token_spans(pieces, limit)
     if unit.startswith("chunk"):
@@ -99,10 +96,8 @@ class Writer:
 
 @torch.inference_mode()
 def decode_together(model, writers: list[Writer]) -> torch.Tensor:
-    """Logits (M, vocab) after each writer's last token: `Llama.decode` with M caches.
-
-    All are at the same position. Each attends for itself; the weights are read once for all.
-    """
+    """Logits (M, vocab) after each writer's last token: `Llama.decode` with M caches, all at the
+    same position. Each attends for itself; the weights are read once for all."""
     def attend(attention, layer, x):
         qkv = (heads.split(1, dim=1) for heads in attention.qkv(x, rope))
         return attention.o_proj(torch.cat([
@@ -150,11 +145,9 @@ class Bench:
 
     def answers(self, ids: list[int], max_new_tokens: int, methods: list[Method],
                 n_document: int | None = None):
-        """Yield a `Writer` for every method, when its answer to one prompt is written.
-
-        Full attention reads the prompt, or only its first `n_document` tokens: then each method
-        reads the others, the question, token by token as it writes.
-        """
+        """Yield a `Writer` for every method, when its answer to one prompt is written. Full
+        attention reads the prompt, or its first `n_document` tokens: then each method reads the
+        others, the question, token by token."""
         n_read = len(ids) if n_document is None else n_document
         room = len(ids) - n_read + max_new_tokens
         check_positions(len(ids), max_new_tokens, self.model.config)
@@ -309,7 +302,7 @@ def machine_name(device=torch.device("cpu")) -> str:
 def provenance(program: str, asked: dict, model: Path | str, files: list[Path],
                device=torch.device("cpu"), dtype=torch.float32) -> dict:
     """The first line of a file of results. `asked` are the options that choose what is asked; a
-    model is the folder of its files, or the name of a shape that has random weights."""
+    model that is a name has random weights."""
     names = [path.name for path in files]
     if len({*names}) < len(names):
         raise ValueError(f"two files have one name: {', '.join(names)}")

@@ -1,14 +1,12 @@
 """What one layer costs a token, up to a million of them: `python -m benchmarks.scale`.
 
-One layer of Llama 3.1 8B's shape (8 KV heads of 128 channels, 4 query heads each), so a model of 32
-layers takes 32 times as long, without its weights. Keys are random, in sentences of 25 tokens that
-have a direction of their own; queries turn slowly. The cache does not read the text: it is restored
-from rows and vectors that are made here.
+The layer has the shape of Llama 3.1 8B's 32 (8 KV heads of 128 channels, 4 query heads each). Keys
+are random, in sentences of 25 tokens that have a direction of their own; queries turn slowly. The
+cache does not read the text: it is restored from rows and vectors that are made here.
 
 Of a token, `score` is the time to score all sentences, `load` to copy what is missing, `attend` to
-attend to the slots. `select` is the rest: to select the best sentences until the budget is full,
-and to find slots for their rows. `bound` is the time to move a stage's bytes once, at the speed of
-a large copy.
+attend to the slots. `select` is the rest: to select sentences, and to find slots for their rows.
+`bound` is the time to move a stage's bytes once, at the speed of a large copy.
 """
 
 import math
@@ -88,8 +86,7 @@ def queries(device, dtype):
 
 @torch.inference_mode()
 def one_layer(n_tokens: int, budget: int, n_new: int, device, dtype) -> tuple[dict, dict]:
-    """ms of each stage for a token, the median, with what the cache holds; and the bytes that each
-    stage must move."""
+    """Median ms of each stage, with what the cache holds; and the bytes that a stage must move."""
     n_sentences = n_tokens // SENTENCE
     cache = filled_cache(n_sentences, budget, n_new + N_WARM, device, dtype)
     stages = token_stages(cache, n_new)

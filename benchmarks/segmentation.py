@@ -5,9 +5,8 @@ Web pages have `text` and `sentence_char_spans`; an end found after the last cha
 is right. The time is that of a book.
 
 Then, of the web pages, token spans by the rule of the SentenceKV authors' code, and by ours, with a
-limit of 128 tokens. Their code has a list of marks, and ends a sentence after each token that is
-one of them. In a byte-level BPE these are the tokens `.`, `!`, `?` and `...`: a line break is not
-in the list, and other entries, such as an empty line, are no tokens.
+limit of 128 tokens. Theirs ends a sentence after each token in a list of marks. In a byte-level BPE
+these are `.`, `!`, `?` and `...`: other entries, such as an empty line, are no tokens.
 """
 
 import sys
@@ -54,8 +53,7 @@ def characters_per_second(text: str) -> float:
 
 
 def cut_in_the_middle(rows: list[dict], tokenizer: Tokenizer, unit: str) -> dict:
-    """Of the spans of all pages: their number, median and longest length in tokens, and the share
-    that ends where no sentence of the page ends."""
+    """Of all pages' spans: number, lengths in tokens, and the share that cuts a sentence."""
     lengths, middle = [], 0
     for row in rows:
         text, gold = row["text"], {end for _, end in row["sentence_char_spans"]}

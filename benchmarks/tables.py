@@ -9,10 +9,9 @@
 
 The first word says which function here makes it. A part of `methods`, up to a line's end or a
 semicolon, is a column, or one for each of several budgets and values: heading, file of results,
-which rows (tasks are patterns, as of files), and what of them. `of` is `percent`, the score;
-`loss`, the score above the full cache's; `device`, the per cent of the full cache's bytes on the
-device; or a value in tokens, as `held`. A cell with fewer prompts than others of its column says
-how many. No torch here.
+which rows (tasks are patterns, as of files), and what of them: `percent`, the score; `loss`, above
+the full cache's; `device`, per cent of the full cache's bytes; or a value in tokens, as `held`. No
+torch here.
 """
 
 import re

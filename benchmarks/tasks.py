@@ -155,8 +155,8 @@ def spread(haystack: list[str], needles: list[str], depths: list[float]) -> str:
 
 
 def ruler_generate(family: str, paragraphs: list[str], count: int, seed: int = 0):
-    """Needles as RULER has them (2404.06654), in any haystack: a `single` number, or `multikey`, one
-    of four numbers."""
+    """Needles as RULER has them (2404.06654), in any haystack: a `single` number, or one of four
+    (`multikey`)."""
     draw, n = random.Random(f"{family} {seed}"), {"single": 1, "multikey": 4}[family]
     for index in range(count):
         cities = draw.sample(CITIES, 4)

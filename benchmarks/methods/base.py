@@ -1,14 +1,14 @@
 """What the methods share: one prefill for all, what each costs, and two kinds of cache.
 
-A KV method is a unit, a score, a budget, and what happens to the rest. The docstring of a class of
-this package names the four. Most classes compute them in the hooks of one of two kinds of cache:
+A KV method is a unit, a score, a budget, and what happens to the rest: the docstring of each class
+names the four. Most classes compute them in the hooks of one of two kinds of cache:
 
     Evicting     keeps the most important tokens of the prompt, and drops the rest
     Paged        reads pages of tokens, chosen anew for every token, and drops nothing
     MethodCache  is under both, for methods of neither kind
 
-They show what a method keeps, not how fast it could be: nothing here is offloaded or tuned. Prefill
-is exact, also where a paper approximates it. All have the arguments of `MethodCache`, and `cost`.
+They show what a method keeps, not how fast it could be: nothing is offloaded or tuned. Prefill is
+exact, also where a paper approximates it.
 
 Shapes as in `cache.py`: H query heads, H_kv KV heads, G query heads that share one, T prompt
 tokens, D channels. `kv` is keys and values side by side (H_kv, n, 2, D).
@@ -87,8 +87,7 @@ class Recording:
         return cache
 
     def document_and_last_queries(self, n_document: int) -> "Recording":
-        """For a method that evicts: the document, and then the question's last 32 tokens, as its
-        observation window."""
+        """The document, and as its observation window the last 32 tokens of a question after it."""
         shown = Recording()
         parts = [*range(n_document), *range(self.num_tokens - WINDOW, self.num_tokens)]
         shown.qkv = [tuple(x[:, parts] for x in tensors) for tensors in self.qkv]
@@ -100,8 +99,8 @@ SHARED = []  # functions that remember their results
 
 
 def shared(function):
-    """Compute once for all methods and budgets. The arguments are the tensors of a recording
-    themselves: a slice of one would be another object."""
+    """Compute once for all methods and budgets. The arguments are a recording's own tensors: a
+    slice would be another object."""
     SHARED.append(lru_cache(maxsize=64)(function))
     return SHARED[-1]
 
@@ -255,8 +254,7 @@ class MethodCache:
         return []
 
     def bookkeeping(self) -> list:
-        """Tensors that must be on the device besides keys, values and index, of all layers: 32 bits
-        a number."""
+        """Other tensors on the device, of all layers: 32 bits a number."""
         return []
 
     def cost(self) -> Cost:
@@ -278,13 +276,12 @@ class MethodCache:
 
 
 class Evicting(MethodCache):
-    """Keeps the prompt's most important tokens and its last ones, and forgets the others.
+    """Keeps the prompt's most important tokens and its last 32, and forgets the others.
 
-    A subclass says what is important, and perhaps how many tokens each head keeps. The last 32
-    tokens of the prompt always stay. Budgets are strict while writing too, where papers let a cache
-    grow: a new token replaces the least important token of the prompt, and when only half of the
-    budget is left for the prompt, the oldest of the recent tokens. Grouped query heads share one
-    choice, by the mean of their scores.
+    Budgets are strict while writing too, where papers let a cache grow: a new token replaces the
+    least important token of the prompt, and when only half of the budget is left for the prompt,
+    the oldest of the recent tokens. Grouped query heads share one choice, by the mean of their
+    scores.
     """
 
     window = WINDOW
@@ -398,8 +395,7 @@ class Evicting(MethodCache):
 
 
 class Paged(MethodCache):
-    """Pages of tokens, chosen anew for every token; nothing is forgotten. The page being filled is
-    always read. A page is known by `summary`, in place of its keys."""
+    """Pages of tokens, chosen anew for every token. The page being filled is always read."""
 
     keeps_all = True
     page = 16  # tokens
@@ -408,7 +404,7 @@ class Paged(MethodCache):
     recent: PerLayer  # (H_kv, n, 2, D), the page being filled
 
     def summary(self, layer, keys):
-        """Of keys (H_kv, P, page, D) -> (n, H_kv, P, D)"""
+        """What pages are known by, of keys (H_kv, P, page, D) -> (n, H_kv, P, D)"""
         raise NotImplementedError
 
     def scores(self, layer, q):
