@@ -29,11 +29,7 @@ def examples(args, bench) -> list[tasks.Example]:
 
 
 def measure(args, bench, methods, results):
-    todo, per_task = [], {}
-    for example in examples(args, bench):
-        per_task[example.task] = per_task.get(example.task, 0) + 1
-        if args.limit is None or per_task[example.task] <= args.limit:
-            todo.append(example)
+    todo = [x for x in examples(args, bench) if args.limit is None or x.index < args.limit]
     for example in tqdm(todo, unit="prompt", disable=None):
         left = results.missing(example.task, example.index, methods)
         if not left:

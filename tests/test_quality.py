@@ -272,7 +272,7 @@ def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
     (["--methods", "sentencekv:score"], "settings are name=value"),
     (["--methods", "sentencekv:colour=red"], "there is no setting 'colour'"),
     (["--methods", "sentencekv:secondary_sinks=9", "--budgets", "36"], "must be at least 46"),
-    (["--methods", "full", "--data", "nowhere"], "nowhere: No such file or directory"),
+    (["--methods", "full", "--data", "nowhere"], "No such file or directory: 'nowhere'"),
     (["--methods", "full", "--data", "walden"], "input 'walden': say in SENTENCEKV_DATA in which"),
 ])
 def test_bad_options_are_one_line(tiny_folder, book, capsys, monkeypatch, arguments, message):

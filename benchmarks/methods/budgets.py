@@ -9,6 +9,12 @@ from benchmarks.methods.evict_prompt import SnapKV, StreamingLLM
 from model import apply_rope, rope_table
 
 
+def best_by_row(scores, n):
+    """How many of the n highest of all scores (R, m) are in each row (R,)."""
+    order = scores.flatten().argsort(descending=True, stable=True)[:n]
+    return (order // max(scores.shape[1], 1)).bincount(minlength=len(scores))
+
+
 class PyramidKV(SnapKV):
     """SnapKV with fewer tokens from layer to layer. 2406.02069.
 
@@ -40,9 +46,7 @@ class AdaKV(SnapKV):
     def budgets(self, scores):
         rooms = []
         for score, even in zip(scores, super().budgets(scores)):
-            n_best = min(int(even.sum()), score.numel())
-            heads = best(score.reshape(1, -1), n_best)[0] // max(score.shape[1], 1)
-            places = heads.bincount(minlength=len(score))
+            places = best_by_row(score, int(even.sum()))
             rooms.append(((1 - self.evenly) * places + self.evenly * even).long())
         return self.spread(rooms)
 
@@ -68,16 +72,11 @@ class PrefixKV(Evicting):
         """A token is kept if the better tokens of its layer have a share below p. So all tokens are
         sorted by that share."""
         total = sum(int(rooms[0]) for rooms in super().budgets(scores))
-        better = []  # for each layer (n,)
-        for score in scores:
-            shares = score[0].sort(descending=True).values
-            shares = shares.where(shares < 2, shares - 2)
-            better.append(shares.cumsum(dim=0) - shares)
-            better[-1][:4] = -1
-        first = torch.cat(better).argsort(stable=True)[:total]
-        layers = torch.cat([torch.full((len(x),), layer) for layer, x in enumerate(better)])
-        n_tokens = layers[first].bincount(minlength=self.n_layers)
-        return self.spread([n.expand(self.n_kv_heads) for n in n_tokens])
+        shares = torch.stack([score[0] for score in scores]).sort(descending=True).values  # (L, n)
+        shares = shares.where(shares < 2, shares - 2)
+        better = shares.cumsum(dim=1) - shares
+        better[:, :4] = -1
+        return self.spread([n.expand(self.n_kv_heads) for n in best_by_row(-better, total)])
 
 
 class DBudgetKV(SnapKV):
@@ -136,9 +135,8 @@ class KVCompress(Evicting):
         n_blocks = sum(int(rooms.sum()) for rooms in super().budgets(scores)) // self.block
         costs = torch.stack([score.sort(dim=-1, descending=True).values[:, :: self.block]
                              for score in scores])  # (L, H_kv, blocks)
-        kept = torch.zeros(costs.numel(), dtype=torch.long)
-        kept[costs.flatten().argsort(descending=True, stable=True)[:n_blocks]] = self.block
-        return self.spread(list(kept.view_as(costs).sum(dim=-1)))
+        kept = self.block * best_by_row(costs.flatten(0, 1), n_blocks)
+        return self.spread(list(kept.view(costs.shape[:2])))
 
 
 class DuoHeads(StreamingLLM):

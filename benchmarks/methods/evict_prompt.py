@@ -70,7 +70,7 @@ class ChunkKV(SnapKV):
     pool, chunk, reuse = 1, 10, 2
 
     def by_unit(self, scores):
-        chosen = [spread(score.split(self.chunk, dim=1), self.score_of)
+        chosen = [at_places(score.split(self.chunk, dim=1), self.score_of)
                   for score in scores[:: self.reuse]]
         return [chosen[layer // self.reuse].expand(self.n_kv_heads, -1)
                 for layer in range(self.n_layers)]
@@ -80,7 +80,7 @@ class ChunkKV(SnapKV):
         return chunk.sum(dim=0).sum()
 
 
-def spread(units, score_of):
+def at_places(units, score_of):
     """The score of each unit (..., n) at the places of its tokens."""
     return torch.cat([score_of(unit).expand(unit.shape[-1]) for unit in units])
 
@@ -125,7 +125,7 @@ class ShotKV(SnapKV):
     def by_unit(self, scores):
         received = torch.stack(scores).mean(dim=(0, 1))  # (n,)
         shots = received.tensor_split([end for _, end in self.spans if end < len(received)])
-        means = spread(shots, torch.mean)
+        means = at_places(shots, torch.mean)
         return [means.expand(self.n_kv_heads, -1)] * self.n_layers
 
 
