@@ -58,16 +58,21 @@ def normalised_words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
+def in_both(found: list, expected: list) -> int:
+    return (Counter(found) & Counter(expected)).total()
+
+
+def f1(found: list, expected: list, common=in_both) -> float:
+    n = common(found, expected)
+    return 2 * n / (len(found) + len(expected)) if n else 0.0
+
+
 def qa_f1(text, answer, classes):
-    words, expected = normalised_words(text), normalised_words(answer)
-    common = sum((Counter(words) & Counter(expected)).values())
-    return 2 * common / (len(words) + len(expected)) if common else 0.0
+    return f1(normalised_words(text), normalised_words(answer))
 
 
 def rouge_l_f(text, answer, classes):
-    words, expected = text.split(), answer.split()
-    common = LCSseq.similarity(words, expected)
-    return 2 * common / (len(words) + len(expected)) if common else 0.0
+    return f1(text.split(), answer.split(), LCSseq.similarity)
 
 
 def class_match(text, answer, classes):
@@ -84,9 +89,7 @@ def code_similarity(text, answer, classes):
 
 def characters_f1(text, answer, classes):
     """Of Chinese, without punctuation and white space. LongBench cuts words first."""
-    found, expected = ([c for c in x.lower() if c.isalnum()] for x in (text, answer))
-    common = sum((Counter(found) & Counter(expected)).values())
-    return 2 * common / (len(found) + len(expected)) if common else 0.0
+    return f1(*([c for c in x.lower() if c.isalnum()] for x in (text, answer)))
 
 
 def paragraph_match(text, answer, classes):

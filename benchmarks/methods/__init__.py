@@ -21,8 +21,8 @@ call it. To add a method, see README.md here.
 
 import inspect
 import runpy
-from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -37,13 +37,12 @@ FAMILIES = (base, evict_prompt, evict_writing, retrieve, budgets, channels, prec
             layers, estimate, sentences)
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """A method that has a name."""
 
     kind: type
     label: str  # what pictures call it
-    settings: dict = field(default_factory=dict)  # that the name itself sets
+    settings: dict  # that the name itself sets
 
 
 def registered() -> dict:
