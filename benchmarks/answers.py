@@ -55,7 +55,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("task", choices=("ruler", "needles", "longbench"))
     add("--question", choices=("whole", "sparsely"), default="whole", help="how it is read")
-    add("--families", type=lambda text: text.split(","), default=["single", "multikey"],
+    add("--families", type=lambda text: text.split(","), default=[*tasks.FAMILIES],
         help=f"of needles: {', '.join(tasks.FAMILIES)}")
     add("--count", type=int, default=20, help="needles of every family")
     add("--seed", type=int, default=0, help="of needles")
@@ -65,9 +65,8 @@ def main(arguments=None):
         parser.error(f"--families {', '.join(unknown)}: they are {', '.join(tasks.FAMILIES)}")
     if args.task == "longbench" and args.question == "sparsely":
         parser.error("--question sparsely is not for longbench: its last line is not the question")
-    asked = ("task", "question", "families", "seed", "length") if args.task == "needles" else (
-        "task", "question")
-    engine.run(args, asked, measure, overall="mean")
+    of_needles = ("families", "seed", "length") if args.task == "needles" else ()
+    engine.run(args, ("task", "question", *of_needles), measure, overall="mean")
 
 
 if __name__ == "__main__":

@@ -67,18 +67,16 @@ def cut_in_the_middle(rows: list[dict], tokenizer: Tokenizer, unit: str) -> dict
             "in_the_middle": middle / len(lengths)}
 
 
-def measure(args) -> tuple[dict, list[dict]]:
-    """Provenance and rows."""
-    files = [data.find(name) for name in (args.golden, args.pages, args.book)]
+def measure(golden: Path, pages: Path, book: Path) -> list[dict]:
+    """The rows: one of sentences, and one for each rule of token spans."""
     golden, pages = ([row for _, row in tasks.read_rows(path, "text", field, bad_line=refuse)]
-                     for path, field in zip(files, ("sentences", "sentence_char_spans")))
-    folder = model_folder(None)
-    tokenizer = Tokenizer(folder)
-    rows = [{"golden": count_golden(golden), "of": len(golden), **score(pages),
-             "characters_per_second": characters_per_second(read_text(files[-1]))}]
-    for name, unit in (("authors' rule", "authors"), ("ours", "sentence")):
-        rows.append({"rule": name, **cut_in_the_middle(pages, tokenizer, unit)})
-    return provenance("segmentation", {}, folder, files), rows
+                     for path, field in ((golden, "sentences"), (pages, "sentence_char_spans")))
+    tokenizer = Tokenizer(model_folder(None))
+    return [
+        {"golden": count_golden(golden), "of": len(golden), **score(pages),
+         "characters_per_second": characters_per_second(read_text(book))},
+        *({"rule": name, **cut_in_the_middle(pages, tokenizer, unit)}
+          for name, unit in (("authors' rule", "authors"), ("ours", "sentence")))]
 
 
 @with_status
@@ -89,10 +87,11 @@ def main(arguments=None):
         parser.add_argument(f"--{name}", default=default, help="a file, or a name of inputs.json")
     parser.add_argument("--out", type=Path, help="results: see benchmarks/rows.py")
     args = parser.parse_args(arguments)
-    about, rows = measure(args)
+    files = [data.find(name) for name in (args.golden, args.pages, args.book)]
+    rows = measure(*files)
     print(tables.segmentation(rows))
     if args.out:
-        write(args.out, about, rows)
+        write(args.out, provenance("segmentation", {}, model_folder(None), files), rows)
 
 
 if __name__ == "__main__":

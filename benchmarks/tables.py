@@ -122,13 +122,12 @@ def times_of(rows: list[dict], headings=tuple(SPEED)) -> str:
 
 def stages(rows: list[dict]) -> str:
     """ms a token of each stage."""
-    timed = [row for row in rows if row["stages_ms_per_token"]]
-    names = dict.fromkeys(name for row in timed for name in row["stages_ms_per_token"])
+    timed = {(row["length"], row["method"]): row["stages_ms_per_token"] for row in rows
+             if row["stages_ms_per_token"]}
+    names = dict.fromkeys(name for found in timed.values() for name in found)
     return markdown(["tokens", "method", *names],
-                    ([row["length"], row["method"],
-                      *(format(row["stages_ms_per_token"][name], ".2f")
-                        if name in row["stages_ms_per_token"] else "" for name in names)]
-                     for row in timed))
+                    ([*who, *(f"{found[name]:.2f}" if name in found else "" for name in names)]
+                     for who, found in timed.items()))
 
 
 def operators(rows: list[dict], n_shown: int = 12) -> list[str]:

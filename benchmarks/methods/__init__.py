@@ -20,6 +20,7 @@ call it. To add a method, see README.md here.
 """
 
 import inspect
+import re
 import runpy
 from functools import lru_cache
 from typing import NamedTuple
@@ -71,9 +72,7 @@ PUBLISHED = tuple(name for name, known in KNOWN.items() if not name.endswith("_d
 def split(spec: str) -> tuple[str, str]:
     """The method and the settings of `method:name=value,name=value`. A method may be a class in a
     file, `my_method.py:MyMethod`."""
-    path, is_file, rest = spec.partition(".py:")
-    name, _, settings = rest.partition(":") if is_file else spec.partition(":")
-    return (f"{path}.py:{name}" if is_file else name), settings
+    return re.fullmatch(r"(.*\.py:[^:]*|[^:]*):?(.*)", spec).groups()
 
 
 @lru_cache
