@@ -1,7 +1,7 @@
 """Per cent of prompts that each method answers: RULER, needles in a book, LongBench.
 
     python -m benchmarks.answers ruler --data niah_single_1 vt --methods "full snapkv sentencekv"
-    python -m benchmarks.answers needles --families single,vt --data walden --length 3700
+    python -m benchmarks.answers needles --families single --data walden --length 3700
     python -m benchmarks.answers longbench --data qasper
 
 `needles` hides numbers in a book, in the manner of RULER. The question comes last. Full attention
@@ -29,11 +29,7 @@ def examples(args, bench) -> list[tasks.Example]:
 
 
 def measure(args, bench, methods, results):
-    todo, per_task = [], {}
-    for example in examples(args, bench):
-        per_task[example.task] = per_task.get(example.task, 0) + 1
-        if args.limit is None or per_task[example.task] <= args.limit:
-            todo.append(example)
+    todo = [x for x in examples(args, bench) if args.limit is None or x.index < args.limit]
     for example in tqdm(todo, unit="prompt", disable=None):
         left = results.missing(example.task, example.index, methods)
         if not left:
@@ -59,7 +55,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("task", choices=("ruler", "needles", "longbench"))
     add("--question", choices=("whole", "sparsely"), default="whole", help="how it is read")
-    add("--families", type=lambda text: text.split(","), default=["single", "multikey"],
+    add("--families", type=lambda text: text.split(","), default=[*tasks.FAMILIES],
         help=f"of needles: {', '.join(tasks.FAMILIES)}")
     add("--count", type=int, default=20, help="needles of every family")
     add("--seed", type=int, default=0, help="of needles")
@@ -69,9 +65,8 @@ def main(arguments=None):
         parser.error(f"--families {', '.join(unknown)}: they are {', '.join(tasks.FAMILIES)}")
     if args.task == "longbench" and args.question == "sparsely":
         parser.error("--question sparsely is not for longbench: its last line is not the question")
-    asked = ("task", "question", "families", "seed", "length") if args.task == "needles" else (
-        "task", "question")
-    engine.run(args, asked, measure, overall="mean")
+    of_needles = ("families", "seed", "length") if args.task == "needles" else ()
+    engine.run(args, ("task", "question", *of_needles), measure, overall="mean")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
     python -m benchmarks.compare --prompt examples/walden_house.txt --budget 256
 
-The prompt is read once. The full cache writes an answer, and at every token of it each method is
-shown the same queries: `mass` is the share of the full cache's attention that goes to the tokens
-within its budget, `error` the relative error of its output, the means of all layers. Keys that a
-method makes up attract attention, too, so its mass may be no share. Held for attention, kept
-elsewhere and read for a token are in tokens of 16 bits a channel, the mean of all KV heads.
+The full cache writes an answer, and at every token of it each method is shown the same queries:
+`mass` is the share of the full cache's attention that goes to the tokens within its budget, `error`
+the relative error of its output, the means of all layers. Keys that a method makes up attract
+attention, too, so its mass may be no share. Held, elsewhere and read are as in `methods.base.Cost`.
 """
 
 import math
@@ -19,37 +18,24 @@ import torch
 from benchmarks import plain_parser, with_status
 from benchmarks.engine import Bench, Method, Writer, asked_methods
 from benchmarks.methods import METHODS
-from benchmarks.methods.base import NumberedLayer
 from benchmarks.rows import markdown
-from model import FullCache
+from model import FullCache, FullLayer
 from support.document import read_text
 from weights.models import model_folder
 
 
-class Witness:
-    """A full cache that also asks the caches of writers what they would have attended to."""
+class Witness(FullLayer):
+    """A layer of the full cache that also asks other caches what theirs would have attended to."""
 
-    def __init__(self, config, n_tokens, writers):
-        self.full, self.writers = FullCache(config, n_tokens, "cpu", torch.float32), writers
-        self.layers = [NumberedLayer(self, number) for number in range(len(self.full.layers))]
-        self.seen = [[] for _ in writers]  # (mass, error) of each token and layer
+    def __init__(self, kv, others: list):
+        super().__init__(kv)
+        self.others, self.seen = others, [[] for _ in others]  # (mass, error) of each token
 
-    num_tokens = property(lambda self: self.full.num_tokens)
-
-    def prefill(self, layer, *qkv):
-        return self.full.layers[layer].prefill(*qkv)
-
-    def advance(self, n_tokens):
-        decoding = self.full.num_tokens > 0
-        self.full.advance(n_tokens)
-        for writer in self.writers if decoding else ():
-            writer.cache.advance(n_tokens)
-
-    def decode(self, layer, q, k, v):
-        full = self.full.layers[layer].decode(q, k, v)
+    def decode(self, q, k, v):
+        full = super().decode(q, k, v)
         mass, output = attend(q, *full)
-        for writer, seen in zip(self.writers, self.seen):
-            part, theirs = attend(q, *writer.cache.layers[layer].decode(q, k, v))
+        for other, seen in zip(self.others, self.seen):
+            part, theirs = attend(q, *other.decode(q, k, v))
             error = ((theirs - output).norm() / output.norm()).item()
             seen.append(((part - mass).exp().mean().item(), error))
         return full
@@ -70,12 +56,19 @@ def attention(bench: Bench, ids: list[int], n_prompt: int, methods: list[Method]
     pieces = bench.tokenizer.pieces(ids)[:n_prompt]
     writers = [writer for group in bench.writers(recording, pieces, len(ids) - n_prompt, methods)
                for writer in group]
-    witness = recording.replay(Witness(bench.model.config, len(ids), writers))
+    full = FullCache(bench.model.config, len(ids), "cpu", torch.float32)
+    caches = [writer.cache for writer in writers]
+    full.layers = [Witness(layer.kv, others) for layer, *others in zip(
+        full.layers, *(cache.layers for cache in caches))]
+    recording.replay(full)
     for token in ids[n_prompt:]:
         for writer in writers:
             writer.read_on(token)
-        bench.model.decode(torch.tensor([token]), witness)
-    for method, seen in zip(methods, witness.seen):
+        bench.model.decode(torch.tensor([token]), full)
+        for cache in caches:
+            cache.advance(1)
+    for i, method in enumerate(methods):
+        seen = [pair for layer in full.layers for pair in layer.seen[i]]
         yield method, *map(mean, zip(*seen))
 
 
@@ -84,7 +77,7 @@ def measure(bench: Bench, ids: list[int], max_new_tokens: int, methods: list[Met
     full = Method("full", methods[0].budget)
     writers: dict[Method, Writer] = {
         writer.method: writer for writer in bench.answers(ids, max_new_tokens, [full, *methods])}
-    others = [method for method in methods if method.name != "full"]
+    others = [method for method in methods if method.spec != "full"]
     seen = {full.spec: (1.0, 0.0)}
     for method, *values in attention(bench, [*ids, *writers[full].tokens], len(ids), others):
         seen[method.spec] = values

@@ -18,11 +18,9 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks import TOP, data, plain_parser
-from benchmarks.methods import (METHODS, PUBLISHED, SHAPE, class_of, cost, has_budget, make_cache,
-                                settings_of, split, try_out)
+from benchmarks.methods import PUBLISHED, SHAPE, class_of, make_cache, settings_of, try_out
 from benchmarks.methods.base import Evicting, MethodCache, Recording, forget_shared
 from benchmarks.rows import Results, by_method, columns_of, differences
-from cache import SentenceKVCache
 from generate import prefill, seal_finished
 from model import rope_table
 from segment import SentenceStream, token_spans
@@ -45,37 +43,23 @@ class Method:
     budget: int
 
     @property
-    def name(self) -> str:
-        return split(self.spec)[0]
-
-    @property
-    def settings(self) -> dict:
-        return settings_of(self.spec)
-
-    @property
     def sentence_limit(self) -> int:
-        default = getattr(class_of(self.name), "sentence_limit", SentenceKVConfig.sentence_limit)
-        return self.settings.get("sentence_limit", default)
+        default = getattr(class_of(self.spec), "sentence_limit", SentenceKVConfig.sentence_limit)
+        return settings_of(self.spec).get("sentence_limit", default)
 
     @property
     def row_budget(self) -> int | None:
-        return self.budget if has_budget(self.name) else None
+        return self.budget if class_of(self.spec).budgeted else None
 
     def new_cache(self, model, pieces: list[str], max_new_tokens: int):
-        settings = self.settings
-        settings.pop("sees", None)
-        if "unit" in settings and not issubclass(class_of(self.name), SentenceKVCache):
-            raise ValueError(f"method {self.name!r} remembers by no unit")
-        spans = units(pieces, settings.pop("unit", "sentence"), self.sentence_limit)
-        return make_cache(self.name, model.config, self.budget, spans, max_new_tokens, **settings)
+        unit = settings_of(self.spec).get("unit", "sentence")
+        spans = units(pieces, unit, self.sentence_limit)
+        return make_cache(self.spec, model.config, self.budget, spans, max_new_tokens)
 
 
 def units(pieces: list[str], unit: str, limit: int) -> list[tuple[int, int]]:
-    """The prompt in sentences of at most `limit` tokens, or in what they are compared with.
-
-    `chunkN`: N tokens each; `authors`: an end after every token that is one of the marks of the
-    authors' code.
-    """
+    """The prompt in sentences of at most `limit` tokens, in chunks (`chunkN`: N tokens each), or
+    with an end after every mark of the authors' code (`authors`)."""
     if unit == "sentence":
         return token_spans(pieces, limit)
     if unit.startswith("chunk"):
@@ -105,17 +89,15 @@ class Writer:
 
     def row(self, **result) -> dict:
         """Of a file of results. `device` is a share of what the full cache has there."""
-        costs = {name: round(value, 1) for name, value in cost(self.cache)._asdict().items()}
+        costs = {name: round(value, 1) for name, value in self.cache.cost()._asdict().items()}
         costs["device"] = round(costs["device"] / self.cache.num_tokens, 4)
         return {"method": self.method.spec, "budget": self.method.row_budget, **result, **costs}
 
 
 @torch.inference_mode()
 def decode_together(model, writers: list[Writer]) -> torch.Tensor:
-    """Logits (M, vocab) after each writer's last token: `Llama.decode` with M caches.
-
-    All are at the same position. Each attends for itself; the weights are read once for all.
-    """
+    """Logits (M, vocab) after each writer's last token: `Llama.decode` with M caches, all at the
+    same position. Each attends for itself; the weights are read once for all."""
     def attend(attention, layer, x):
         qkv = (heads.split(1, dim=1) for heads in attention.qkv(x, rope))
         return attention.o_proj(torch.cat([
@@ -163,11 +145,9 @@ class Bench:
 
     def answers(self, ids: list[int], max_new_tokens: int, methods: list[Method],
                 n_document: int | None = None):
-        """Yield a `Writer` for every method, when its answer to one prompt is written.
-
-        Full attention reads the prompt, or only its first `n_document` tokens: then each method
-        reads the others, the question, token by token as it writes.
-        """
+        """Yield a `Writer` for every method, when its answer to one prompt is written. Full
+        attention reads the prompt, or its first `n_document` tokens: then each method reads the
+        others, the question, token by token."""
         n_read = len(ids) if n_document is None else n_document
         room = len(ids) - n_read + max_new_tokens
         check_positions(len(ids), max_new_tokens, self.model.config)
@@ -176,29 +156,22 @@ class Bench:
         for writers in self.writers(recording, pieces, room, methods):
             tokens = [first] * len(writers)
             for token in ids[n_read:]:
-                tokens = self.step(writers, [token] * len(writers))
+                for writer in writers:
+                    writer.read_on(token)
+                tokens = decode_together(self.model, writers).argmax(dim=-1).tolist()
             for writer in writers:
                 writer.tokens, writer.pieces = [], []
             yield from self.write(writers, tokens, max_new_tokens)
 
-    def step(self, writers: list[Writer], tokens: list[int]) -> list[int]:
-        """Each writer decodes its token. Returns what it would write next."""
-        for writer, token in zip(writers, tokens):
-            writer.read_on(token)
-        return decode_together(self.model, writers).argmax(dim=-1).tolist()
-
     def write(self, writers: list[Writer], tokens: list[int], max_new_tokens: int) -> list[Writer]:
         """All writers go on from their first tokens, until each has ended its answer."""
-        live = list(zip(writers, tokens))
-        for n_written in range(1, max_new_tokens + 1):
-            ended = [pair for pair in live if pair[1] in self.stop or n_written == max_new_tokens]
-            for writer, token in ended:
+        live = writers
+        for n_left in reversed(range(max_new_tokens)):
+            for writer, token in zip(live, tokens):
                 writer.read_on(token)
-            live = [pair for pair in live if pair not in ended]
-            if not live:
-                break
-            left, tokens = zip(*live)
-            live = list(zip(left, self.step(left, tokens)))
+            live = [writer for writer in live if n_left and writer.tokens[-1] not in self.stop]
+            if live:
+                tokens = decode_together(self.model, live).argmax(dim=-1).tolist()
         return writers
 
     def document_length(self, example, ids: list[int]) -> int:
@@ -219,7 +192,7 @@ class Bench:
         blind, caches = self.record(prompts[0][:n])[0], []
         for method in methods:
             cache = method.new_cache(self.model, pieces, room)
-            sees = isinstance(cache, Evicting) and method.settings.get("sees") != "nothing"
+            sees = isinstance(cache, Evicting) and cache.sees == "question"
             (seen if sees else blind).replay(cache)
             if sees:
                 cache.forget_window()
@@ -281,7 +254,7 @@ def parser(program: str, doc: str):
     add("--methods", help="separated by blanks or semicolons",
         default=" ".join(("full", "sentencekv", "published", *PUBLISHED)))
     add("--budgets", type=numbers(), default=[128, 256])
-    add("--limit", type=int, help="so many prompts of every task, documents, or passages")
+    add("--limit", type=int, help="so many first prompts of every task, documents, or passages")
     add("--pair", metavar="METHOD", help="show also by how much each method differs from this one")
     add("--out", type=Path, help="results: see benchmarks/rows.py. What is there is not done again")
     return made
@@ -291,15 +264,13 @@ def asked_methods(args) -> list[Method]:
     """What has no budget is run once. A class from a file is tried out."""
     methods = []
     for spec in dict.fromkeys(args.methods.replace(";", " ").split()):
-        name, sees = split(spec)[0], settings_of(spec).get("sees")
-        if sees and (sees != "nothing" or args.program != "requests" or
-                     not issubclass(class_of(name), Evicting)):
-            raise ValueError(f"method {spec!r}: sees=nothing is for requests, and methods that"
-                             " evict")
-        methods += [Method(spec, b) for b in sorted({*args.budgets})
-                    if b == max(args.budgets) or has_budget(name)]
-        if name not in METHODS:
+        sees = settings_of(spec).get("sees")
+        if sees and (sees != "nothing" or args.program != "requests"):
+            raise ValueError(f"method {spec!r}: sees=nothing is for requests")
+        if ".py:" in spec:
             try_out(spec)
+        methods += [Method(spec, budget) for budget in sorted({*args.budgets})
+                    if budget == max(args.budgets) or class_of(spec).budgeted]
     for method in methods:
         method.new_cache(SimpleNamespace(config=SHAPE), ["."], 1)  # are its settings possible?
     return methods
@@ -331,7 +302,7 @@ def machine_name(device=torch.device("cpu")) -> str:
 def provenance(program: str, asked: dict, model: Path | str, files: list[Path],
                device=torch.device("cpu"), dtype=torch.float32) -> dict:
     """The first line of a file of results. `asked` are the options that choose what is asked; a
-    model is the folder of its files, or the name of a shape that has random weights."""
+    model that is a name has random weights."""
     names = [path.name for path in files]
     if len({*names}) < len(names):
         raise ValueError(f"two files have one name: {', '.join(names)}")
@@ -349,7 +320,7 @@ def run(args, asked: tuple, work, overall: str | None):
     args.data = [data.find(name) for name in args.data]
     methods, bench = asked_methods(args), Bench(model_folder(args.model))
     chosen = {name: str(getattr(args, name)) for name in asked}
-    own = {method.name.rpartition(":")[0] for method in methods if ".py:" in method.name}
+    own = {method.spec.partition(".py:")[0] + ".py" for method in methods if ".py:" in method.spec}
     files = [*args.data, *map(Path, sorted(own))]
     results = Results(args.out, provenance(args.program, chosen, bench.folder, files))
     work(args, bench, methods, results)

@@ -36,6 +36,10 @@ LOOKS = {  # method: colour, marker, line; others are SentenceKV's
     "sentencekv, compiled": (BLUE, "s", "--"), "sentencekv, graph": (BLUE, "d", "--"),
     "transformers": (VERMILION, "X", "-"), "llama.cpp bfloat16": (BROWN, "^", "-"),
     "llama.cpp float32": (BROWN, "^", "-"), "llama.cpp 4-bit": (BROWN, "^", "--")}
+pyplot.rcParams.update({
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": "#e6e6e6", "legend.frameon": False,
+    "legend.fontsize": 8.5, "figure.titlesize": 10, "figure.constrained_layout.use": True})
 
 
 def label(method: str) -> str:
@@ -46,7 +50,7 @@ def label(method: str) -> str:
 
 def family(method: str) -> tuple[str, str]:
     """What a method does, and its colour."""
-    kind = class_of(split(method)[0])
+    kind = class_of(method)
     if method in EVERY_KEY or issubclass(kind, SentenceKVCache):
         return ("reads every key", "black") if method in EVERY_KEY else ("SentenceKV", BLUE)
     return FAMILIES[kind.__module__.rpartition(".")[2]]
@@ -57,7 +61,7 @@ def ranked(panels: dict, path: Path):
     `panels`: title -> method -> values."""
     first = next(iter(panels.values()))
     methods = sorted(first, key=lambda method: mean(first[method]))
-    figure, axes = pyplot.subplots(1, len(panels), sharey=True, layout="constrained",
+    figure, axes = pyplot.subplots(1, len(panels), sharey=True,
                                    figsize=(3.3 * len(panels) + 2, 0.24 * len(methods) + 1.4))
     for axis, (title, found) in zip(axes, panels.items()):
         for y, method in enumerate(methods):
@@ -65,24 +69,22 @@ def ranked(panels: dict, path: Path):
                 words, colour = family(method)
                 axis.errorbar(mean(found[method]), y, xerr=error_of(found[method]), fmt="o",
                               color=colour, markersize=4, elinewidth=1, label=words)
-        finish(axis, title)
+        axis.set_xlabel(title)
     axes[0].set_yticks(range(len(methods)), [label(method) for method in methods], fontsize=8.5)
     axes[0].margins(y=0.02)
     for tick, method in zip(axes[0].get_yticklabels(), methods):
         tick.set_color(family(method)[1])
         tick.set_fontweight("bold" if method == "sentencekv_16bit" else "normal")
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
-    figure.legend(handles.values(), handles, fontsize=8.5, loc="outside upper center", ncols=5,
-                  frameon=False)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=5)
     save(figure, path)
 
 
-def lines(panels: dict, path: Path, ticks: list | None = None, title: str | None = None):
+def lines(panels: dict, path: Path, ticks: list | None = None, title: str = ""):
     """`panels`: (x label, y label) -> line -> x -> values; a line is a method, or "floor of" one.
     The means, with standard errors."""
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.4), squeeze=False,
-                                   layout="constrained")
-    for axis, (labels, found) in zip(axes[0], panels.items()):
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.4), squeeze=False)
+    for axis, ((x_label, y_label), found) in zip(axes[0], panels.items()):
         for name, points in found.items():
             method = name.removeprefix("floor of ")
             colour, marker, line = LOOKS.get(method, (BLUE, "o", "-"))
@@ -97,10 +99,9 @@ def lines(panels: dict, path: Path, ticks: list | None = None, title: str | None
             axis.set_xticks(ticks, map(str, ticks))
             axis.minorticks_off()
         axis.set_ylim(bottom=0)
-        finish(axis, *labels)
-        axis.legend(frameon=False, fontsize=8.5)
-    if title:
-        figure.suptitle(title, fontsize=10)
+        axis.set(xlabel=x_label, ylabel=y_label)
+        axis.legend()
+    figure.suptitle(title)
     save(figure, path)
 
 
@@ -116,14 +117,6 @@ def ms_by_length(about: dict, rows: list[dict], path: Path):
           title="{model}, {dtype}, {machine}".format(**about))
 
 
-def finish(axis, x_label: str, y_label: str = ""):
-    axis.set_xlabel(x_label, fontsize=10)
-    axis.set_ylabel(y_label, fontsize=10)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(color="#e6e6e6", linewidth=0.8)
-    axis.set_axisbelow(True)
-
-
 def save(figure, path: Path):
     """With a palette of 96 colours, which makes the file a third of its size."""
     data = BytesIO()
@@ -132,9 +125,7 @@ def save(figure, path: Path):
     Image.open(data).convert("RGB").quantize(96).save(path, optimize=True)
 
 
-@with_status
-def main(arguments=None):
-    """Draw every picture of benchmarks/README.md and of the lessons."""
+def leaderboard(path: Path):
     answered = [row for name in ("leaderboard_ruler", "leaderboard_needles")
                 for row in rows_of(name) if row["budget"] == 256]
     losses = values_of("leaderboard_reading", "loss", 256)
@@ -142,28 +133,42 @@ def main(arguments=None):
         {method: [100 * row[of] for row in answered if row["method"] == method]
          for method in losses} for of in ("score", "device"))
     ranked({"prompts answered, per cent": percent, "loss above the full cache's": losses,
-            "bytes on the device, per cent": device}, FOLDER / "leaderboard.png")
+            "bytes on the device, per cent": device}, path)
+
+
+def quality(path: Path):
+    """Needles and loss by budget."""
     shown = ("full", "sentencekv_16bit", "published", "shadowkv", "best_tokens")
-    budgets = (96, 192, 256, 512)
-    panels = {("token budget", title): {method: {
-        budget: [scale * value for value in values_of(file, of, budget)[method]]
-        for budget in budgets} for method in shown}
-        for title, file, of, scale in (
-            ("needles found, per cent", "budgets_needles", "percent", 100),
-            ("loss above the full cache's", "budgets_reading", "loss", 1))}
-    lines(panels, FOLDER / "quality.png", budgets)
-    shown = ("sentencekv", "sentencekv:kv_bits=16", "sentencekv:query_decay=0")
+    budgets, panels = (96, 192, 256, 512), {}
+    for y_label, file, of, scale in (("needles found, per cent", "budgets_needles", "percent", 100),
+                                     ("loss above the full cache's", "budgets_reading", "loss", 1)):
+        values = {budget: values_of(file, of, budget) for budget in budgets}
+        panels["token budget", y_label] = {
+            method: {budget: [scale * value for value in values[budget][method]]
+                     for budget in budgets} for method in shown}
+    lines(panels, path, budgets)
+
+
+def equal_bytes(path: Path):
+    """Loss by bytes, for both models."""
     panels = {}
     for model in ("smollm2", "qwen2.5"):
-        found = {}
-        for method in shown:
-            for budget in (64, 128, 320, 832):
-                share = mean(values_of(f"bytes_reading_{model}", "device", budget)[method])
-                losses = values_of(f"bytes_reading_{model}", "loss", budget)[method]
-                found.setdefault(method, {})[100 * share] = losses
+        found = {"sentencekv": {}, "sentencekv:kv_bits=16": {}, "sentencekv:query_decay=0": {}}
+        for budget in (64, 128, 320, 832):
+            shares, losses = (values_of(f"bytes_reading_{model}", of, budget)
+                              for of in ("device", "loss"))
+            for method, points in found.items():
+                points[100 * mean(shares[method])] = losses[method]
         panels["bytes on the device, per cent of the full cache",
                f"loss above the full cache's, {model}"] = found
-    lines(panels, FOLDER / "equal_bytes.png", [5, 10, 20, 40])
+    lines(panels, path, [5, 10, 20, 40])
+
+
+@with_status
+def main(arguments=None):
+    """Draw every picture of benchmarks/README.md and of the lessons."""
+    for draw in (leaderboard, quality, equal_bytes):
+        draw(FOLDER / f"{draw.__name__}.png")
     times = FOLDER / "speed_cpu_bfloat16.jsonl"
     ms_by_length(*read(times), times.with_suffix(".png"))
 

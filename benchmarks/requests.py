@@ -11,15 +11,15 @@ import sys
 from tqdm import tqdm
 
 from benchmarks import engine, tasks, with_status
-from benchmarks.methods import reads_on
+from benchmarks.methods import class_of
 from support.document import read_text
 
 
 def measure(args, bench, methods, results):
-    left_out = {m.name for m in methods if not reads_on(m.name)}
+    left_out = {m.spec for m in methods if not class_of(m.spec).reads_on}
     if left_out:
         print(f"cannot read a second text: {', '.join(sorted(left_out))}", file=sys.stderr)
-    methods = [m for m in methods if m.name not in left_out]
+    methods = [m for m in methods if m.spec not in left_out]
     paragraphs = engine.haystack(bench, "\n\n".join(map(read_text, args.data)), args.length)
     documents = [*tasks.requests(paragraphs, args.limit or args.count, args.seed)]
     for questions in tqdm(documents, unit="document", disable=None):

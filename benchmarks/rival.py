@@ -1,8 +1,8 @@
 """Another implementation, measured in a process of its own: `python -m benchmarks.rival`.
 
-`benchmarks.speed` starts it for each turn, with a request on standard input, and reads the answer
-from standard output: seconds to the first token, and of each token after it. Both are JSON. Nothing
-else is alive in the process: the threads of PyTorch would slow llama.cpp down.
+`benchmarks.speed` starts it for each turn, with a request on standard input, and reads the result
+of `measure` from standard output, both in JSON. Nothing else is alive in the process: the threads
+of PyTorch would slow llama.cpp down.
 """
 
 import json
@@ -13,8 +13,7 @@ from threading import Thread
 
 
 class LlamaCpp:
-    """By the package `xllamacpp`: its server writes a continuation of its own in a thread, and puts
-    each token here. It does not take tokens one by one."""
+    """By `xllamacpp`: its server writes a continuation of its own in a thread."""
 
     def __init__(self, request: dict):
         import xllamacpp

@@ -1,9 +1,8 @@
 """Files of results, and tables of what is in them. No torch here.
 
-The first line of a file says where its rows come from: commit, torch, machine, model, inputs, what
-was asked (`provenance`). Each other line is what one prompt gave, {"task", "index", ..., "results":
-[{"method", "budget", "score", ...}, ...]}. A row is one of the results, with what its line says.
-The budget is null for a method that has none.
+The first line of a file says where its rows come from (`engine.provenance`). Each other line is
+what one prompt gave, {"task", "index", ..., "results": [{"method", "budget", "score", ...}, ...]}.
+A row is one of the results, with what its line says. The budget is null for a method without one.
 """
 
 import json
@@ -146,8 +145,8 @@ def by_method(columns: list[Column], methods: Iterable[str] = ()) -> str:
 
 
 def columns_of(rows: list[dict], overall: str | None) -> list[Column]:
-    """A column for every task and budget, in per cent; and at the end for `overall`, the "mean" of
-    all. Or for losses, which are "above full": above those of the full cache."""
+    """A column for every task and budget, in per cent, and for the "mean" of all. Or of losses, and
+    for what is "above full": above those of the full cache."""
     look = (1, ".3f") if overall == "above full" else (100, ".0f")
     rows = at_every_budget(rows)
     groups = {task: [row for row in rows if row["task"] == task]

@@ -1,29 +1,26 @@
 """What one layer costs a token, up to a million of them: `python -m benchmarks.scale`.
 
-One layer of Llama 3.1 8B's shape (8 KV heads of 128 channels, 4 query heads each), so a model of 32
-layers takes 32 times as long, without its weights. Keys are random, in sentences of 25 tokens that
-have a direction of their own; queries turn slowly. The cache does not read the text: it is restored
-from rows and vectors that are made here.
+The layer has the shape of Llama 3.1 8B's 32 (8 KV heads of 128 channels, 4 query heads each). Keys
+are random, in sentences of 25 tokens that have a direction of their own; queries turn slowly. The
+cache does not read the text: it is restored from rows and vectors that are made here.
 
 Of a token, `score` is the time to score all sentences, `load` to copy what is missing, `attend` to
-attend to the slots. `select` is the rest: to select the best sentences until the budget is full,
-and to find slots for their rows. `bound` is the time to move a stage's bytes once, at the speed of
-a large copy.
+attend to the slots. `select` is the rest: to select sentences, and to find slots for their rows.
+`bound` is the time to move a stage's bytes once, at the speed of a large copy.
 """
 
 import math
 import sys
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks import plain_parser, tables, with_status
-from benchmarks.engine import numbers, provenance
+from benchmarks import tables, with_status
+from benchmarks.engine import provenance
 from benchmarks.rows import write
-from benchmarks.speed import bandwidth
+from benchmarks.speed import bandwidth, timing_parser
 from cache import SentenceKVCache
 from model import LlamaConfig
 from sentencekv import SentenceKVConfig, sentence_vectors
@@ -89,8 +86,7 @@ def queries(device, dtype):
 
 @torch.inference_mode()
 def one_layer(n_tokens: int, budget: int, n_new: int, device, dtype) -> tuple[dict, dict]:
-    """ms of each stage for a token, the median, with what the cache holds; and the bytes that each
-    stage must move."""
+    """Median ms of each stage, with what the cache holds; and the bytes that a stage must move."""
     n_sentences = n_tokens // SENTENCE
     cache = filled_cache(n_sentences, budget, n_new + N_WARM, device, dtype)
     stages = token_stages(cache, n_new)
@@ -113,8 +109,7 @@ def token_stages(cache, n_new: int) -> list[dict]:
         if i > 0 and i % SENTENCE == 0:
             cache.seal(SENTENCE)
         if i == N_WARM:
-            cache.totals.selected.zero_()
-            cache.totals.loaded.zero_()
+            cache.totals.restart()
         k, v = torch.randn(2, 8, 1, 128, device=device, dtype=dtype)
         with timer("all"):
             keys, values, mask = layer.decode(q, k, v)
@@ -130,17 +125,9 @@ def token_stages(cache, n_new: int) -> list[dict]:
 
 @with_status
 def main(arguments=None):
-    parser = plain_parser("scale", __doc__)
-    add = parser.add_argument
-    add("--lengths", type=numbers(), default=LENGTHS)
-    add("--token-budget", type=int, default=1024)
-    add("--new-tokens", type=int, default=32, help="tokens timed")
-    add("--device", default="auto")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    add("--out", type=Path, help="results: see benchmarks/rows.py")
-    args = parser.parse_args(arguments)
-    device = pick_device(args.device)
-    dtype, copied, rows = pick_dtype(args.dtype, device), bandwidth(device), []
+    args = timing_parser("scale", __doc__, LENGTHS).parse_args(arguments)
+    device, rows = pick_device(args.device), []
+    dtype, copied = pick_dtype(args.dtype, device), bandwidth(device)
     about = provenance("scale", {"token_budget": str(args.token_budget)},
                        "llama-3.1-8b, one layer", [], device, dtype)
     about["copy_bytes_per_second"] = copied

@@ -5,16 +5,15 @@ Web pages have `text` and `sentence_char_spans`; an end found after the last cha
 is right. The time is that of a book.
 
 Then, of the web pages, token spans by the rule of the SentenceKV authors' code, and by ours, with a
-limit of 128 tokens. Their code has a list of marks, and ends a sentence after each token that is
-one of them. In a byte-level BPE these are the tokens `.`, `!`, `?` and `...`: a line break is not
-in the list, and other entries, such as an empty line, are no tokens.
+limit of 128 tokens. Theirs ends a sentence after each token in a list of marks. In a byte-level BPE
+these are `.`, `!`, `?` and `...`: other entries, such as an empty line, are no tokens.
 """
 
 import sys
-import time
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
+from timeit import repeat
 
 from benchmarks import data, plain_parser, tables, tasks, with_status
 from benchmarks.engine import provenance, units
@@ -29,22 +28,6 @@ LIMIT = 128  # with the default, more sentences are cut on purpose
 
 def refuse(problem: str):
     raise ValueError(problem)
-
-
-def read_rows(name: str, field: str, is_field) -> list[dict]:
-    """Rows with a `text` and a list `field`, all of whose items `is_field` accepts."""
-    path, rows = data.find(name), []
-    for number, row in tasks.read_rows(path, "text", field, bad_line=refuse):
-        if not isinstance(row["text"], str):
-            refuse(f"{path}:{number + 1}: text is no string")
-        if not isinstance(row[field], list) or not all(map(is_field, row[field])):
-            refuse(f"{path}:{number + 1}: {field} is no list of the right kind")
-        rows.append(row)
-    return rows
-
-
-def is_span(span) -> bool:
-    return isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span)
 
 
 def count_golden(rows: list[dict]) -> int:
@@ -66,17 +49,11 @@ def score(rows: list[dict]) -> dict:
 
 
 def characters_per_second(text: str) -> float:
-    def once():
-        began = time.perf_counter()
-        sentence_ends(text)
-        return time.perf_counter() - began
-
-    return len(text) / min(once() for _ in range(3))
+    return len(text) / min(repeat(lambda: sentence_ends(text), number=1, repeat=3))
 
 
 def cut_in_the_middle(rows: list[dict], tokenizer: Tokenizer, unit: str) -> dict:
-    """Of the spans of all pages: their number, median and longest length in tokens, and the share
-    that ends where no sentence of the page ends."""
+    """Of all pages' spans: number, lengths in tokens, and the share that cuts a sentence."""
     lengths, middle = [], 0
     for row in rows:
         text, gold = row["text"], {end for _, end in row["sentence_char_spans"]}
@@ -90,18 +67,16 @@ def cut_in_the_middle(rows: list[dict], tokenizer: Tokenizer, unit: str) -> dict
             "in_the_middle": middle / len(lengths)}
 
 
-def measure(args) -> tuple[dict, list[dict]]:
-    """Provenance and rows."""
-    golden = read_rows(args.golden, "sentences", lambda field: isinstance(field, str))
-    pages = read_rows(args.pages, "sentence_char_spans", is_span)
-    files = [data.find(name) for name in (args.golden, args.pages, args.book)]
-    book, folder = read_text(files[-1]), model_folder(args.model)
-    tokenizer = Tokenizer(folder)
-    rows = [{"golden": count_golden(golden), "of": len(golden), **score(pages),
-             "characters_per_second": characters_per_second(book)}]
-    for name, unit in (("authors' rule", "authors"), ("ours", "sentence")):
-        rows.append({"rule": name, **cut_in_the_middle(pages, tokenizer, unit)})
-    return provenance("segmentation", {}, folder, files), rows
+def measure(golden: Path, pages: Path, book: Path) -> list[dict]:
+    """The rows: one of sentences, and one for each rule of token spans."""
+    golden, pages = ([row for _, row in tasks.read_rows(path, "text", field, bad_line=refuse)]
+                     for path, field in ((golden, "sentences"), (pages, "sentence_char_spans")))
+    tokenizer = Tokenizer(model_folder(None))
+    return [
+        {"golden": count_golden(golden), "of": len(golden), **score(pages),
+         "characters_per_second": characters_per_second(read_text(book))},
+        *({"rule": name, **cut_in_the_middle(pages, tokenizer, unit)}
+          for name, unit in (("authors' rule", "authors"), ("ours", "sentence")))]
 
 
 @with_status
@@ -110,13 +85,13 @@ def main(arguments=None):
     for name, default in (("golden", "golden_english"), ("pages", "ud_ewt_dev"),
                           ("book", "tale_of_two_cities")):
         parser.add_argument(f"--{name}", default=default, help="a file, or a name of inputs.json")
-    parser.add_argument("--model", type=Path, help="DIR with a tokenizer, or NAME")
     parser.add_argument("--out", type=Path, help="results: see benchmarks/rows.py")
     args = parser.parse_args(arguments)
-    about, rows = measure(args)
+    files = [data.find(name) for name in (args.golden, args.pages, args.book)]
+    rows = measure(*files)
     print(tables.segmentation(rows))
     if args.out:
-        write(args.out, about, rows)
+        write(args.out, provenance("segmentation", {}, model_folder(None), files), rows)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,13 @@ With a model's own weights the text is `--data`, and its continuation is read to
 that every method does the same. A `--config` has random weights, made on the device, and the text
 is random tokens in sentences of 8 to 42: its times are real, its hit rate is not.
 
-`ttft` is making the cache, reading the prompt and choosing a token, the median of `--repeats`; `ms
-a token` is the median over `--new-tokens` of every repeat, `p10` and `p90` percentiles of them. In
-every repeat the methods take turns. The floor is the time to read the weights and what the device
-holds of the cache once: their bytes over the bandwidth of a large copy, measured first. What comes
-from the host, `load`, is not in it. `host KV` is what is stored there; PyTorch rounds pinned memory
-up to a power of two. Stage times are of tokens after those. `--cuda-graph` adds SentenceKV with
-each token replayed as one graph, `--compile` with a compiled step (and with both, if both are
-given), `--compare transformers` Hugging Face's Llama, and `--compare llama.cpp` that of llama.cpp,
-where they are installed. Each of their turns is a process of its own. `its own ms` is by llama.cpp.
-`--operators` profiles a few tokens more: which operators a token calls on a CPU, and on a GPU which
-kernels it runs, how often and for how long.
+`ttft` is making the cache, reading the prompt and choosing a token, the median of `--repeats`. `ms`
+is the median over `--new-tokens` of every repeat, in brackets percentiles 10 and 90, and what
+llama.cpp says itself. The methods take turns; a turn of another implementation is a process of its
+own. The floor is the time to read the weights and what the device holds of the cache once: their
+bytes over the bandwidth of a large copy, measured first. What comes from the host, `load`, is not
+in it. `host KV` is what is stored there; PyTorch rounds pinned memory up to a power of two. Stage
+times, and what a token calls on a CPU or runs on a GPU (`--operators`), are of tokens after those.
 """
 
 import json
@@ -25,21 +21,20 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
+from timeit import repeat
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from benchmarks import TOP, data, llamacpp, pictures, plain_parser, tables, with_status
+from benchmarks import TOP, data, llamacpp, pictures, plain_parser, rival, tables, with_status
 from benchmarks.engine import greedy, numbers, provenance
 from benchmarks.methods import KNOWN, settings_of
-from benchmarks.rival import KINDS
+from benchmarks.methods.sentences import SentenceKV
 from benchmarks.rows import write
-from cache import SentenceKVCache
 from generate import make_cache, next_logits, prefill
 from model import Llama
 from segment import SentenceStream, token_spans
@@ -65,32 +60,27 @@ def random_model(name: str, device, dtype) -> Llama:
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            model = Llama(parse_config(CONFIGS[name]))
+            return Llama(parse_config(CONFIGS[name])).requires_grad_(False)
     finally:
         torch.set_default_dtype(torch.float32)
-    model.requires_grad_(False).eval()
-    return model
 
 
-class Text:
-    """Token ids, and where sentences end: of a book, or drawn."""
+def read_data(args, n_tokens: int) -> tuple[list[int], list[str]]:
+    """So many tokens of a text, and their pieces. ValueError if it is shorter."""
+    tokenizer = Tokenizer(args.model)
+    ids = tokenizer.encode("\n\n".join(map(read_text, args.data)), add_bos=True)[:n_tokens]
+    if len(ids) < n_tokens:
+        raise ValueError(f"--data has {len(ids)} tokens, {n_tokens} are needed")
+    return ids, tokenizer.pieces(ids)
 
-    def __init__(self, args, model, n_tokens: int):
-        if args.config:
-            draw = random.Random(0)
-            self.ids = [draw.randrange(model.config.vocab_size) for _ in range(n_tokens)]
-            self.pieces, left = [], 0
-            for _ in range(n_tokens):
-                left = left or draw.randrange(8, 43)
-                left -= 1
-                self.pieces.append(" word" if left else ".\n\n")
-        else:
-            tokenizer = Tokenizer(args.model)
-            book = "\n\n".join(map(read_text, args.data))
-            self.ids = tokenizer.encode(book, add_bos=True)[:n_tokens]
-            self.pieces = tokenizer.pieces(self.ids)
-        if len(self.ids) < n_tokens:
-            raise ValueError(f"--data has {len(self.ids)} tokens, {n_tokens} are needed")
+
+def random_text(n_words: int, n_tokens: int) -> tuple[list[int], list[str]]:
+    """As `read_data`: any tokens, in sentences of 8 to 42."""
+    draw, pieces = random.Random(0), []
+    ids = [draw.randrange(n_words) for _ in range(n_tokens)]
+    while len(pieces) < n_tokens:
+        pieces += [" word"] * (draw.randrange(8, 43) - 1) + [".\n\n"]
+    return ids, pieces[:n_tokens]
 
 
 def synchronize(device):
@@ -102,14 +92,12 @@ def bandwidth(device) -> float:
     """Bytes a second that a copy reads and writes; the median of 9 after a first."""
     size = 2**32 if device.type == "cuda" else 2**28
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    seconds = []
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
+
+    def copy():
         target.copy_(source)
         synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size / median(seconds[1:])
+
+    return 2 * size / median(repeat(copy, number=1, repeat=10)[1:])
 
 
 def weight_bytes(model) -> int:
@@ -122,56 +110,60 @@ class Ours:
     """This project's model with one of its caches."""
 
     def __init__(self, method, args, model, text, length):
-        self.method, self.args, self.model, self.text = method, args, model, text
-        self.length, self.device = length, model.embed_tokens.weight.device
-        settings = {"token_budget": args.token_budget, "keep_factor": args.keep_factor}
+        self.method, self.args, self.model, self.length = method, args, model, length
+        (self.ids, self.pieces), self.device = text, model.embed_tokens.weight.device
         if method in (COMPILED, BOTH):
             self.model = compile_layers(model)
         named = {} if method == "full" or "," in method else settings_of(method)
-        self.settings = SentenceKVConfig(**settings | named)
-        self.spans = token_spans(text.pieces[:length], self.settings.sentence_limit)
+        self.settings = SentenceKVConfig(**{
+            "token_budget": args.token_budget, "keep_factor": args.keep_factor} | named)
+        self.spans = token_spans(self.pieces[:length], self.settings.sentence_limit)
         self.forget()
 
     def forget(self):
         """Let go of the cache."""
         self.cache = self.decode = None
 
+    def turn(self) -> dict:
+        if self.device.type == "cuda":
+            self.allocated = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        synchronize(self.device)
+        return rival.measure(self, self.args.new_tokens + WARM_UP)
+
     def prefill(self):
         dtype = self.model.embed_tokens.weight.dtype
         self.cache = make_cache("full" if self.method == "full" else "sentencekv", self.settings,
-                                self.model.config, len(self.text.ids), self.device, dtype)
+                                self.model.config, len(self.ids), self.device, dtype)
         self.cache.expect(self.spans)
-        prefill(self.model, self.cache, self.text.ids[: self.length], greedy)
+        prefill(self.model, self.cache, self.ids[: self.length], greedy)
         self.at, self.sentences = self.length, SentenceStream(self.settings.sentence_limit)
         self.decode = self.model.decode
         if self.method in (GRAPHED, BOTH):
             self.decode = GraphedDecode(self.model)
+        synchronize(self.device)
 
     def step(self):
-        greedy(next_logits(self.model, self.cache, self.sentences, self.text.ids[self.at],
-                           self.text.pieces[self.at], self.decode))
+        greedy(next_logits(self.model, self.cache, self.sentences, self.ids[self.at],
+                           self.pieces[self.at], self.decode))
         self.at += 1
+        if self.at == self.length + WARM_UP and self.method != "full":
+            self.cache.totals.restart()  # what comes from the host counts from here
+        synchronize(self.device)
 
-    def turn(self) -> tuple:
-        """Seconds to the first token, and of each after it but the first few."""
-        on_gpu, tokens = self.device.type == "cuda", []
-        if on_gpu:
-            self.allocated = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        synchronize(self.device)
-        start = time.perf_counter()
-        self.prefill()
-        synchronize(self.device)
-        ttft = time.perf_counter() - start
-        for i in range(self.args.new_tokens + WARM_UP):
-            if i == WARM_UP and self.method != "full":  # what came from the host counts from here
-                self.cache.totals.selected.zero_()
-                self.cache.totals.loaded.zero_()
-            start = time.perf_counter()
-            self.step()
-            synchronize(self.device)
-            tokens.append(time.perf_counter() - start)
-        return ttft, tokens[WARM_UP:]
+    def report(self) -> dict:
+        """Also the bytes of the cache that are read for one token."""
+        found = self.cache.report()
+        parts = found["device_kv_parts"]
+        found["read_bytes"] = (found["full_kv_bytes"] if self.method == "full" else
+                               parts["slots"] + parts["sentence vectors"])
+        if self.device.type == "cuda":
+            found["peak_device_bytes"] = torch.cuda.max_memory_allocated() - self.allocated
+        return found
+
+    def details(self) -> dict:
+        return {"stages_ms_per_token": self.stages(self.args.new_tokens),
+                "operators": self.operators() if self.args.operators else {}}
 
     def stages(self, steps: int) -> dict:
         """Milliseconds a token, by stage. A graph and a compiled step have none."""
@@ -193,128 +185,108 @@ class Ours:
         with profile(activities=kinds) as profiler:
             for _ in range(steps):
                 self.step()
-            synchronize(self.device)
         found = {}
         for event in profiler.key_averages():
             us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
             found[event.key[:60]] = [event.count / steps, us / 1e3 / steps]
         return dict(sorted(found.items(), key=lambda item: -item[1][1]))
 
-    def report(self) -> dict:
-        found = self.cache.report()
-        if self.device.type == "cuda":
-            found["peak_device_bytes"] = torch.cuda.max_memory_allocated() - self.allocated
-        return found
-
-    def read_bytes(self) -> int:
-        """Of the cache, for one token."""
-        report = self.report()
-        if self.method == "full":
-            return report["full_kv_bytes"]
-        parts = report["device_kv_parts"]
-        return parts["slots"] + parts["sentence vectors"]
-
 
 class Rival:
     """Another implementation, in a process of its own for each turn: see `benchmarks.rival`."""
 
     def __init__(self, method, args, model, text, length):
-        weight = model.embed_tokens.weight
-        self.method, self.answer = method, {}
+        weight, self.method = model.embed_tokens.weight, method
         self.request = {
             "kind": method.split()[0], "offloaded": method.endswith("offloaded"),
             "model": str(args.files.get(method, args.model)),
             "config": CONFIGS[args.config] if args.config else None,
-            "device": str(weight.device), "dtype": str(weight.dtype)[6:], "ids": text.ids,
+            "device": str(weight.device), "dtype": str(weight.dtype)[6:], "ids": text[0],
             "length": length, "new_tokens": args.new_tokens + WARM_UP,
             "threads": torch.get_num_threads()}
 
-    def turn(self) -> tuple:
-        """Seconds to the first token, and of each after it."""
+    def turn(self) -> dict:
         done = subprocess.run([sys.executable, "-m", "benchmarks.rival"], cwd=TOP, text=True,
                               input=json.dumps(self.request), capture_output=True)
         if done.returncode:
             last = (done.stderr.strip() or f"ended with status {done.returncode}").splitlines()[-1]
             raise ValueError(f"{self.method}: {last}")
-        self.answer = json.loads(done.stdout.splitlines()[-1])
-        return self.answer["ttft"], self.answer["tokens"][WARM_UP:]
+        return json.loads(done.stdout.splitlines()[-1])
 
     def forget(self):
         """Its process has ended."""
 
-    def stages(self, steps) -> dict:
-        return {}
-
-    def operators(self) -> dict:
-        return {}
-
-    def report(self) -> dict:
-        return {name: self.answer[name] for name in ("own_ms_per_token", "peak_device_bytes")
-                if name in self.answer}
-
-    def read_bytes(self):
-        return self.answer.get("read_bytes")
+    def details(self) -> dict:
+        return {"stages_ms_per_token": {}, "operators": {}}
 
 
 def measure(subjects: list, args, weights: int, bytes_a_second: float) -> list[dict]:
     """A row for each subject. They take turns, so that a slow minute is shared out."""
-    ttft, tokens, peak, own = ([[] for _ in subjects] for _ in range(4))
-    rows = []
-    for repeat, (i, subject) in product(range(args.repeats), enumerate(subjects)):
-        first, others = subject.turn()
-        ttft[i].append(first)
-        tokens[i] += others
-        report = subject.report()
-        peak[i] += [report["peak_device_bytes"]] if "peak_device_bytes" in report else []
-        own[i] += [report["own_ms_per_token"]] if report.get("own_ms_per_token") else []
-        if repeat == args.repeats - 1:
-            read, tenths = subject.read_bytes(), quantiles(tokens[i], n=10, method="inclusive")
-            stages = subject.stages(args.new_tokens)
-            operators = subject.operators() if args.operators else {}
-            rows.append({
-                "ttft_ms": 1e3 * median(ttft[i]), "decode_ms_per_token": 1e3 * median(tokens[i]),
-                "decode_p10_ms": 1e3 * tenths[0], "decode_p90_ms": 1e3 * tenths[-1],
-                "own_ms_per_token": median(own[i]) if own[i] else None,
-                "floor_ms": None if read is None else 1e3 * (weights + read) / bytes_a_second,
-                **{name: report.get(name) for name in
-                   ("device_kv_bytes", "host_kv_bytes", "full_kv_bytes", "hit_rate")},
-                "loaded_bytes_per_token": report["loaded_bytes"] / args.new_tokens
-                    if "loaded_bytes" in report else None,
-                "peak_device_bytes": max(peak[i], default=None),
-                "stages_ms_per_token": stages, "operators": operators,
-                "operators_per_token": sum(number for number, _ in operators.values()) or None})
+    turns, rows = [[] for _ in subjects], []
+    for turn, (subject, own) in product(range(args.repeats), zip(subjects, turns)):
+        own.append(subject.turn())
+        if turn == args.repeats - 1:
+            row = summary(own, args.new_tokens, weights, bytes_a_second) | subject.details()
+            number = sum(number for number, _ in row["operators"].values())
+            rows.append(row | {"operators_per_token": number or None})
         subject.forget()  # before another has its cache
     return rows
 
 
+def summary(turns: list[dict], n_tokens: int, weights: int, bytes_a_second: float) -> dict:
+    """Of all turns of one subject: medians of times, and the bytes of the last."""
+    def of_all(name):
+        return [turn[name] for turn in turns if turn.get(name) is not None]
+
+    last, tokens = turns[-1], [s for turn in turns for s in turn["tokens"][WARM_UP:]]
+    tenths = quantiles(tokens, n=10, method="inclusive")
+    own, read, loaded = of_all("own_ms_per_token"), last.get("read_bytes"), last.get("loaded_bytes")
+    return {
+        "ttft_ms": 1e3 * median(of_all("ttft")), "decode_ms_per_token": 1e3 * median(tokens),
+        "decode_p10_ms": 1e3 * tenths[0], "decode_p90_ms": 1e3 * tenths[-1],
+        "own_ms_per_token": median(own) if own else None,
+        "floor_ms": None if read is None else 1e3 * (weights + read) / bytes_a_second,
+        **{name: last.get(name) for name in
+           ("device_kv_bytes", "host_kv_bytes", "full_kv_bytes", "hit_rate")},
+        "loaded_bytes_per_token": None if loaded is None else loaded / n_tokens,
+        "peak_device_bytes": max(of_all("peak_device_bytes"), default=None)}
+
+
+def timing_parser(program: str, doc: str, lengths: list[int]):
+    """With the options of `speed` and `scale`."""
+    parser = plain_parser(program, doc)
+    add = parser.add_argument
+    add("--lengths", type=numbers(), default=lengths)
+    add("--token-budget", type=int, default=SentenceKVConfig.token_budget)
+    add("--new-tokens", type=int, default=32, help="tokens timed; as many again for the stages")
+    add("--device", default="auto")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    add("--out", type=Path, help="results: see benchmarks/rows.py")
+    return parser
+
+
 def parse(arguments):
-    parser = plain_parser("speed", __doc__)
-    add, defaults = parser.add_argument, SentenceKVConfig()
+    parser = timing_parser("speed", __doc__, [1024, 4096])
+    add = parser.add_argument
     add("--model", type=Path, help="DIR, FILE.gguf or NAME (smollm2-135m-instruct)")
     add("--config", choices=CONFIGS, help="a real shape with random weights instead")
     add("--data", nargs="+", default=sorted((TOP / "examples").glob("*.txt")),
         help="files, or names of benchmarks/data.py (default: examples/)")
-    add("--lengths", type=numbers(), default=[1024, 4096])
     add("--methods", type=lambda text: text.replace(";", " ").split(),
         default=["full", "sentencekv"], help="separated by blanks; sentencekv:name=value,... too")
     add("--compare", choices=["transformers", "llama.cpp"], action="append", default=[],
         help="another implementation, where installed; may be given twice")
-    add("--token-budget", type=int, default=defaults.token_budget)
-    add("--keep-factor", type=float, default=defaults.keep_factor)
-    add("--new-tokens", type=int, default=32, help="tokens timed, and as many again for the stages")
+    add("--keep-factor", type=float, default=SentenceKVConfig.keep_factor)
     add("--repeats", type=int, default=3)
-    add("--device", default="auto")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     add("--cuda-graph", action="store_true", help=f"measure {GRAPHED!r} too")
     add("--compile", action="store_true", help=f"measure {COMPILED!r} too, and with a graph")
     add("--operators", action="store_true", help="profile a few tokens more, by operator or kernel")
-    add("--out", type=Path, help="results: see benchmarks/rows.py; and a picture beside them")
     args = parser.parse_args(arguments)
     for name, least in (("new_tokens", 2), ("repeats", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}, at least {least}")
     names = {method.partition(":")[0] for method in args.methods}
-    settings = [name for name, known in KNOWN.items() if known.kind is SentenceKVCache]
+    settings = [name for name, known in KNOWN.items() if known.kind is SentenceKV]
     if unknown := names - {"full", *settings}:
         parser.error(f"--methods {', '.join(unknown)}: the choices are full, {', '.join(settings)}")
     return args
@@ -361,9 +333,10 @@ def run(args) -> tuple[dict, list[dict]]:
     print("{model}, {dtype}, {machine}, torch {torch}".format(**about), f"budget"
           f" {args.token_budget}; a copy moves {copied / 1e9:.1f} GB/s", sep=", ")
     for length in tqdm(args.lengths, disable=None):
-        text = Text(args, model, length + room)
+        text = (random_text(model.config.vocab_size, length + room) if args.config else
+                read_data(args, length + room))
         subjects = [
-            (Rival if method.split()[0] in KINDS else Ours)(method, args, model, text, length)
+            (Rival if method.split()[0] in rival.KINDS else Ours)(method, args, model, text, length)
             for method in methods]
         measured = measure(subjects, args, weight_bytes(model), copied)
         rows += [{"method": method, "length": length, **row}
@@ -377,7 +350,7 @@ def run(args) -> tuple[dict, list[dict]]:
 def main(arguments=None):
     args = parse(arguments)
     about, rows = run(args)
-    print(tables.speed(rows), tables.stages(rows), *tables.operators(rows), sep="\n\n")
+    print(tables.times_of(rows), tables.stages(rows), *tables.operators(rows), sep="\n\n")
     if args.out:
         pictures.ms_by_length(about, rows, args.out.with_suffix(".png"))
 

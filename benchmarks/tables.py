@@ -9,10 +9,9 @@
 
 The first word says which function here makes it. A part of `methods`, up to a line's end or a
 semicolon, is a column, or one for each of several budgets and values: heading, file of results,
-which rows (tasks are patterns, as of files), and what of them. `of` is `percent`, the score;
-`loss`, the score above the full cache's; `device`, the per cent of the full cache's bytes on the
-device; or a value in tokens, as `held`. A cell with fewer prompts than others of its column says
-how many. No torch here.
+which rows (tasks are patterns, as of files), and what of them: `percent`, the score; `loss`, above
+the full cache's; `device`, per cent of the full cache's bytes; or a value in tokens, as `held`. No
+torch here.
 """
 
 import re
@@ -80,63 +79,55 @@ def methods(spec: str) -> str:
 
 
 SPEED = {  # heading: (key, divisor, format)
-    "ttft s": ("ttft_ms", 1e3, ".2f"), "ms a token": ("decode_ms_per_token", 1, ".1f"),
-    "p10": ("decode_p10_ms", 1, ".1f"), "p90": ("decode_p90_ms", 1, ".1f"),
-    "its own ms": ("own_ms_per_token", 1, ".1f"), "floor ms": ("floor_ms", 1, ".1f"),
+    "ttft s": ("ttft_ms", 1e3, ".2f"), "floor ms": ("floor_ms", 1, ".1f"),
     "device KV MiB": ("device_kv_bytes", 2**20, ",.1f"),
     "host KV MiB": ("host_kv_bytes", 2**20, ",.0f"),
-    "load KiB a token": ("loaded_bytes_per_token", 2**10, ",.0f"),
-    "hits": ("hit_rate", 1, ".0%"), "peak MiB": ("peak_device_bytes", 2**20, ",.0f"),
+    "load KiB a token": ("loaded_bytes_per_token", 2**10, ",.0f"), "hits": ("hit_rate", 1, ".0%"),
+    "peak MiB": ("peak_device_bytes", 2**20, ",.0f"),
     "operators": ("operators_per_token", 1, ",.0f"),
 }
 
 
-def speed_cell(row: dict, heading: str) -> str:
-    """Empty if it was not measured."""
-    key, divisor, form = SPEED[heading]
-    return "" if row.get(key) is None else format(row[key] / divisor, form)
-
-
-def speed(rows: list[dict]) -> str:
-    headings = [heading for heading in SPEED if any(speed_cell(row, heading) for row in rows)]
-    return markdown(["tokens", "method", *headings],
-                    ([row["length"], row["method"], *(speed_cell(row, h) for h in headings)]
-                     for row in rows))
-
-
 def times(spec: str) -> str:
-    """A line a method: ms a token after each length, in brackets the percentiles 10 (if it was
-    measured) and 90, and what the method says itself. The other columns are of the last length.
-    If methods are named after the file, with semicolons, their bytes alone are shown besides."""
+    """Of a file of results. If methods are named after it, with semicolons, their bytes alone are
+    shown besides the times."""
     file, _, names = spec.strip().partition(" ")
     names = [name.strip() for name in names.split(";") if name]
-    shown = ("device KV MiB", "host KV MiB") if names else (
-        "ttft s", "floor ms", "device KV MiB", "host KV MiB", "load KiB a token", "hits")
     rows = [row for row in rows_of(file) if not names or row["method"] in names]
-    shown = [heading for heading in shown if any(speed_cell(row, heading) for row in rows)]
-    at = {(row["method"], row["length"]): row for row in rows}
-    names, lengths = (dict.fromkeys(row[key] for row in rows) for key in ("method", "length"))
+    return times_of(rows, ("device KV MiB", "host KV MiB") if names else [*SPEED][:6])
+
+
+def times_of(rows: list[dict], headings=tuple(SPEED)) -> str:
+    """A line a method: ms a token after each length, in brackets the percentiles 10 (if it was
+    measured) and 90, and what the method says itself. The other columns are of the last length."""
+    def cell(row, heading):
+        key, divisor, form = SPEED[heading]
+        return "" if row.get(key) is None else format(row[key] / divisor, form)
 
     def ms(row):
-        spread = " to ".join(filter(None, (speed_cell(row, h) for h in ("p10", "p90"))))
-        own = speed_cell(row, "its own ms")
-        return f"{speed_cell(row, 'ms a token')} ({spread}{own and ', own ' + own})"
+        tenths = (row.get(key) for key in ("decode_p10_ms", "decode_p90_ms"))
+        spread = " to ".join(f"{ms:.1f}" for ms in tenths if ms is not None)
+        own = row.get("own_ms_per_token")
+        own = "" if own is None else f", own {own:.1f}"
+        return f"{row['decode_ms_per_token']:.1f} ({spread}{own})"
 
-    return markdown(["method", *(f"ms after {length:,}" for length in lengths), *shown],
+    at = {(row["method"], row["length"]): row for row in rows}
+    names, lengths = (dict.fromkeys(row[key] for row in rows) for key in ("method", "length"))
+    headings = [heading for heading in headings if any(cell(row, heading) for row in rows)]
+    return markdown(["method", *(f"ms after {length:,}" for length in lengths), *headings],
                     ([name, *(ms(at[name, n]) if (name, n) in at else "" for n in lengths),
-                      *(speed_cell(at.get((name, max(lengths)), {}), h) for h in shown)]
+                      *(cell(at.get((name, max(lengths)), {}), heading) for heading in headings)]
                      for name in names))
 
 
 def stages(rows: list[dict]) -> str:
     """ms a token of each stage."""
-    timed = [row for row in rows if row["stages_ms_per_token"]]
-    names = dict.fromkeys(name for row in timed for name in row["stages_ms_per_token"])
+    timed = {(row["length"], row["method"]): row["stages_ms_per_token"] for row in rows
+             if row["stages_ms_per_token"]}
+    names = dict.fromkeys(name for found in timed.values() for name in found)
     return markdown(["tokens", "method", *names],
-                    ([row["length"], row["method"],
-                      *(format(row["stages_ms_per_token"][name], ".2f")
-                        if name in row["stages_ms_per_token"] else "" for name in names)]
-                     for row in timed))
+                    ([*who, *(f"{found[name]:.2f}" if name in found else "" for name in names)]
+                     for who, found in timed.items()))
 
 
 def operators(rows: list[dict], n_shown: int = 12) -> list[str]:

@@ -27,7 +27,7 @@ RULER = re.compile(  # a Llama 3 chat around the question, and the beginning of 
 # Cities that have numbers; and facts: what is asked for, and what the answer is drawn from.
 NEEDLES = json.loads(Path(__file__).with_name("needles.json").read_text(encoding="utf-8"))
 CITIES = NEEDLES["cities"].split()
-FAMILIES = ("single", "multikey", "multivalue", "multiquery", "vt")
+FAMILIES = ("single", "multikey")
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,21 @@ def normalised_words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
+def in_both(found: list, expected: list) -> int:
+    return (Counter(found) & Counter(expected)).total()
+
+
+def f1(found: list, expected: list, common=in_both) -> float:
+    n = common(found, expected)
+    return 2 * n / (len(found) + len(expected)) if n else 0.0
+
+
 def qa_f1(text, answer, classes):
-    words, expected = normalised_words(text), normalised_words(answer)
-    common = sum((Counter(words) & Counter(expected)).values())
-    return 2 * common / (len(words) + len(expected)) if common else 0.0
+    return f1(normalised_words(text), normalised_words(answer))
 
 
 def rouge_l_f(text, answer, classes):
-    words, expected = text.split(), answer.split()
-    common = LCSseq.similarity(words, expected)
-    return 2 * common / (len(words) + len(expected)) if common else 0.0
+    return f1(text.split(), answer.split(), LCSseq.similarity)
 
 
 def class_match(text, answer, classes):
@@ -84,9 +89,7 @@ def code_similarity(text, answer, classes):
 
 def characters_f1(text, answer, classes):
     """Of Chinese, without punctuation and white space. LongBench cuts words first."""
-    found, expected = ([c for c in x.lower() if c.isalnum()] for x in (text, answer))
-    common = sum((Counter(found) & Counter(expected)).values())
-    return 2 * common / (len(found) + len(expected)) if common else 0.0
+    return f1(*([c for c in x.lower() if c.isalnum()] for x in (text, answer)))
 
 
 def paragraph_match(text, answer, classes):
@@ -155,38 +158,18 @@ def spread(haystack: list[str], needles: list[str], depths: list[float]) -> str:
 
 
 def ruler_generate(family: str, paragraphs: list[str], count: int, seed: int = 0):
-    """RULER's families over any haystack: single, multikey, multivalue, multiquery, vt.
-
-    2404.06654, with one distractor or value or query in four.
-    """
-    draw = random.Random(f"{family} {seed}")
+    """Needles as RULER has them (2404.06654), in any haystack: a `single` number, or one of four
+    (`multikey`)."""
+    draw, n = random.Random(f"{family} {seed}"), {"single": 1, "multikey": 4}[family]
     for index in range(count):
         cities = draw.sample(CITIES, 4)
         values = [str(draw.randrange(1000000, 9999999)) for _ in range(4)]
-        depths = [draw.random() for _ in range(5)]
-        say = "One of the special magic numbers for {} is {}.".format
-        ask = "What is the special magic number for {} mentioned in the text above?".format
-        prefix = "The special magic number for {} mentioned in the text above is".format
-        if family == "vt":
-            names = ["".join(draw.choices(string.ascii_uppercase, k=5)) for _ in range(5)]
-            needles = [f"VAR {names[0]} = {values[0]}"]
-            needles += [f"VAR {b} = VAR {a}" for a, b in zip(names, names[1:])]
-            text = spread(paragraphs, needles, sorted(depths))
-            question = f"Find all variables that are assigned the value {values[0]}"
-            yield Example("vt", index, f"{text}\n\n{question} in the text above.", tuple(names),
-                          f"The variables that are assigned the value {values[0]} are:")
-            continue
-        asked = {"single": cities[:1], "multikey": cities[:1], "multivalue": cities[:1],
-                 "multiquery": cities}[family]
-        if family == "multivalue":
-            needles, answers = [say(cities[0], v) for v in values], values
-        else:
-            told = cities[:1] if family == "single" else cities
-            needles = [say(city, value) for city, value in zip(told, values)]
-            answers = values[: len(asked)]
-        text = spread(paragraphs, needles, depths[: len(needles)])
-        about = ", ".join(asked)
-        yield Example(family, index, f"{text}\n\n{ask(about)}", tuple(answers), prefix(about))
+        depths = [draw.random() for _ in range(5)]  # the fifth only moves what is drawn next
+        needles = [f"One of the special magic numbers for {city} is {value}."
+                   for city, value in zip(cities, values)]
+        about = f"special magic number for {cities[0]} mentioned in the text above"
+        yield Example(family, index, f"{spread(paragraphs, needles[:n], depths[:n])}\n\n"
+                      f"What is the {about}?", (values[0],), f"The {about} is")
 
 
 def requests(paragraphs: list[str], count: int, seed: int = 0) -> Iterator[list[Example]]:

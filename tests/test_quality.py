@@ -67,16 +67,9 @@ def test_generated_rows_hold_their_answers_once(family):
     for example in tasks.ruler_generate(family, BOOK.split("\n\n"), 5):
         document, _, question = example.message.rpartition("\n\n")
         assert all(answer in document for answer in example.answers)
-        if family != "vt":
-            assert not any(answer in question for answer in example.answers)
+        assert not any(answer in question for answer in example.answers)
     again = list(tasks.ruler_generate(family, BOOK.split("\n\n"), 5))
     assert again[-1] == example
-
-
-def test_variables_are_assigned_in_reading_order():
-    (example,) = tasks.ruler_generate("vt", BOOK.split("\n\n"), 1)
-    places = [example.message.index(f"VAR {name} =") for name in example.answers]
-    assert places == sorted(places)
 
 
 def test_units():
@@ -108,10 +101,10 @@ def test_needles_are_answered_by_every_method_and_not_twice(tiny_folder, book, t
     first = results(out)
     asked = {"full", "sentencekv", "published", *methods.PUBLISHED}
     assert {r["method"] for r in first} == asked
-    assert len(first) == 2 * sum(1 + methods.has_budget(method) for method in asked)
+    assert len(first) == 2 * sum(1 + methods.class_of(method).budgeted for method in asked)
     for row in first:
         assert row["budget"] is None or row["held"] <= row["budget"]
-        assert (row["budget"] is None) == (not methods.has_budget(row["method"]))
+        assert (row["budget"] is None) == (not methods.class_of(row["method"]).budgeted)
         # Not what a method keeps on the host, but no less than what it attends to at once.
         assert row["device"] * (row["tokens"] + 64) >= 0.99 * row["held"]
     assert "| full | 0 ± 0 | 0 ± 0 |" in capsys.readouterr().out
@@ -144,7 +137,7 @@ def test_every_question_of_a_document_is_answered_as_alone(tiny_folder, book, tm
                  " ".join(methods.METHODS) + " snapkv:sees=nothing")
     assert run(requests, *arguments) == 0
     found = results(out)
-    assert len(found) == 8 * (1 + sum(map(methods.reads_on, methods.METHODS)))
+    assert len(found) == 8 * (1 + sum(methods.class_of(m).reads_on for m in methods.METHODS))
     bench = engine.Bench(tiny_folder)
     paragraphs = engine.haystack(bench, BOOK, 300)
     (questions,) = tasks.requests(paragraphs, 1)
@@ -275,11 +268,11 @@ def test_rows_beyond_the_positions_are_named(tiny_folder, tmp_path, capsys):
     (["--methods", "magic"], "method 'magic' is not one of full"),
     (["--methods", "snapkv:sink_tokens=4"], "there is no setting 'sink_tokens'"),
     (["--methods", "nowhere.py:Mine"], "method 'nowhere.py:Mine': FileNotFoundError"),
-    (["--methods", "quest:unit=authors"], "method 'quest' remembers by no unit"),
+    (["--methods", "quest:unit=authors"], "there is no setting 'unit'"),
     (["--methods", "sentencekv:score"], "settings are name=value"),
     (["--methods", "sentencekv:colour=red"], "there is no setting 'colour'"),
     (["--methods", "sentencekv:secondary_sinks=9", "--budgets", "36"], "must be at least 46"),
-    (["--methods", "full", "--data", "nowhere"], "nowhere: No such file or directory"),
+    (["--methods", "full", "--data", "nowhere"], "No such file or directory: 'nowhere'"),
     (["--methods", "full", "--data", "walden"], "input 'walden': say in SENTENCEKV_DATA in which"),
 ])
 def test_bad_options_are_one_line(tiny_folder, book, capsys, monkeypatch, arguments, message):

@@ -14,44 +14,42 @@ The files are a lesson, in this order:
     estimate       attention to unread tokens is estimated
     sentences      variants of SentenceKV
 
-A budget is bytes held for attention, in tokens of 16 bits a channel. `cost` says what else is kept,
-what is read, and what must be on the device. A class is known by its `name`; `label` is what
-pictures call it, and `coarseness` how many tokens of a budget it may leave unused, because pages
-are whole or shares are rounded down. To add a method, see README.md here.
+A budget is bytes held for attention, in tokens of 16 bits a channel. What else a cache keeps, reads
+and has on the device, its `cost` says. A class is known by its `name`; `label` is what pictures
+call it. To add a method, see README.md here.
 """
 
 import inspect
+import re
 import runpy
-from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 import benchmarks.scores  # noqa: F401  registers the scores that a method can name
-from benchmarks.methods import (budgets, channels, estimate, evict_prompt, evict_writing, layers,
-                                merge, precision, retrieve, sentences)
-from benchmarks.methods.base import Cost, Recording
-from cache import SentenceKVCache
+from benchmarks.methods import (base, budgets, channels, estimate, evict_prompt, evict_writing,
+                                layers, merge, precision, retrieve, sentences)
+from benchmarks.methods.sentences import SentenceKV
 from model import FullCache, LlamaConfig
 from sentencekv import SentenceKVConfig
 
-FAMILIES = (evict_prompt, evict_writing, retrieve, budgets, channels, precision, merge, layers,
-            estimate, sentences)
+FAMILIES = (base, evict_prompt, evict_writing, retrieve, budgets, channels, precision, merge,
+            layers, estimate, sentences)
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """A method that has a name."""
 
     kind: type
     label: str  # what pictures call it
-    settings: dict = field(default_factory=dict)  # that the name itself sets
+    settings: dict  # that the name itself sets
 
 
 def registered() -> dict:
     """name -> Known, in the order of the lesson: every class that has a `name` of its own, and the
     variants of one class."""
-    found = {"full": Known(FullCache, "full cache")}
+    found = {}
     for module in FAMILIES:
         for kind in filter(inspect.isclass, vars(module).values()):
             if kind.__module__ == module.__name__ and "name" in vars(kind):
@@ -61,27 +59,26 @@ def registered() -> dict:
                         kind, f"{kind.label}, {kind.paper_dense} layers whole",
                         {"dense_layers": kind.paper_dense})
     for name, (label, settings) in sentences.VARIANTS.items():
-        found[name] = Known(SentenceKVCache, label, settings)
+        found[name] = Known(SentenceKV, label, settings)
     return found
 
 
 KNOWN = registered()
 METHODS = tuple(KNOWN)
 PUBLISHED = tuple(name for name, known in KNOWN.items() if not name.endswith("_dense")
-                  and not issubclass(known.kind, (FullCache, SentenceKVCache)))
+                  and not issubclass(known.kind, (FullCache, SentenceKV)))
 
 
 def split(spec: str) -> tuple[str, str]:
     """The method and the settings of `method:name=value,name=value`. A method may be a class in a
     file, `my_method.py:MyMethod`."""
-    path, is_file, rest = spec.partition(".py:")
-    name, _, settings = rest.partition(":") if is_file else spec.partition(":")
-    return (f"{path}.py:{name}" if is_file else name), settings
+    return re.fullmatch(r"(.*\.py:[^:]*|[^:]*):?(.*)", spec).groups()
 
 
 @lru_cache
-def class_of(method: str):
+def class_of(spec: str) -> type:
     """The class of a method, by name or from a file. ValueError if there is none."""
+    method, _ = split(spec)
     if ".py:" not in method:
         if method not in KNOWN:
             raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)},"
@@ -99,68 +96,29 @@ def class_of(method: str):
 
 def settings_of(spec: str) -> dict:
     """The settings of `method:name=value,name=value`, and those that the name itself sets. They are
-    fields of `SentenceKVConfig`, or attributes of the method's class; and `unit` and `sees`."""
+    attributes of the method's class, or fields of `SentenceKVConfig`."""
     method, pairs = split(spec)
     settings = dict(KNOWN[method].settings) if method in KNOWN else {}
-    known = class_of(method)
-    known = SentenceKVConfig if issubclass(known, SentenceKVCache) else known
+    kind = class_of(method)
     for pair in filter(None, pairs.split(",")):
         name, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"method {spec!r}: settings are name=value,name=value")
-        kind = str if name in ("unit", "sees") else type(getattr(known, name, None))
-        if kind not in (str, int, float):
+        is_field = issubclass(kind, SentenceKV) and name != "unit"
+        default = getattr(SentenceKVConfig if is_field else kind, name, None)
+        if type(default) not in (str, int, float) or name in ("name", "label"):
             raise ValueError(f"method {spec!r}: there is no setting {name!r}")
         try:
-            settings[name] = kind(value)
+            settings[name] = type(default)(value)
         except ValueError:
             raise ValueError(f"method {spec!r}: {name} is {value!r}, must be a number") from None
     return settings
 
 
-def make_cache(method: str, model_config, budget: int, spans: list, max_new_tokens: int,
-               dtype=torch.float32, **settings):
-    """An empty cache on the CPU that expects a prompt of these sentences.
-
-    `settings` go to `SentenceKVConfig`, or replace attributes of the class. ValueError for an
-    unknown method, or one without settings.
-    """
-    kind = class_of(method)
-    if issubclass(kind, FullCache):
-        if settings:
-            raise ValueError(f"method {method!r} has no settings")
-        if method == "full":
-            return FullCache(model_config, spans[-1][1] + max_new_tokens, "cpu", dtype)
-        return kind(model_config, budget, spans, max_new_tokens)
-    if not issubclass(kind, SentenceKVCache):
-        kind = type(kind.__name__, (kind,), settings)
-        return kind(model_config, budget, spans)
-    if "score" in settings and kind is not SentenceKVCache:
-        raise ValueError(f"method {method!r} has a score of its own")
-    config = SentenceKVConfig(token_budget=budget, **settings)
-    cache = kind(config, model_config, spans[-1][1] + max_new_tokens, "cpu", dtype)
-    cache.expect(spans)
-    return cache
-
-
-def has_budget(method: str) -> bool:
-    """False if what is held follows from the text."""
-    kind = class_of(method)
-    return getattr(kind, "budgeted", kind is not FullCache)
-
-
-def reads_on(method: str) -> bool:
-    """Whether it can read a second text, such as a question after a document."""
-    return getattr(class_of(method), "reads_on", True)
-
-
-def cost(cache) -> Cost:
-    """What a cache holds, keeps elsewhere and reads, after its last token."""
-    if hasattr(cache, "cost"):
-        return cache.cost()
-    if isinstance(cache, FullCache):
-        return Cost(cache.num_tokens, 0, cache.num_tokens, cache.num_tokens)
-    return sentences.cost(cache)
+def make_cache(spec: str, model_config, budget: int, spans: list, max_new_tokens: int):
+    """An empty cache on the CPU that expects a prompt of these sentences. ValueError for an unknown
+    method, or a setting that it does not have."""
+    return class_of(spec)(model_config, budget, spans, max_new_tokens, **settings_of(spec))
 
 
 # Of a model that is just large enough to try out a method and its settings.
@@ -170,21 +128,22 @@ SHAPE = LlamaConfig(1, 1, 1, num_hidden_layers=2, num_attention_heads=4, num_key
 
 def try_out(spec: str):
     """Read and write a few random tokens. ValueError if the class cannot."""
-    recording = Recording()
-    for layer in range(2):
-        recording.prefill(layer, *(torch.randn(heads, 60, 8) for heads in (4, 2, 2)))
-    recording.advance(60)
+    def random_qkv(n_tokens):
+        return (torch.randn(heads, n_tokens, 8) for heads in (4, 2, 2))
+
     try:
-        cache = make_cache(split(spec)[0], SHAPE, 48, [(0, 60)], 2, **settings_of(spec))
-        recording.replay(cache)
-        for layer in range(2):
-            q, k, v = (torch.randn(heads, 1, 8) for heads in (4, 2, 2))
-            keys, values, _ = cache.layers[layer].decode(q, k, v)
+        cache = make_cache(spec, SHAPE, 48, [(0, 60)], 2)
+        for layer in cache.layers:
+            layer.prefill(*random_qkv(60))
+            layer.keep()
+        cache.advance(60)
+        for layer in cache.layers:
+            keys, values, _ = layer.decode(*random_qkv(1))
             if keys.shape != values.shape or keys.shape[::2] != (2, 8):
                 raise ValueError(f"decode returns keys {tuple(keys.shape)} and values"
                                  f" {tuple(values.shape)}, and not (2, n, 8)")
         cache.advance(1)
-        cost(cache)
+        cache.cost()
     except Exception as error:
         message = " ".join(f"{error}".split())
         raise ValueError(f"method {spec!r}: {type(error).__name__}: {message}") from None

@@ -1,14 +1,14 @@
 """What the methods share: one prefill for all, what each costs, and two kinds of cache.
 
-A KV method is a unit, a score, a budget, and what happens to the rest. The docstring of a class of
-this package names the four. Most classes compute them in the hooks of one of two kinds of cache:
+A KV method is a unit, a score, a budget, and what happens to the rest: the docstring of each class
+names the four. Most classes compute them in the hooks of one of two kinds of cache:
 
     Evicting     keeps the most important tokens of the prompt, and drops the rest
     Paged        reads pages of tokens, chosen anew for every token, and drops nothing
     MethodCache  is under both, for methods of neither kind
 
-They show what a method keeps, not how fast it could be: nothing here is offloaded or tuned. Prefill
-is exact, also where a paper approximates it.
+They show what a method keeps, not how fast it could be: nothing is offloaded or tuned. Prefill is
+exact, also where a paper approximates it.
 
 Shapes as in `cache.py`: H query heads, H_kv KV heads, G query heads that share one, T prompt
 tokens, D channels. `kv` is keys and values side by side (H_kv, n, 2, D).
@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from model import FullCache
 from sentencekv import token_importance
 
 WINDOW = 32  # SnapKV's observation window: the last queries of the prompt, always kept
@@ -86,8 +87,7 @@ class Recording:
         return cache
 
     def document_and_last_queries(self, n_document: int) -> "Recording":
-        """For a method that evicts: the document, and then the question's last 32 tokens, as its
-        observation window."""
+        """The document, and as its observation window the last 32 tokens of a question after it."""
         shown = Recording()
         parts = [*range(n_document), *range(self.num_tokens - WINDOW, self.num_tokens)]
         shown.qkv = [tuple(x[:, parts] for x in tensors) for tensors in self.qkv]
@@ -99,8 +99,8 @@ SHARED = []  # functions that remember their results
 
 
 def shared(function):
-    """Compute once for all methods and budgets. The arguments are the tensors of a recording
-    themselves: a slice of one would be another object."""
+    """Compute once for all methods and budgets. The arguments are a recording's own tensors: a
+    slice would be another object."""
     SHARED.append(lru_cache(maxsize=64)(function))
     return SHARED[-1]
 
@@ -140,6 +140,19 @@ def group_logits(q, keys):
     return logits.float().unflatten(1, (-1, q.shape[1]))
 
 
+def token_attention(q, keys):
+    """What one token pays to each key, the mean of the group: q (H, 1, D) -> (H_kv, m)"""
+    return group_logits(q, keys).softmax(dim=-1).mean(dim=(1, 2))
+
+
+def latest_attention(q, k, n: int):
+    """What each of the prompt's last `n` tokens pays to all of it, float32 (H_kv, G, n, T)."""
+    n_tokens = k.shape[1]
+    first = max(n_tokens - n, 0)
+    future = torch.arange(n_tokens) > torch.arange(first, n_tokens)[:, None]
+    return group_logits(q[:, first:], k).masked_fill(future, -math.inf).softmax(dim=-1)
+
+
 def take(x, index):
     """x (H_kv, n, ...), index (H_kv, m) into n, each head's own -> (H_kv, m, ...)"""
     return x[torch.arange(len(x))[:, None], index]
@@ -161,6 +174,19 @@ def best(scores, n):
     return scores.argsort(dim=-1, descending=True, stable=True)[:, :n]
 
 
+class Full(FullCache):
+    """Everything is attended to."""
+
+    name, label = "full", "full cache"
+    budgeted, reads_on = False, True
+
+    def __init__(self, model_config, budget: int, spans: list, max_new_tokens: int):
+        super().__init__(model_config, spans[-1][1] + max_new_tokens, "cpu", torch.float32)
+
+    def cost(self) -> Cost:
+        return Cost(self.num_tokens, 0, self.num_tokens, self.num_tokens)
+
+
 class MethodCache:
     """A cache with the protocol of `model.FullCache` that tells what it costs.
 
@@ -172,8 +198,10 @@ class MethodCache:
     keeps_all = False  # True: tokens that are not held are kept elsewhere
     dense_layers = 0  # of so many first layers everything is attended to
 
-    def __init__(self, model_config, budget: int, spans: list):
-        """`spans` are the sentences of the prompt, (start, end) in tokens."""
+    def __init__(self, model_config, budget: int, spans: list, max_new_tokens: int, **settings):
+        """`spans` are the sentences of the prompt, (start, end) in tokens. At most `max_new_tokens`
+        will follow. Settings replace class attributes."""
+        vars(self).update(settings)
         self.model_config, self.spans = model_config, spans
         self.n_layers, self.n_kv_heads, _ = model_config.kv_shape
         self.budget, self.num_tokens = budget, 0
@@ -182,6 +210,10 @@ class MethodCache:
             for name, declared in inspect.get_annotations(kind).items():
                 if declared is PerLayer:
                     setattr(self, name, [None] * self.n_layers)
+        self.prepare()
+
+    def prepare(self):
+        """Compute what follows from the budget and the settings."""
 
     @property
     def layers(self) -> list:
@@ -222,8 +254,7 @@ class MethodCache:
         return []
 
     def bookkeeping(self) -> list:
-        """Tensors that must be on the device besides keys, values and index, of all layers: 32 bits
-        a number."""
+        """Other tensors on the device, of all layers: 32 bits a number."""
         return []
 
     def cost(self) -> Cost:
@@ -245,16 +276,16 @@ class MethodCache:
 
 
 class Evicting(MethodCache):
-    """Keeps the prompt's most important tokens and its last ones, and forgets the others.
+    """Keeps the prompt's most important tokens and its last 32, and forgets the others.
 
-    A subclass says what is important, and perhaps how many tokens each head keeps. The last 32
-    tokens of the prompt always stay. Budgets are strict while writing too, where papers let a cache
-    grow: a new token replaces the least important token of the prompt, and when only half of the
-    budget is left for the prompt, the oldest of the recent tokens. Grouped query heads share one
-    choice, by the mean of their scores.
+    Budgets are strict while writing too, where papers let a cache grow: a new token replaces the
+    least important token of the prompt, and when only half of the budget is left for the prompt,
+    the oldest of the recent tokens. Grouped query heads share one choice, by the mean of their
+    scores.
     """
 
     window = WINDOW
+    sees = "question"  # or "nothing": whose queries are the window, in `benchmarks.requests`
     kept_size = 1.0  # bytes of a kept token, as a part of one of 16 bits
     prompt: PerLayer  # (kv, importance), until all layers are known
     kept: PerLayer  # (H_kv, n, 2, D), the most important first
@@ -304,7 +335,7 @@ class Evicting(MethodCache):
     def advance(self, n_tokens):
         if self.num_tokens == 0:
             self.decide()
-        self.num_tokens += n_tokens
+        super().advance(n_tokens)
 
     def decide(self):
         """All layers have read the prompt: keep what is important."""
@@ -312,10 +343,15 @@ class Evicting(MethodCache):
         self.prompt = []
         scores = self.by_unit(list(scores))
         for layer, (kv, score, rooms) in enumerate(zip(prompt, scores, self.budgets(scores))):
-            self.totals[layer] = rooms + self.window
-            self.kept_at[layer] = best(score, self.fit(rooms).max())
-            self.kept[layer] = self.shrink(layer, take(kv, self.kept_at[layer]))
-            self.recent[layer] = kv[:, score.shape[1] :]
+            n_earlier = score.shape[1]
+            self.totals[layer], self.recent[layer] = rooms + self.window, kv[:, n_earlier:]
+            self.choose(layer, kv[:, :n_earlier], score, rooms)
+
+    def choose(self, layer, kv, score, rooms):
+        """Keep the best of the tokens before the window, kv (H_kv, n, 2, D) with their score
+        (H_kv, n): for each head, what fits where `rooms` (H_kv,) of 16 bits would."""
+        self.kept_at[layer] = best(score, self.fit(rooms).max())
+        self.kept[layer] = self.shrink(layer, take(kv, self.kept_at[layer]))
 
     def fit(self, room):
         """How many kept tokens fit where so many of 16 bits would. (H_kv,)"""
@@ -359,8 +395,7 @@ class Evicting(MethodCache):
 
 
 class Paged(MethodCache):
-    """Pages of tokens, chosen anew for every token; nothing is forgotten. The page being filled is
-    always read. A page is known by `summary`, in place of its keys."""
+    """Pages of tokens, chosen anew for every token. The page being filled is always read."""
 
     keeps_all = True
     page = 16  # tokens
@@ -369,7 +404,7 @@ class Paged(MethodCache):
     recent: PerLayer  # (H_kv, n, 2, D), the page being filled
 
     def summary(self, layer, keys):
-        """Of keys (H_kv, P, page, D) -> (n, H_kv, P, D)"""
+        """What pages are known by, of keys (H_kv, P, page, D) -> (n, H_kv, P, D)"""
         raise NotImplementedError
 
     def scores(self, layer, q):

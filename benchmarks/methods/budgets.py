@@ -1,14 +1,18 @@
 """Budgets: how many tokens each layer and each head keeps, at the same mean."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 from benchmarks.methods.base import (WHOLE, Evicting, PerLayer, attention_received, best,
-                                     group_logits)
+                                     group_logits, latest_attention)
 from benchmarks.methods.evict_prompt import SnapKV, StreamingLLM
 from model import apply_rope, rope_table
+
+
+def best_by_row(scores, n):
+    """How many of the n highest of all scores (R, m) are in each row (R,)."""
+    order = scores.flatten().argsort(descending=True, stable=True)[:n]
+    return (order // max(scores.shape[1], 1)).bincount(minlength=len(scores))
 
 
 class PyramidKV(SnapKV):
@@ -19,7 +23,6 @@ class PyramidKV(SnapKV):
     """
 
     name, label = "pyramidkv", "PyramidKV"
-    coarseness = 4
 
     def layer_budget(self, layer):
         room = self.budget - self.window
@@ -37,16 +40,13 @@ class AdaKV(SnapKV):
     """
 
     name, label = "adakv", "Ada-KV"
-    coarseness = 1
     reads_on = False
     evenly = 0.2
 
     def budgets(self, scores):
         rooms = []
         for score, even in zip(scores, super().budgets(scores)):
-            n_best = min(int(even.sum()), score.numel())
-            heads = best(score.reshape(1, -1), n_best)[0] // max(score.shape[1], 1)
-            places = heads.bincount(minlength=len(score))
+            places = best_by_row(score, int(even.sum()))
             rooms.append(((1 - self.evenly) * places + self.evenly * even).long())
         return self.spread(rooms)
 
@@ -72,16 +72,11 @@ class PrefixKV(Evicting):
         """A token is kept if the better tokens of its layer have a share below p. So all tokens are
         sorted by that share."""
         total = sum(int(rooms[0]) for rooms in super().budgets(scores))
-        better = []  # for each layer (n,)
-        for score in scores:
-            shares = score[0].sort(descending=True).values
-            shares = shares.where(shares < 2, shares - 2)
-            better.append(shares.cumsum(dim=0) - shares)
-            better[-1][:4] = -1
-        first = torch.cat(better).argsort(stable=True)[:total]
-        layers = torch.cat([torch.full((len(x),), layer) for layer, x in enumerate(better)])
-        n_tokens = layers[first].bincount(minlength=self.n_layers)
-        return self.spread([n.expand(self.n_kv_heads) for n in n_tokens])
+        shares = torch.stack([score[0] for score in scores]).sort(descending=True).values  # (L, n)
+        shares = shares.where(shares < 2, shares - 2)
+        better = shares.cumsum(dim=1) - shares
+        better[:, :4] = -1
+        return self.spread([n.expand(self.n_kv_heads) for n in best_by_row(-better, total)])
 
 
 class DBudgetKV(SnapKV):
@@ -99,7 +94,7 @@ class DBudgetKV(SnapKV):
     rows: PerLayer  # (H, T) the last query's attention
 
     def importance(self, layer, q, k, v):
-        self.rows[layer] = group_logits(q[:, -1:], k).softmax(dim=-1).flatten(0, 2)
+        self.rows[layer] = latest_attention(q, k, 1).flatten(0, 2)
         return super().importance(layer, q, k, v)
 
     def budgets(self, scores):
@@ -132,20 +127,16 @@ class KVCompress(Evicting):
     block = 16
 
     def importance(self, layer, q, k, v):
-        n_tokens, first = k.shape[1], max(k.shape[1] - self.window, 0)
-        logits = group_logits(q[:, first:], k)  # (H_kv, G, W, T)
-        future = torch.arange(n_tokens) > torch.arange(first, n_tokens)[:, None]
-        attention = logits.masked_fill(future, -math.inf).softmax(dim=-1)
-        received = attention.square().sum(dim=(1, 2))[:, :first]
-        return F.max_pool1d(received, 7, stride=1, padding=3) if first else received
+        received = latest_attention(q, k, self.window).square().sum(dim=(1, 2))  # (H_kv, T)
+        earlier = received[:, : max(k.shape[1] - self.window, 0)]
+        return F.max_pool1d(earlier, 7, stride=1, padding=3) if earlier.numel() else earlier
 
     def budgets(self, scores):
         n_blocks = sum(int(rooms.sum()) for rooms in super().budgets(scores)) // self.block
         costs = torch.stack([score.sort(dim=-1, descending=True).values[:, :: self.block]
                              for score in scores])  # (L, H_kv, blocks)
-        kept = torch.zeros(costs.numel(), dtype=torch.long)
-        kept[costs.flatten().argsort(descending=True, stable=True)[:n_blocks]] = self.block
-        return self.spread(list(kept.view_as(costs).sum(dim=-1)))
+        kept = self.block * best_by_row(costs.flatten(0, 1), n_blocks)
+        return self.spread(list(kept.view(costs.shape[:2])))
 
 
 class DuoHeads(StreamingLLM):
@@ -158,7 +149,6 @@ class DuoHeads(StreamingLLM):
     """
 
     name, label = "duo_heads", "DuoAttention's split, untrained"
-    coarseness = 2
     reads_on = False
     positions = 500
     looks: PerLayer  # (H_kv,) how far back each head looks

@@ -16,14 +16,13 @@ class ThinK(SnapKV):
     """
 
     name, label = "think", "ThinK"
-    coarseness = 2
     keep = 0.6
     dropped: PerLayer  # (H_kv, D) bool
 
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.n_kept = round(self.keep * model_config.head_dim)
-        self.kept_size = (1 + self.n_kept / model_config.head_dim) / 2
+    def prepare(self):
+        dim = self.model_config.head_dim
+        self.n_kept = round(self.keep * dim)
+        self.kept_size = (1 + self.n_kept / dim) / 2
 
     def importance(self, layer, q, k, v):
         queries = q[:, -self.window :].unflatten(0, (len(k), -1))

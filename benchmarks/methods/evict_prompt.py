@@ -70,18 +70,22 @@ class ChunkKV(SnapKV):
     pool, chunk, reuse = 1, 10, 2
 
     def by_unit(self, scores):
-        sums = [chunk_sums(score.sum(dim=0), self.chunk) for score in scores[:: self.reuse]]
-        return [sums[layer // self.reuse].expand(self.n_kv_heads, -1)
+        chosen = [at_places(score.split(self.chunk, dim=1), self.score_of)
+                  for score in scores[:: self.reuse]]
+        return [chosen[layer // self.reuse].expand(self.n_kv_heads, -1)
                 for layer in range(self.n_layers)]
 
-
-def chunk_sums(scores, size):
-    """The sum of each `size` of scores (n,), at every one of their places (n,)."""
-    chunks = F.pad(scores, (0, -len(scores) % size)).view(-1, size)
-    return chunks.sum(dim=-1).repeat_interleave(size)[: len(scores)]
+    def score_of(self, chunk):
+        """One number for a chunk (H_kv, n), which can be short."""
+        return chunk.sum(dim=0).sum()
 
 
-class WindowKV(SnapKV):
+def at_places(units, score_of):
+    """The score of each unit (..., n) at the places of its tokens."""
+    return torch.cat([score_of(unit).expand(unit.shape[-1]) for unit in units])
+
+
+class WindowKV(ChunkKV):
     """Windows of neighbours, chosen once for a group of layers. 2503.17922 (its code's QA mode).
 
     Unit: 8 tokens of all heads. Score: attention from the last 32 queries, the mean of a window's 4
@@ -91,25 +95,19 @@ class WindowKV(SnapKV):
     """
 
     name, label = "windowkv", "WindowKV"
-    pool, size, best_tokens, group = 1, 8, 4, 6
+    chunk, reuse, best_tokens = 8, 6, 4
 
-    def by_unit(self, scores):
-        chosen = []
-        for score in scores[:: self.group]:
-            means = []
-            for window in score.split(self.size, dim=1):  # the last may be short
-                highest = window.topk(min(self.best_tokens, window.shape[1])).values
-                means.append(highest.mean(dim=1).mean().expand(window.shape[1]))
-            chosen.append(torch.cat(means).expand(self.n_kv_heads, -1))
-        return [chosen[layer // self.group] for layer in range(self.n_layers)]
+    def score_of(self, window):
+        highest = window.topk(min(self.best_tokens, window.shape[1])).values
+        return highest.mean(dim=1).mean()
 
     def layer_budget(self, layer):
         """The groups' mean is the budget, except for what the last group's size changes."""
         room, last = self.budget - self.window, 8 / 14 * (self.budget - self.window)
-        n_groups = math.ceil(self.n_layers / self.group)
+        n_groups = math.ceil(self.n_layers / self.reuse)
         step = 2 * (room - last) / max(n_groups - 1, 1)
         first = 2 * room - last if n_groups > 1 else room
-        return self.window + int(first - step * (layer // self.group))
+        return self.window + int(first - step * (layer // self.reuse))
 
 
 class ShotKV(SnapKV):
@@ -126,10 +124,8 @@ class ShotKV(SnapKV):
 
     def by_unit(self, scores):
         received = torch.stack(scores).mean(dim=(0, 1))  # (n,)
-        ends = [end for _, end in self.spans if end < len(received)]
-        shots = received.tensor_split(ends)
-        means = [shot.mean().expand(len(shot)) for shot in shots if len(shot)]
-        means = torch.cat([received[:0], *means])
+        shots = received.tensor_split([end for _, end in self.spans if end < len(received)])
+        means = at_places(shots, torch.mean)
         return [means.expand(self.n_kv_heads, -1)] * self.n_layers
 
 

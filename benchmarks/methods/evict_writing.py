@@ -6,10 +6,17 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.methods.base import (MethodCache, PerLayer, append, attention_received, best,
-                                     group_logits, take)
+                                     group_logits, latest_attention, take, token_attention)
 
 
-class H2O(MethodCache):
+class Writing(MethodCache):
+    """What is kept is cut to the budget again for every token that is written."""
+
+    reads_on = False
+    kept: PerLayer  # (H_kv, n, 2, D)
+
+
+class H2O(Writing):
     """Heavy hitters and the latest. 2306.14048.
 
     Unit: token. Score: attention received from all queries so far. Budget: the same in all heads,
@@ -17,13 +24,10 @@ class H2O(MethodCache):
     """
 
     name, label = "h2o", "H2O"
-    reads_on = False
-    kept: PerLayer  # (H_kv, n, 2, D), the latest last
-    received: PerLayer  # (H_kv, n)
+    received: PerLayer  # (H_kv, n) by each of the kept, the latest last
 
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.latest = budget // 2
+    def prepare(self):
+        self.latest = self.budget // 2
 
     def prefill(self, layer, q, k, v):
         received, n_earlier = attention_received(q, k), max(k.shape[1] - self.latest, 0)
@@ -36,10 +40,9 @@ class H2O(MethodCache):
 
     def attend_to(self, layer, q, k, v):
         kv, received = self.make_room(self.kept[layer], self.received[layer])
-        kv = append(kv, k, v)
-        keys, values = kv.unbind(dim=2)
-        attention = group_logits(q, keys).softmax(dim=-1).mean(dim=(1, 2))  # (H_kv, n)
-        self.kept[layer], self.received[layer] = kv, F.pad(received, (0, 1)) + attention
+        self.kept[layer] = append(kv, k, v)
+        keys, values = self.kept[layer].unbind(dim=2)
+        self.received[layer] = F.pad(received, (0, 1)) + token_attention(q, keys)
         return keys, values, None
 
     def bookkeeping(self):
@@ -51,12 +54,12 @@ class H2O(MethodCache):
         if n_tokens < self.budget:
             return kv, received
         victim = received[:, : n_tokens + 1 - self.latest].argmin(dim=-1, keepdim=True)
-        left = torch.arange(n_tokens - 1).expand(len(kv), -1)
-        left = left + (left >= victim)
-        return take(kv, left), received.gather(-1, left)
+        left = torch.arange(n_tokens - 1)
+        left = left + (left >= victim)  # (H_kv, n - 1)
+        return take(kv, left), take(received, left)
 
 
-class MorphKV(MethodCache):
+class MorphKV(Writing):
     """What the last few tokens attend to, asked anew at every step. 2503.00979 (`sum_fused`).
 
     Unit: token. Score: logits of the 32 queries before the new token's, summed over a group; their
@@ -66,28 +69,24 @@ class MorphKV(MethodCache):
     """
 
     name, label = "morphkv", "MorphKV"
-    reads_on = False
     latest = 32
-    kept: PerLayer  # (H_kv, n, 2, D), the latest last
     queries: PerLayer  # (H, latest, D)
 
     def prefill(self, layer, q, k, v):
         self.queries[layer] = q[:, -self.latest :]
-        kv = torch.stack((k, v), dim=2)
-        self.kept[layer] = self.fit(kv, self.queries[layer], self.budget - 1)
+        self.kept[layer] = self.fit(layer, torch.stack((k, v), dim=2))
         return k, v
 
     def attend_to(self, layer, q, k, v):
-        kv = self.fit(self.kept[layer], self.queries[layer], self.budget - 1)
-        self.kept[layer] = kv = append(kv, k, v)
+        self.kept[layer] = append(self.fit(layer, self.kept[layer]), k, v)
         self.queries[layer] = torch.cat((self.queries[layer], q), dim=1)[:, -self.latest :]
-        return *kv.unbind(dim=2), None
+        return *self.kept[layer].unbind(dim=2), None
 
-    def fit(self, kv, queries, size):
-        """The best `size` of kv, with the latest, in order."""
-        n_tokens = kv.shape[1]
+    def fit(self, layer, kv):
+        """The best of kv, with the latest, in order: one place of the budget is left."""
+        n_tokens, size = kv.shape[1], self.budget - 1
         n_latest = min(self.latest, size, n_tokens)
-        logits = group_logits(queries, kv[:, : n_tokens - n_latest, 0]).sum(dim=1)
+        logits = group_logits(self.queries[layer], kv[:, : n_tokens - n_latest, 0]).sum(dim=1)
         scores = logits.softmax(dim=-1).sum(dim=1)  # (H_kv, n)
         older = best(scores, size - n_latest).sort(dim=-1).values
         latest = torch.arange(n_tokens - n_latest, n_tokens).expand(len(kv), -1)
@@ -98,7 +97,7 @@ class MorphKV(MethodCache):
         return self.queries
 
 
-class CORM(MethodCache):
+class CORM(Writing):
     """Tokens that none of the last 256 queries found important. 2404.15949.
 
     Unit: token of a head. Score: whether attention at step t was at least 1/t in one of the last
@@ -108,33 +107,27 @@ class CORM(MethodCache):
     """
 
     name, label = "corm", "CORM"
-    budgeted = reads_on = False
+    budgeted = False
     latest = 256
-    kept: PerLayer  # (H_kv, n, 2, D), dropped tokens are zeros
-    needed: PerLayer  # (H_kv, n) the last t that needed it; -1: dropped
+    needed: PerLayer  # (H_kv, n) the last t that needed each of the kept; -1: dropped, and zero
 
     def prefill(self, layer, q, k, v):
-        n_tokens, first = k.shape[1], max(k.shape[1] - self.latest, 0)
-        t = torch.arange(first, n_tokens)[:, None]  # of each query, from 0
-        logits = group_logits(q[:, first:], k)
-        attention = logits.masked_fill(torch.arange(n_tokens) > t, -math.inf).softmax(dim=-1)
+        attention = latest_attention(q, k, self.latest)  # (H_kv, G, W, T)
+        t = torch.arange(k.shape[1])[-attention.shape[2] :, None]  # of each query, from 0
         important = (attention >= 1 / (t + 1)).any(dim=1)  # (H_kv, W, T)
         needed = torch.where(important, t, -1).amax(dim=1)  # (H_kv, T)
-        needed[:, first:] = needed[:, first:].maximum(t.T)  # the latest stay
-        self.kept[layer], self.needed[layer] = torch.stack((k, v), dim=2), needed
-        self.drop(layer)
+        needed[:, -len(t) :] = needed[:, -len(t) :].maximum(t.T)  # the latest stay
+        self.forget(layer, torch.stack((k, v), dim=2), needed)
         return k, v
 
     def bookkeeping(self):
         return self.needed
 
-    def drop(self, layer):
+    def forget(self, layer, kv, needed):
         """Make the dropped zero, and cut off those that no head holds."""
-        needed = self.needed[layer]
         held = (needed >= 0).any(dim=0)
-        kv, needed = self.kept[layer][:, held], needed[:, held]
-        self.kept[layer] = kv.masked_fill((needed < 0)[..., None, None], 0)
-        self.needed[layer] = needed
+        kv, self.needed[layer] = kv[:, held], needed[:, held]
+        self.kept[layer] = kv.masked_fill((self.needed[layer] < 0)[..., None, None], 0)
 
     def attend_to(self, layer, q, k, v):
         t = self.num_tokens  # of this token, from 0
@@ -145,13 +138,11 @@ class CORM(MethodCache):
         important = (attention >= 1 / (t + 1)).any(dim=1).squeeze(1)  # (H_kv, n)
         needed = needed.masked_fill(important, t)
         # The latest count as needed when they were written: one rule for both.
-        needed = needed.masked_fill(needed <= t - self.latest, -1)
-        self.kept[layer], self.needed[layer] = kv, needed
-        self.drop(layer)
+        self.forget(layer, kv, needed.masked_fill(needed <= t - self.latest, -1))
         return *kv.unbind(dim=2), seen
 
 
-class CascadingKV(MethodCache):
+class CascadingKV(Writing):
     """Buffers that each take every second token that falls out of the one before. 2406.17808.
 
     Unit: token. Score: mean attention so far. Budget: the same in all heads, in sinks and N equal
@@ -162,17 +153,13 @@ class CascadingKV(MethodCache):
     """
 
     name, label = "cascading", "Cascading KV"
-    reads_on = False
     sinks, buffers = 4, 4
-    kept: PerLayer  # (H_kv, n, 2, D)
     scores: PerLayer  # (H_kv, n) attention received, and
     counts: PerLayer  # (H_kv, n) from how many queries
     order: PerLayer  # for every buffer (H_kv, m) of n, the oldest first
 
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.size = (budget - self.sinks) // self.buffers
-        self.step = 0  # tokens that came into the first buffer
+    def prepare(self):
+        self.size = (self.budget - self.sinks) // self.buffers
 
     def prefill(self, layer, q, k, v):
         self.kept[layer] = torch.stack((k, v), dim=2)
@@ -181,27 +168,25 @@ class CascadingKV(MethodCache):
         return k, v
 
     def advance(self, n_tokens):
-        if self.num_tokens > 0:
-            self.step += 1
-        else:  # the prompt's tokens come one by one, for all layers at once
+        if self.num_tokens == 0:  # the prompt's tokens come one by one, for all layers at once
             means = torch.cat(self.scores) / torch.cat(self.counts)  # (L * H_kv, T)
             buffers = [torch.empty(len(means), 0, dtype=torch.long)] * self.buffers
-            for token in range(self.sinks, n_tokens):
-                buffers = self.push(buffers, torch.full((len(means), 1), token), means)
-                self.step += 1
+            for position in range(self.sinks, n_tokens):
+                token = torch.full((len(means), 1), position)
+                buffers = self.push(buffers, token, means, position)
             parts = [buffer.split(self.n_kv_heads) for buffer in buffers]
             for layer, order in enumerate(zip(*parts)):
                 self.compact(layer, order)
-        self.num_tokens += n_tokens
+        super().advance(n_tokens)
 
-    def push(self, buffers, token, means) -> list:
+    def push(self, buffers, token, means, position: int) -> list:
         """Put `token` (n, 1) into the first of buffers (n, m), what falls out into the next."""
         buffers, filling = list(buffers), buffers[-1].shape[1] < self.size
         for i, buffer in enumerate(buffers):
             if buffer.shape[1] < self.size:
                 buffers[i] = torch.cat((buffer, token), dim=1)
                 break
-            if self.step % 2**i and not filling:
+            if (position - self.sinks) % 2**i and not filling:
                 newest = buffer[:, -1:]
                 better = means.gather(1, token) >= means.gather(1, newest)
                 buffers[i] = torch.cat((buffer[:, :-1], token.where(better, newest)), dim=1)
@@ -228,8 +213,8 @@ class CascadingKV(MethodCache):
         self.counts[layer] = F.pad(self.counts[layer], (0, 1), value=1e-9)  # it had no query yet
         new = torch.full((len(k), 1), self.kept[layer].shape[1] - 1)
         means = self.scores[layer] / self.counts[layer]
-        self.compact(layer, self.push(self.order[layer], new, means))
+        self.compact(layer, self.push(self.order[layer], new, means, self.num_tokens))
         keys, values = self.kept[layer].unbind(dim=2)
-        self.scores[layer] = self.scores[layer] + group_logits(q, keys).softmax(-1).mean((1, 2))
+        self.scores[layer] = self.scores[layer] + token_attention(q, keys)
         self.counts[layer] = self.counts[layer] + 1
         return keys, values, None

@@ -23,8 +23,7 @@ class KVSharer(MethodCache):
     n_shared = 4
     kv: PerLayer  # (H_kv, n, 2, D); None: shared
 
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
+    def prepare(self):
         self.source = list(range(self.n_layers))  # the layer whose kv each layer reads
 
     def prefill(self, layer, q, k, v):

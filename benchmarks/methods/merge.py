@@ -27,18 +27,14 @@ class KVMerger(SnapKV):
     reads_on = False
     pool, sigma, whole = 1, 5.0, 4
 
-    def decide(self):
-        prompt, self.prompt = self.prompt, []
-        for layer, ((kv, score), rooms) in enumerate(zip(prompt, self.budgets([]))):
-            n_earlier, room = score.shape[1], int(rooms[0])
-            self.totals[layer], self.recent[layer] = rooms + self.window, kv[:, n_earlier:]
-            order = best(score, n_earlier)
-            n_whole = n_earlier if n_earlier <= room else room // self.whole
-            self.kept_at[layer] = order[:, :n_whole]
-            others = order[:, n_whole:].sort(dim=-1).values
-            merged, counts = self.merge(take(kv, others), score.gather(-1, others), room - n_whole)
-            self.kept[layer] = torch.cat((take(kv, self.kept_at[layer]), merged), dim=1)
-            self.bias[layer] = F.pad(counts.log(), (n_whole, 0))
+    def choose(self, layer, kv, score, rooms):
+        n_tokens, room = score.shape[1], int(rooms[0])
+        n_whole = n_tokens if n_tokens <= room else room // self.whole
+        whole, others = best(score, n_tokens).tensor_split([n_whole], dim=1)
+        others = others.sort(dim=-1).values
+        merged, counts = self.merge(take(kv, others), score.gather(-1, others), room - n_whole)
+        self.kept_at[layer], self.kept[layer] = whole, torch.cat((take(kv, whole), merged), dim=1)
+        self.bias[layer] = F.pad(counts.log(), (n_whole, 0))
 
     def merge(self, kv, score, n_runs: int):
         """kv (H_kv, n, 2, D), score (H_kv, n) -> the runs (H_kv, n_runs, 2, D), the best first, and
@@ -79,9 +75,8 @@ class LESS(Evicting):
     features = 8
     state: PerLayer  # z (H_kv, R) as its log, H / z (H_kv, R, D)
 
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.window, self.dim = budget // 2, model_config.head_dim
+    def prepare(self):
+        self.window, self.dim = self.budget // 2, self.model_config.head_dim
         generator = torch.Generator().manual_seed(0)
         self.random = torch.randn(self.features, self.dim, generator=generator)
 
@@ -97,17 +92,14 @@ class LESS(Evicting):
         return x @ self.random.T - x.square().sum(dim=-1, keepdim=True) / 2 - math.log(
             self.features) / 2
 
-    def decide(self):
-        prompt = list(self.prompt)
-        super().decide()
-        for layer, (kv, score) in enumerate(prompt):
-            dropped = torch.ones_like(score, dtype=torch.bool)
-            dropped.scatter_(-1, self.kept_at[layer], False)
-            keys, values = kv[:, : score.shape[1]].unbind(dim=2)
-            logs = self.log_features(keys).masked_fill(~dropped.unsqueeze(-1), -math.inf)
-            log_z = logs.logsumexp(dim=1)  # (H_kv, R)
-            shares = (logs - log_z.unsqueeze(1)).exp().nan_to_num()  # nothing dropped: 0
-            self.state[layer] = log_z, shares.mT @ values.float()
+    def choose(self, layer, kv, score, rooms):
+        super().choose(layer, kv, score, rooms)
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, self.kept_at[layer], True)
+        keys, values = kv.unbind(dim=2)
+        logs = self.log_features(keys).masked_fill(kept.unsqueeze(-1), -math.inf)
+        log_z = logs.logsumexp(dim=1)  # (H_kv, R)
+        shares = (logs - log_z.unsqueeze(1)).exp().nan_to_num()  # nothing dropped: 0
+        self.state[layer] = log_z, shares.mT @ values.float()
 
     def attend_to(self, layer, q, k, v):
         keys, values, mask = super().attend_to(layer, q, k, v)

@@ -3,7 +3,8 @@
 import torch  # noqa: F401  the example below needs it
 
 from benchmarks.methods.evict_prompt import SnapKV
-from cache import LayerCache, SentenceKVCache
+from benchmarks.methods.sentences import SentenceKV
+from cache import LayerCache
 
 
 def quantised(kv, bits: int):
@@ -32,18 +33,16 @@ class SnapKVBits(SnapKV):
     """
 
     name, label = "snapkv_4bit", "SnapKV at 4 bits"
-    coarseness = 4
     bits = 4
 
-    def __init__(self, model_config, budget, spans):
-        super().__init__(model_config, budget, spans)
-        self.kept_size = stored_bits(self.bits, model_config.head_dim) / 16
+    def prepare(self):
+        self.kept_size = stored_bits(self.bits, self.model_config.head_dim) / 16
 
     def shrink(self, layer, kv):
         return quantised(kv, self.bits)
 
 
-class SentenceKVBits(SentenceKVCache):
+class SentenceKVBits(SentenceKV):
     """SentenceKV with 4 bits on the host.
 
     Unit, score and budget: SentenceKV's; what is attended to has the host's precision, and takes 16
@@ -53,13 +52,12 @@ class SentenceKVBits(SentenceKVCache):
     name, label = "sentencekv_4bit", "SentenceKV, 4 bits on the host"
     own_settings = {"kv_bits": 16}
 
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.prompt_row = stored_bits(self.Layer.bits, self.layers[0].packing.dim) / 16
+
     class Layer(LayerCache):
         bits = 4
-
-        @property
-        def row_size(self):
-            """Bytes of a row of the prompt on the host, as a part of one of 16 bits."""
-            return stored_bits(self.bits, self.packing.dim) / 16
 
         def make_sentences(self, kv, kept, secondary):
             return quantised(super().make_sentences(kv, kept, secondary), self.bits)

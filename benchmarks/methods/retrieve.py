@@ -8,9 +8,9 @@ import math
 import torch
 import torch.nn.functional as F
 
-from benchmarks.methods.base import (Cost, MethodCache, Paged, PerLayer, append, group_logits,
-                                     shared, sums, take)
-from model import FullCache, FullLayer
+from benchmarks.methods.base import (Cost, Full, MethodCache, Paged, PerLayer, append, shared, sums,
+                                     take, token_attention)
+from model import FullLayer
 from sentencekv import select_rows
 
 
@@ -23,7 +23,6 @@ class Quest(Paged):
     """
 
     name, label = "quest", "Quest"
-    coarseness = 16
     paper_dense = 2
 
     def summary(self, layer, keys):
@@ -43,7 +42,6 @@ class ArkVale(Quest):
     """
 
     name, label = "arkvale", "ArkVale"
-    coarseness = 32
     page, first_pages, last_pages = 32, 2, 2
 
     def summary(self, layer, keys):
@@ -69,7 +67,6 @@ class ShadowKV(Paged):
     """
 
     name, label = "shadowkv", "ShadowKV's chunks"
-    coarseness = 8
     page, local_chunks = 8, 4
     outliers: PerLayer  # (H_kv, n)
 
@@ -108,7 +105,6 @@ class ActQKV(Paged):
     """
 
     name, label = "actqkv", "ActQKV"
-    coarseness = 40
     reads_on = False
     page, best_keys = 32, 4
     queries: PerLayer  # (H_kv, page, D), the mean of a group
@@ -271,17 +267,17 @@ class ClusterKV(Clustered):
         return self.members(layer, select_rows(scores, self.sizes[layer], budget))
 
 
-class BestTokens(FullCache):
+class BestTokens(Full):
     """The ceiling of any choice of tokens.
 
     Unit: token. Score: the attention of this very token, the mean of the group's heads; it is known
     only when every key has been read. Budget: the same in all heads. Rest: kept.
     """
 
-    name, label = "best_tokens", "best tokens"
+    name, label, budgeted = "best_tokens", "best tokens", True
 
-    def __init__(self, model_config, budget, spans, max_new_tokens: int):
-        super().__init__(model_config, spans[-1][1] + max_new_tokens, "cpu", torch.float32)
+    def __init__(self, model_config, budget, spans, max_new_tokens):
+        super().__init__(model_config, budget, spans, max_new_tokens)
         self.budget = budget
         self.layers = [BestTokensLayer(layer.kv, budget) for layer in self.layers]
 
@@ -298,6 +294,6 @@ class BestTokensLayer(FullLayer):
 
     def decode(self, q, k, v):
         keys, values, _ = super().decode(q, k, v)
-        attention = group_logits(q, keys).softmax(dim=-1).mean(dim=(1, 2))
-        chosen = attention.topk(min(self.budget, keys.shape[1]), dim=-1).indices
+        n = min(self.budget, keys.shape[1])
+        chosen = token_attention(q, keys).topk(n, dim=-1).indices
         return take(keys, chosen), take(values, chosen), None

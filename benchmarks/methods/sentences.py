@@ -1,9 +1,8 @@
-"""SentenceKV itself, and what it could know: sentences by other vectors or by every key.
+"""SentenceKV itself, and what it could know: sentences by every key in place of a vector.
 
-`sentencekv` is `cache.SentenceKVCache`. The classes here have layers with another score. Place 0 of
-a layer's table stands for all sinks, which are selected whatever their score is: a score computes
-it with lengths of 0, or leaves it at 0. All but `sentencekv` have 16 bits a channel: these classes
-take rows and vectors as they are, and do not unpack them.
+Two classes here have layers with another score. Place 0 of a layer's table stands for all sinks,
+which are selected whatever their score is. All but `sentencekv` have 16 bits a channel: these
+classes take rows and vectors as they are, and do not unpack them.
 """
 
 import math
@@ -14,13 +13,14 @@ import torch.nn.functional as F
 
 from benchmarks.methods.base import Cost
 from cache import NO_ROW, LayerCache, SentenceKVCache
+from sentencekv import SentenceKVConfig
 
 # `published` has the authors' settings: 32 sinks are their code's, the paper has none; the paper's
 # keep_factor is 1 to 5. But its sentences, its one choice per KV head and its sinks, the first
 # tokens, are those of this project. `plain` has the Gaussian score, and keeps everything.
 PLAIN = {"query_decay": 1.0, "secondary_sinks": 0, "sentence_limit": 128, "kv_bits": 16}
 LAST_QUERY = {"query_decay": 0.0, "kv_bits": 16}
-VARIANTS = {  # of SentenceKVCache: label, settings
+VARIANTS = {  # of SentenceKV: label, settings
     "sentencekv": ("SentenceKV, ours", {}),
     "sentencekv_16bit": ("SentenceKV, ours, 16 bits", {"kv_bits": 16}),
     "published": ("SentenceKV as published, r = 2",
@@ -30,31 +30,46 @@ VARIANTS = {  # of SentenceKVCache: label, settings
 }
 
 
-def cost(cache: SentenceKVCache) -> Cost:
-    """On the device are the slots, and the table of sentences or what a layer has in its place. The
-    table has no spare places here. Bytes are counted as in bfloat16."""
-    layer, plan = cache.layers[0], cache.plan
-    packing = layer.packing
-    in_slots = torch.stack([layer.slot_row < NO_ROW for layer in cache.layers]).sum(dim=-1)
-    held = plan.in_window.sum().item() + in_slots.float().mean().item()
-    held = min(held, cache.config.token_budget)  # the next token's window can be one longer
-    packed = packing.width / (2 * packing.dim) if packing.bits == 8 else 1.0  # size of a row
-    n_first = len(layer.host.first)  # rows of the prompt, which may take fewer bits
-    n_rows = n_first * getattr(layer, "row_size", packed) + (plan.open_row - n_first) * packed
+class SentenceKV(SentenceKVCache):
+    """`cache.SentenceKVCache` with what a method needs besides. Settings are those of
+    SentenceKVConfig, and what the prompt is cut into: `spans` are such units."""
 
-    token, n_sentences = 4 * packing.dim, plan.n_places - 1  # bytes of 16 bits a channel
-    marks = sum(x[0].nbytes for x in (layer.slot_row, layer.slot_place, layer.slot_missing))
-    device = layer.slots.shape[1] * packed + marks / token
-    device += 4 * (packing.bits == 8)  # mean and deviation, in 32 bits
-    if hasattr(layer, "index_tokens"):
-        index = layer.index_tokens()
-        device += index
-    else:  # a vector and a variance of 16 bits, which are read
-        with_vectors = mean("vectors" in layer.TABLE for layer in cache.layers)
-        index = with_vectors * n_sentences * (packed / 2 + 2 / token)
-        place = mean(map(place_bytes, cache.layers))
-        device += plan.n_places * (with_vectors * packed / 2 + place / token)
-    return Cost(held * packed, n_rows + index, held * packed + index, device)
+    budgeted = reads_on = True
+    unit = "sentence"  # see `engine.units`
+
+    def __init__(self, model_config, budget, spans, max_new_tokens, unit=unit, **settings):
+        if "score" in settings and self.Layer is not LayerCache:
+            raise ValueError(f"method {self.name!r} has a score of its own")
+        super().__init__(SentenceKVConfig(token_budget=budget, **settings), model_config,
+                         spans[-1][1] + max_new_tokens, "cpu", torch.float32)
+        self.expect(spans)
+        packing = self.layers[0].packing
+        self.token_bytes = 4 * packing.dim  # of 16 bits a channel
+        # Tokens of 16 bits that take as much as a row: one that was written, one of the prompt.
+        self.row = packing.width / (2 * packing.dim) if packing.bits == 8 else 1.0
+        self.prompt_row = self.row
+
+    def cost(self) -> Cost:
+        """As in bfloat16. On the device are the slots, and what `index` says."""
+        layer, plan = self.layers[0], self.plan
+        in_slots = torch.stack([layer.slot_row < NO_ROW for layer in self.layers]).sum(dim=-1)
+        held = plan.in_window.sum().item() + in_slots.float().mean().item()
+        held = self.row * min(held, self.config.token_budget)  # the next window can be longer
+        n_first, (index, table) = len(layer.host.first), self.index()
+        n_rows = n_first * self.prompt_row + (plan.open_row - n_first) * self.row
+        marks = sum(x[0].nbytes for x in (layer.slot_row, layer.slot_place, layer.slot_missing))
+        device = layer.slots.shape[1] * self.row + marks / self.token_bytes
+        device += 4 * (layer.packing.bits == 8)  # mean and deviation, in 32 bits
+        return Cost(held, n_rows + index, held + index, device + table)
+
+    def index(self) -> tuple:
+        """Tokens that are read to choose: of each sentence, vector and variance. And tokens on the
+        device: a table without spare places."""
+        vector, n_places = self.row / 2, self.plan.n_places
+        with_vectors = mean("vectors" in layer.TABLE for layer in self.layers)
+        place = mean(map(place_bytes, self.layers))
+        return (with_vectors * (n_places - 1) * (vector + 2 / self.token_bytes),
+                n_places * (with_vectors * vector + place / self.token_bytes))
 
 
 def place_bytes(layer) -> float:
@@ -63,13 +78,17 @@ def place_bytes(layer) -> float:
     return sum(table[:, :1].nbytes for table in tables) / layer.host.heads
 
 
-class BestSentences(SentenceKVCache):
+class BestSentences(SentenceKV):
     """The ceiling of a choice of sentences: ranked by this token's mean attention to their rows.
 
     It reads every key, which no method may; a choice of whole sentences can hardly do better.
     """
 
     name, label, own_settings = "best_sentences", "best sentences", LAST_QUERY
+    key = 1 / 2  # tokens of 16 bits that take as much as what is known of a key
+
+    def index(self):
+        return (self.key * self.plan.open_row,) * 2
 
     class Layer(LayerCache):
         def __init__(self, *args):
@@ -91,9 +110,6 @@ class BestSentences(SentenceKVCache):
             super().truncate(n_places)
             self.seen = None  # another text can have as many rows
 
-        def index_tokens(self):
-            return self.plan.open_row / 2
-
         def score(self, q):
             """What a row that may be selected receives from one token's queries: the mean of each
             sentence."""
@@ -104,7 +120,7 @@ class BestSentences(SentenceKVCache):
             return (received / (end_rows - self.starts).clamp(min=1)).float()
 
 
-class TwoBitKeys(SentenceKVCache):
+class TwoBitKeys(BestSentences):
     """SentenceKV that knows every key at 2 bits a channel, in place of a vector a sentence.
 
     A sentence's score is the attention that its rows would receive. It shows what a vector gives
@@ -112,6 +128,7 @@ class TwoBitKeys(SentenceKVCache):
     """
 
     name, label, own_settings = "two_bit_keys", "2-bit keys", {"kv_bits": 16}
+    key = 1 / 16
 
     class Layer(BestSentences.Layer):
         # The four levels that lose least of a Gaussian channel, and where they meet, in deviations.
@@ -126,6 +143,3 @@ class TwoBitKeys(SentenceKVCache):
         def known(self, keys):
             level = torch.bucketize(((keys - self.mean) / self.deviation).contiguous(), self.edges)
             return self.mean + self.deviation * self.levels[level]
-
-        def index_tokens(self):
-            return self.plan.open_row / 16

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import TINY, random_ids, random_llama, random_spans
 
-from benchmarks.methods import (KNOWN, METHODS, PUBLISHED, cost, has_budget,  # noqa: F401
-                                make_cache, reads_on, settings_of, try_out)
+from benchmarks.methods import (METHODS, PUBLISHED, class_of, make_cache,  # noqa: F401
+                                settings_of, try_out)
 from benchmarks.methods.base import Cost, Evicting, Recording  # noqa: F401  for the tests
 
 BUDGET, N_PROMPT, N_LONG, N_NEW, WINDOW = 72, 150, 300, 70, 32
@@ -23,11 +23,13 @@ GROUP = TINY.num_attention_heads // len(HEADS)
 EACH_HEAD = [(layer, head) for layer in range(LAYERS) for head in HEADS]
 
 # What is held does not follow from the text.
-BUDGETED = [method for method in METHODS if has_budget(method)]
+BUDGETED = [method for method in METHODS if class_of(method).budgeted]
 # No layer is whole, whatever the budget.
 STRICT = [method for method in BUDGETED if not method.endswith("_dense")]
 # So many tokens may be left of a budget: pages are whole, and shares are rounded down.
-COARSE = {method: getattr(KNOWN[method].kind, "coarseness", 0) for method in METHODS}
+COARSE = dict.fromkeys(METHODS, 0) | {
+    "quest": 16, "quest_dense": 16, "arkvale": 32, "arkvale_dense": 32, "shadowkv": 8, "actqkv": 40,
+    "pyramidkv": 4, "adakv": 1, "duo_heads": 2, "think": 2, "snapkv_4bit": 4}
 # Tokens are merged or have fewer bits, and yet less than one of 16 bits is left of a budget.
 FILLED_UP = ("snapkv_4bit", "sentencekv_4bit", "kvmerger", "less")
 # A budget counts rows, which have 8 bits: what is read is rounded.
@@ -43,7 +45,7 @@ MIXED = ("kvmerger", "kvsharer")
 WITH_SINKS = ("streamingllm", "expected_attention", "cascading", "arkvale", "actqkv", "clusterkv",
               "prefixkv", "duo_heads", "sentencekv_16bit")
 # A second text can be read after the prompt, such as a question.
-READ_ON = [method for method in PUBLISHED if reads_on(method)]
+READ_ON = [method for method in PUBLISHED if class_of(method).reads_on]
 
 
 def random_qkv(n_tokens, seed, dim=DIM):
@@ -93,8 +95,8 @@ def new_cache(spec, recording, budget=BUDGET, **settings):
     q, k, _ = recording.qkv[0]
     config = replace(TINY, num_hidden_layers=len(recording.qkv), num_attention_heads=len(q),
                      num_key_value_heads=len(k), head_dim=k.shape[-1])
-    method, settings = spec.partition(":")[0], settings_of(spec) | settings
-    return make_cache(method, config, budget, random_spans(recording.num_tokens), 200, **settings)
+    return class_of(spec)(config, budget, random_spans(recording.num_tokens), 200,
+                          **settings_of(spec) | settings)
 
 
 def filled(spec, recording, budget=BUDGET, **settings):

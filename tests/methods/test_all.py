@@ -8,8 +8,11 @@ import torch
 from conftest import TINY, random_ids, random_llama
 from methods.conftest import (BUDGET, BUDGETED, COARSE, DIM, EIGHT_BITS, FILLED_UP, HEADS, LOSSY,
                               MADE_UP, METHODS, MIXED, N_PROMPT, PUBLISHED, READ_ON, STRICT,
-                              WITH_SINKS, Evicting, cost, filled, make_cache, new_cache, read_by,
+                              WITH_SINKS, Evicting, filled, make_cache, new_cache, read_by,
                               settings_of, try_out, write, writing)
+
+from cache import SentenceKVCache
+from sentencekv import SentenceKVConfig
 
 MHA = replace(TINY, num_attention_heads=4, num_key_value_heads=4)
 
@@ -36,7 +39,7 @@ def test_no_method_holds_more_than_its_budget(config, n_prompt):
             if step and step % 10 == 0:
                 cache.seal(10)
             assert model.decode(token[None], cache).isfinite().all()
-            held.append(cost(cache).held)
+            held.append(cache.cost().held)
         assert max(held) <= BUDGET + 1e-4, method
         enough = min(n_prompt + 1, BUDGET) - COARSE[method]
         if method in EIGHT_BITS:
@@ -49,29 +52,29 @@ def test_no_method_holds_more_than_its_budget(config, n_prompt):
 def test_what_is_held_stays_within_the_budget_of_sixty_written_tokens(recording, method):
     cache = filled(method, recording)
     for _ in writing(cache, recording, 60):
-        assert BUDGET - 1 < cost(cache).held <= BUDGET
+        assert BUDGET - 1 < cache.cost().held <= BUDGET
 
 
 @pytest.mark.parametrize("spec", ["sentencekv", "sentencekv_16bit", "published",
                                   "sentencekv:sentence_limit=8", "sentencekv:reuse_layers=2"])
 def test_the_device_of_sentencekv_is_counted_as_its_tensors_in_bfloat16(recording, spec):
     cache = filled(spec, recording)
-    kept = make_cache(spec.partition(":")[0], TINY, BUDGET, [(0, 5)], 200, torch.bfloat16,
-                      **settings_of(spec)).layers
+    config = SentenceKVConfig(token_budget=BUDGET, **settings_of(spec))
+    kept = SentenceKVCache(config, TINY, 205, "cpu", torch.bfloat16).layers
     table = sum(getattr(layer, name)[:, :1].nbytes for layer in kept for name in layer.TABLE)
     held = sum(x.nbytes for layer in kept for x in (
         layer.slots, layer.slot_row, layer.slot_place, layer.slot_missing, layer.packing.mean,
         layer.packing.deviation))
     n_heads = len(kept) * TINY.num_key_value_heads
     tokens = (held + table * cache.plan.n_places) / (n_heads * 2 * DIM * 2)
-    assert cost(cache).device == pytest.approx(tokens)
+    assert cache.cost().device == pytest.approx(tokens)
 
 
 @pytest.mark.parametrize("method, numbers", [("h2o", 1), ("cascading", 2), ("snapkv", 0)])
 def test_the_device_also_has_scores_of_32_bits(recording, method, numbers):
     cache = filled(method, recording)
     for _ in writing(cache, recording, 1):
-        held, _, read, device = cost(cache)
+        held, _, read, device = cache.cost()
     assert device == pytest.approx(read + held * 2 * numbers / (2 * DIM))
 
 
@@ -80,7 +83,7 @@ def test_the_device_also_has_scores_of_32_bits(recording, method, numbers):
 def test_what_reads_every_key_has_every_key_on_the_device(recording, method, whole):
     cache = filled(method, recording)
     for _ in writing(cache, recording, 1):
-        assert cost(cache).device >= whole * (N_PROMPT - 2)  # the last 2 are in no sentence yet
+        assert cache.cost().device >= whole * (N_PROMPT - 2)  # the last 2 are in no sentence yet
 
 
 def tensors(value) -> list:
@@ -119,7 +122,7 @@ def test_nothing_of_a_forgotten_token_is_left(model, method):
         for _, (keys, values, mask) in seen:
             assert keys.isfinite().all() and values.isfinite().all()
             assert mask is None or not mask.isnan().any()
-    if cost(cache).elsewhere > cost(cache).held:
+    if cache.cost().elsewhere > cache.cost().held:
         return  # it forgets nothing
     held = [x for x in tensors(list(vars(cache).values())) if x.shape[-1:] == (DIM,)]
     for (_, attended), k in zip(seen, prompt):
@@ -177,15 +180,14 @@ def test_an_unknown_method_is_refused():
     with pytest.raises(ValueError, match="method 'magic' is not one of full, streamingllm"):
         make_cache("magic", TINY, 100, [(0, 10)], 5)
     with pytest.raises(ValueError, match="method 'two_bit_keys' has a score of its own"):
-        make_cache("two_bit_keys", TINY, 100, [(0, 10)], 5, score="gaussian")
-    with pytest.raises(ValueError, match="method 'full' has no settings"):
-        make_cache("full", TINY, 100, [(0, 10)], 5, page=3)
+        make_cache("two_bit_keys:score=gaussian", TINY, 100, [(0, 10)], 5)
 
 
 @pytest.mark.parametrize("spec, message", [
     ("quest:page=x", "method 'quest:page=x': page is 'x', must be a number"),
     ("quest:colour=3", "method 'quest:colour=3': there is no setting 'colour'"),
     ("quest:page", "settings are name=value,name=value"),
+    ("full:page=3", "method 'full:page=3': there is no setting 'page'"),
 ])
 def test_a_setting_that_cannot_be_is_named(spec, message):
     with pytest.raises(ValueError, match=message):
@@ -194,7 +196,7 @@ def test_a_setting_that_cannot_be_is_named(spec, message):
 
 def test_a_setting_is_an_attribute_of_the_class():
     assert settings_of("quest:page=32,dense_layers=1") == {"page": 32, "dense_layers": 1}
-    assert make_cache("quest", TINY, 100, [(0, 10)], 5, page=32).page == 32
+    assert make_cache("quest:page=32", TINY, 100, [(0, 10)], 5).page == 32
     assert make_cache("quest", TINY, 100, [(0, 10)], 5).page == 16
 
 

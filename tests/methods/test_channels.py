@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 from methods.conftest import (BUDGET, GROUP, HEADS, LAYERS, N_PROMPT, ROOM, WINDOW, assert_keeps,
-                              attending, best, cost, filled, random_recording, window_scores,
+                              attending, best, filled, random_recording, window_scores,
                               writing)
 
 
@@ -62,5 +62,5 @@ def test_think_never_holds_more_bytes_than_its_budget(channels, budget):
         heads = [head for layer in seen for head in layer]
         numbers = sum(kept if i < N_PROMPT - WINDOW else 2 * channels
                       for head in heads for i in head)
-        assert numbers / (2 * channels * len(heads)) <= cost(cache).held + 1e-4
-        assert cost(cache).held <= budget
+        assert numbers / (2 * channels * len(heads)) <= cache.cost().held + 1e-4
+        assert cache.cost().held <= budget

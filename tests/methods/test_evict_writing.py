@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from methods.conftest import (BUDGET, DIM, GROUP, HEADS, LAYERS, N_NEW, N_PROMPT, WINDOW, best,
-                              cost, filled, positions, random_qkv, received, recording_of, softmax,
+                              filled, positions, random_qkv, received, recording_of, softmax,
                               writing)
 
 TASTE = 2 * random_qkv(1, seed=1)[0]  # a head's queries are alike, as a model's
@@ -95,7 +95,7 @@ def test_morphkv_is_always_as_large_as_its_budget(recording):
     for t, _, _, _, got in write(cache, recording):
         assert [len(positions) for positions in got] == [BUDGET] * len(HEADS)
         assert all(positions[-WINDOW:] == list(range(t + 1 - WINDOW, t + 1)) for positions in got)
-    assert cost(cache).held == BUDGET
+    assert cache.cost().held == BUDGET
 
 
 def test_morphkv_drops_nothing_before_its_budget_is_full():

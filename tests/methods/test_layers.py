@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TINY, random_llama
-from methods.conftest import (DIM, HEADS, N_PROMPT, cost, filled, mean, random_recording, read_by,
+from methods.conftest import (DIM, HEADS, N_PROMPT, filled, mean, random_recording, read_by,
                               write, writing)
 
 
@@ -68,9 +68,9 @@ def test_a_shared_layer_reads_the_earlier_one_s_tokens_and_the_new_one(recording
         for layer, source in enumerate(cache.source):
             (_, *expected), (_, (*got, mask)) = seen[source][0], seen[layer]
             assert all(map(torch.equal, got, expected)) and mask is None
-        assert cost(cache) == (n_tokens * 4 / 8, 0, n_tokens, n_tokens * 4 / 8)
+        assert cache.cost() == (n_tokens * 4 / 8, 0, n_tokens, n_tokens * 4 / 8)
     numbers = sum(kv.numel() for kv in cache.kv if kv is not None)
-    assert cost(cache).held == numbers / (8 * len(HEADS) * 2 * DIM)
+    assert cache.cost().held == numbers / (8 * len(HEADS) * 2 * DIM)
 
 
 def test_where_no_layer_shares_the_states_are_the_full_cache_s(model, recording):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_spans
 from methods.conftest import (BUDGET, DIM, EACH_HEAD, HEADS, N_PROMPT, ROOM, WINDOW, best,
-                              cost, filled, random_qkv, random_recording, window_scores, writing)
+                              filled, random_qkv, random_recording, window_scores, writing)
 
 from benchmarks.methods import precision
 from benchmarks.methods.precision import quantised, stored_bits
@@ -69,7 +69,7 @@ def test_tokens_of_fewer_bits_fill_the_same_bytes(dim, bits):
         kept = int((BUDGET - latest) * 16 // bits)
         for _, (keys, _, mask) in seen:
             assert mask is None and keys.shape[1] == kept + latest
-        held, elsewhere, read, device = cost(cache)
+        held, elsewhere, read, device = cache.cost()
         assert held == pytest.approx(latest + kept * bits / 16)
         assert (elsewhere, read, device) == (0, held, held) and BUDGET - bits / 16 < held <= BUDGET
 
@@ -174,4 +174,4 @@ def test_the_host_holds_eight_bits_of_the_prompt_and_sixteen_of_what_is_written(
     n_sentences = len(random_spans(N_PROMPT)) + n_written
     index = n_sentences * (DIM + 1) / (2 * DIM)  # a vector and a variance each
     rows = N_PROMPT * (4 + 32 / DIM) / 16 + 10 * n_written
-    assert cost(cache).elsewhere == pytest.approx(rows + index)
+    assert cache.cost().elsewhere == pytest.approx(rows + index)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from methods.conftest import (BUDGET, DIM, EACH_HEAD, GROUP, HEADS, LAYERS, N_LONG, N_NEW, N_PROMPT,
-                              Cost, best, cost, dot, filled, mean, positions, random_qkv,
+                              Cost, best, dot, filled, mean, positions, random_qkv,
                               recording_of, softmax, writing)
 
 from benchmarks.methods.retrieve import k_means
@@ -347,7 +347,7 @@ def test_the_best_tokens_are_those_attended_to_most(recording):
 def cost_after(method, recording, n_new, budget=SEVEN_PAGES):
     cache = filled(method, recording, budget)
     assert len(list(writing(cache, recording, n_new))) == n_new
-    return cost(cache)
+    return cache.cost()
 
 
 def test_a_paged_cache_costs_its_pages_and_what_they_are_known_by(long_prompt):

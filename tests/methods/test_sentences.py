@@ -1,12 +1,8 @@
 """Variants of SentenceKV: what a sentence is known by, and how it is scored."""
 
-import math
-
 import pytest
-import torch
 from conftest import random_spans
 from methods.conftest import DIM, GROUP, HEADS, N_PROMPT, filled, random_qkv, settings_of
-
 
 
 def random_query():
