@@ -352,7 +352,7 @@ class SentenceKVCache:
         plan = self.plan
         if plan.is_first_text:
             plan.n_dropped = plan.num_tokens - self.config.n_kept(plan.num_tokens)
-            # Places that are empty in all heads and layers are the last ones, and go.
+            # The last places can be empty in all heads and layers: these go.
             used = (layer.lengths.any(dim=0).nonzero().max() for layer in self.layers)
             plan.n_places = 1 + max(map(int, used))
             make_room(self.layers, plan.n_places, shrink=True)

@@ -25,10 +25,10 @@ from support.settings import MAX_COUNT, check_settings
 
 @dataclass(frozen=True)
 class SentenceKVConfig:
-    """The settings. The paper writes τ for the token budget and r for the keep factor: prefill keeps
-    the ⌊r · τ⌋ most important tokens of the prompt, and drops the others for good: with infinity,
-    none. τ has room for all sinks, the protected tokens and one more. ValueError if one is wrong.
-    """
+    """The settings. The paper writes τ for the token budget, and r for the keep factor: prefill
+    keeps the ⌊r · τ⌋ most important tokens of the prompt, and drops the others for good. With
+    infinity it drops none. τ has room for all sinks, the protected tokens and one more.
+    ValueError for a wrong setting."""
 
     token_budget: int = 1024  # tokens attended to per KV head while decoding
     keep_factor: float = math.inf  # 1 to 5 in the paper

@@ -254,7 +254,7 @@ def parser(program: str, doc: str):
     add("--methods", help="separated by blanks or semicolons",
         default=" ".join(("full", "sentencekv", "published", *PUBLISHED)))
     add("--budgets", type=numbers(), default=[128, 256])
-    add("--limit", type=int, help="so many first prompts of every task, documents, or passages")
+    add("--limit", type=int, help="the first so many rows of every file, documents, or passages")
     add("--pair", metavar="METHOD", help="show also by how much each method differs from this one")
     add("--out", type=Path, help="results: see benchmarks/rows.py. What is there is not done again")
     return made

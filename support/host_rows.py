@@ -118,7 +118,7 @@ class HostRows:
 def load_rows(first, later, slots, rows, missing):
     """Copy the missing ones of `rows` (H_kv, B) into the first B `slots` (H_kv, n, 2, D'), from
     `first` and `later` (N, H_kv, 2, D') of a `HostRows`."""
-    # In 4 bytes each: a row has 2 · (D + 2) bytes, or D times 4 or more, and D is even.
+    # As 32-bit numbers: a row has 2 · (D + 2) bytes, or 4 · D or more, and D is even.
     first, later, slots = (x.flatten(-2).view(torch.int32) for x in (first, later, slots))
     if triton and (slots.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):  # 1: in tests
         (heads, n_row_slots), size = rows.shape, slots[0, 0].numel()
@@ -127,7 +127,8 @@ def load_rows(first, later, slots, rows, missing):
             triton.next_power_of_2(size), num_warps=1)
         return
     # The CPU waits for a GPU, then gathers. NumPy takes half as long for it as PyTorch.
-    n_first, head, slot = len(first), *missing.cpu().numpy().nonzero()
+    n_first = len(first)
+    head, slot = missing.cpu().numpy().nonzero()
     row = rows.cpu().numpy()[head, slot]
     found = first.numpy()[np.minimum(row, n_first - 1), head]
     is_later = row >= n_first

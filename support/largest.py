@@ -1,11 +1,11 @@
-"""The largest numbers of each row in order: of a CPU, NumPy sorts several times faster."""
+"""The largest numbers of each row, in order. On a CPU, NumPy sorts them several times faster."""
 
 import numpy as np
 import torch
 
 
 def largest(scores: torch.Tensor, n: int) -> torch.Tensor:
-    """Indices of the n largest numbers of each row, the largest first: (H, S) -> (H, n)
+    """Indices of the n largest numbers of each row, the largest first: float32 (H, S) -> (H, n)
 
     >>> largest(torch.tensor([[0.1, 0.9, 0.5]]), 2)
     tensor([[1, 2]])

@@ -153,6 +153,9 @@ def check_pairs(args):
 
 def check_ranks(args):
     """Several processes share the model."""
+    if args.reuse_layers > 1:
+        raise ValueError(f"--reuse-layers {args.reuse_layers} is for a single process: it adds up"
+                         " the scores of all KV heads")
     for name in ("compile", "fast"):
         if getattr(args, name):
             raise ValueError(f"{flag(name)} is for a single process")

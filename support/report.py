@@ -104,7 +104,7 @@ def describe(session, text: str, signal: int, question: str | None = None) -> di
 
 def finish(report: dict, session, stopped) -> int:
     """Print times and memory, and write the trace. Returns the exit status: the answer is there
-    even if the trace cannot be written. `stopped()` is 0, or the signal that ends it all."""
+    even if the trace cannot be written. `stopped()` is 0, or the signal that came."""
     args = session.args
     if "question" in report:
         say("{ttft_ms:.0f} ms to the first token, {decode_ms_per_token:.1f} ms/token".format(
@@ -126,9 +126,9 @@ def write_trace(session, stopped) -> int:
     if status := tried(trace.write, args.trace):
         return status
     say("", f"{args.trace} shows what the answer attended to")
-    if not args.trace_full:
+    if not args.trace_full or stopped():
         return 0
-    say("reading all again with a full cache, which takes as long again; Ctrl-C leaves it out")
+    say("a full cache reads all tokens again, which takes as long as before; Ctrl-C ends it")
     try:
         trace.add_full(session.ids + session.written, args.prefill_chunk,
                        lambda parts: until(stopped, progress(parts, "full cache", "part")))

@@ -14,7 +14,7 @@ def make_layers(Layer, plan, hosts, n: int) -> list:
     """One `Layer(plan, host)` for each host. With n > 1, layers 0, n, 2n, … are anchors."""
     if n == 1:
         return [Layer(plan, host) for host in hosts]
-    AnchorLayer, ReuseLayer = kinds(Layer)
+    AnchorLayer, ReuseLayer = layer_classes(Layer)
     layers = []
     for i, host in enumerate(hosts):
         if i % n == 0:
@@ -24,14 +24,16 @@ def make_layers(Layer, plan, hosts, n: int) -> list:
     return layers
 
 
-@cache  # a class for each layer would be compiled for each
-def kinds(Layer) -> tuple:
+@cache  # the same two classes for all layers: compiled code depends on the class
+def layer_classes(Layer) -> tuple:
+    """The classes of anchors and of reuse layers that are made of `Layer`."""
     return (type("AnchorLayer", (Anchor, InPlace, Layer), {}),
             type("ReuseLayer", (Reuse, InPlace, Layer), {}))
 
 
 class InPlace:
-    """Before a `cache.LayerCache`: a sentence of which a head keeps nothing has a place, too."""
+    """In front of a `cache.LayerCache`: a sentence of which a head keeps nothing has a place, too.
+    `DESCRIBED` are the tables that say what a sentence is."""
 
     def make_sentences(self, kv, kept, secondary):
         rows = super().make_sentences(kv, kept, secondary)
@@ -48,6 +50,8 @@ class InPlace:
 
 
 class Anchor:
+    """It scores its sentences, and shares the sums over its heads."""
+
     DESCRIBED = ("vectors", "variances", "lengths")
 
     def __init__(self, plan, host):
@@ -63,6 +67,8 @@ class Anchor:
 
 
 class Reuse:
+    """It ranks its sentences by the sums of its anchor."""
+
     DESCRIBED = ("lengths",)
 
     def __init__(self, plan, host, anchor):

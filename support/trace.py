@@ -71,10 +71,10 @@ class Trace:
         plan, layers = self.cache.plan, self.cache.layers
         dtype = torch.uint8 if plan.config.sentence_limit < 256 else torch.int32
 
-        def found(i, weights):
+        def summarise(i, weights):
             return received(layers[i], weights), plan.window_start()
 
-        with watched_layers(layers, found) as shares:
+        with watched_layers(layers, summarise) as shares:
             for token in written:
                 rows = torch.stack([layer.n_resident[:, 1 : plan.n_places] for layer in layers])
                 n_numbers += rows.numel()  # rows (L, H_kv, S)
@@ -133,12 +133,12 @@ class Trace:
         attention, window = torch.zeros_like(self.attention), 0
         n_columns = attention.shape[-1]
 
-        def found(i, weights):
-            now = columns[i, :, : weights.shape[-1]].clone()
-            now[:, window:] = n_columns - 1  # recent
-            return add_up(weights, now, n_columns)
+        def summarise(i, weights):
+            column = columns[i, :, : weights.shape[-1]].clone()
+            column[:, window:] = n_columns - 1  # recent
+            return add_up(weights, column, n_columns)
 
-        with watched_layers(self.full_cache.layers, found) as shares:
+        with watched_layers(self.full_cache.layers, summarise) as shares:
             for step in progress(range(len(attention))):
                 window, token = self.windows[step], ids[n_read + step]
                 self.model.decode(token[None], self.full_cache)
@@ -192,8 +192,9 @@ class Trace:
 
 
 def number_places(starts, positions, ends, n_first: int) -> torch.Tensor:
-    """Which sentence each place of the table is. A head has no place for a sentence of the document
-    of which it keeps nothing. After these `n_first` places, all heads have the same sentences.
+    """Which sentence each place of the table is. A head that keeps nothing of a sentence of the
+    document has no place for it, or an empty one (`support/reuse.py`). After these `n_first` places,
+    all heads have the same sentences.
 
     starts (L, H_kv, S) and positions (L, H_kv, N) of rows, ends of the document's sentences
     -> (L, H_kv, S)
@@ -205,8 +206,8 @@ def number_places(starts, positions, ends, n_first: int) -> torch.Tensor:
 
 
 @contextmanager
-def watched_layers(layers, found):
-    """In here each layer appends, for a token, what `found(i, weights)` makes of layer i's
+def watched_layers(layers, summarise):
+    """In here each layer appends, for a token, what `summarise(i, weights)` makes of layer i's
     attention weights (H_kv, n): of all keys that the layer returned, the mean of the head's
     queries."""
     shares = []
@@ -218,7 +219,7 @@ def watched_layers(layers, found):
             logits = (keys @ grouped.mT.to(keys.dtype)).mT.float()  # faster than q @ k.mT
             if mask is not None:
                 logits = logits.masked_fill(~mask, -math.inf)
-            shares.append(found(i, logits.softmax(dim=-1).mean(dim=1)))
+            shares.append(summarise(i, logits.softmax(dim=-1).mean(dim=1)))
             return keys, values, mask
         return decode_and_note
 

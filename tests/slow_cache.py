@@ -94,8 +94,8 @@ class SlowSentenceKV:
         self.layers = [SlowLayer(config, n_kv_heads, self.spans) for _ in range(n_layers)]
         for i, layer in enumerate(self.layers):
             anchor = self.layers[i - i % config.reuse_layers]
-            for head in layer.heads:
-                if anchor is not layer:
+            if anchor is not layer:
+                for head in layer.heads:
                     head.best_sentences = partial(order_of, anchor.heads, head)
 
     @property

@@ -201,7 +201,7 @@ def test_steps_that_are_right_alone_can_be_wrong_together(capsys, mistaken, one_
 
 @pytest.mark.parametrize("text, message", [
     (None, "FileNotFoundError: "), ("import nothing_like_this", "ModuleNotFoundError: "),
-    ("x = 1", "has no function Cache"),
+    ("x = 1", "does not define Cache"),
 ])
 def test_what_cannot_be_checked_is_said_in_one_line(tmp_path, capsys, text, message):
     file = tmp_path / "my_cache.py"

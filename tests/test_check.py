@@ -454,7 +454,7 @@ def test_a_grader_gets_a_line_for_each_exercise(mine, in_this_process, capsys):
     ("import nothing_like_this", "error", "ModuleNotFoundError"),
     ("def select_rows(:", "error", "SyntaxError"),
     ("exit(0)", "error", "SystemExit"),
-    ("def other(): pass", "error", "has no function select_rows"),
+    ("def other(): pass", "error", "does not define select_rows"),
     ("def select_rows(*_): raise NotImplementedError", "not written", ""),
     ("def select_rows(*_): return [1 / 0]", "wrong", "by zero, at line 1 of 07_select_rows.py"),
     ("def select_rows(*_): exit(0)", "wrong", "SystemExit"),

@@ -158,7 +158,7 @@ def test_a_score_is_compared_with_the_project_s(tmp_path, capsys, monkeypatch, d
 
 @pytest.mark.parametrize("text, message", [
     (None, "FileNotFoundError: "),
-    ("def other(): pass", "has no function mine"),
+    ("def other(): pass", "does not define mine"),
     ("def mine(*_): raise NotImplementedError", "NotImplementedError: "),
     ("def mine(q, *_): return q", "the result has the shape (2, 4, 6), and must have that of"),
     ("def mine(q, vectors, variances, lengths): return 0 * variances / 0", "is not a number"),

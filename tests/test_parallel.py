@@ -188,9 +188,9 @@ def test_what_needs_a_single_process_is_refused(monkeypatch):
     for option in (["--trace", "trace.html"], ["--save", "file"], ["--chat"], ["--show-sentences"]):
         with pytest.raises(ValueError, match="--show-sentences need a single one"):
             generate.parse(["--prompt", "file.txt", *option])
-    for option in ("--compile", "--fast"):
-        with pytest.raises(ValueError, match=f"{option} is for a single process"):
-            generate.parse(["--prompt", "file.txt", option])
+    for option in (["--compile"], ["--fast"], ["--reuse-layers", "2"]):
+        with pytest.raises(ValueError, match=f"{' '.join(option)} is for a single process"):
+            generate.parse(["--prompt", "file.txt", *option])
 
 
 class Stored:

@@ -38,8 +38,8 @@ class SentenceKV(SentenceKVCache):
     unit = "sentence"  # see `engine.units`
 
     def __init__(self, model_config, budget, spans, max_new_tokens, unit=unit, **settings):
-        if "score" in settings and self.Layer is not LayerCache:
-            raise ValueError(f"method {self.name!r} has a score of its own")
+        if {"score", "reuse_layers"} & settings.keys() and self.Layer is not LayerCache:
+            raise ValueError(f"method {self.name!r} has a score of its own, in each layer")
         super().__init__(SentenceKVConfig(token_budget=budget, **settings), model_config,
                          spans[-1][1] + max_new_tokens, "cpu", torch.float32)
         self.expect(spans)

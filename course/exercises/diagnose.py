@@ -78,7 +78,7 @@ def diagnose(exercise: str, found: list[dict], seed: int = 0) -> str:
 def named(exercise: str, found: list[dict], wrong: list[int], seed: int) -> str:
     """The mistake that explains the first of the wrong cases, and at least half of them. Of two,
     the one that explains them better, or is seen in fewer of the right cases."""
-    best, most = "", (len(wrong) // 2,)
+    best, most = "", ((len(wrong) + 1) // 2,)
     for number, (_, _, diagnosis) in enumerate(MISTAKES[exercise[3:]]):
         if explains(exercise, number, seed, wrong[0], found):
             explained = [explains(exercise, number, seed, i, found) for i in range(len(found))]

@@ -43,14 +43,14 @@ OF_SENTENCES = ["test_sentencekv.py", SLOW]
 
 
 def load(path: Path, name: str):
-    """The function that a student's file defines. Raises ValueError if the file cannot be run."""
+    """The function or class that a student's file defines. Raises ValueError if the file cannot be run."""
     scope = {"__name__": path.stem}
     try:
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
     except (Exception, SystemExit) as error:  # whatever the student wrote
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     if not callable(scope.get(name)):
-        raise ValueError(f"{path} has no function {name}")
+        raise ValueError(f"{path} does not define {name}")
     return scope[name]
 
 
