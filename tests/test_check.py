@@ -476,12 +476,12 @@ def test_one_exercise_that_is_not_right_fails(mine, in_this_process, capsys, mon
 
 
 def test_the_project_s_text_in_a_student_s_file_is_mentioned(mine, in_this_process, capsys):
-    solution, imports = stubs.EXERCISES["07_select_rows"]
+    solution, imports = stubs.EXERCISES["07_token_importance"]
     text = inspect.getsource(solution)
-    (mine / "07_select_rows.py").write_text(f"{imports}\n\n\n{text}")
+    (mine / "07_token_importance.py").write_text(f"{imports}\n\n\n{text}")
     _, results = graded(mine, capsys)
-    assert results["07_select_rows"]["status"] == "right"
-    assert "the project's" in results["07_select_rows"]["message"]
+    assert results["07_token_importance"]["status"] == "right"
+    assert "the project's" in results["07_token_importance"]["message"]
 
 
 def test_a_student_s_endless_loop_is_ended(mine, capsys):
