@@ -412,8 +412,10 @@ class Traced(GraphedDecode):
         return states
 
 
-def load_in_static_shapes(self):
-    fill(self, self.slot_missing)
+def compute_as_on_a_gpu(monkeypatch):
+    """In static shapes, and with PyTorch alone: NumPy cannot be traced."""
+    monkeypatch.setattr(LayerCache, "load", lambda self: fill(self, self.slot_missing))
+    monkeypatch.setattr("sentencekv.largest", lambda scores, n: scores.topk(n, dim=-1).indices)
 
 
 @pytest.mark.slow
@@ -424,7 +426,7 @@ def test_a_step_captured_once_serves_every_later_token(
     """So nothing in it depends on a number of the host or is brought back to it."""
     monkeypatch.setattr(table, "BLOCK", 3)  # there is no room now and then
     if device.type == "cpu":
-        monkeypatch.setattr(LayerCache, "load", load_in_static_shapes)
+        compute_as_on_a_gpu(monkeypatch)
     config = SentenceKVConfig(keep_factor=keep_factor, score=score, **SMALL)
     plain, captured = (sentencekv_cache(config, 300, device) for _ in range(2))
     decode = (Traced if device.type == "cpu" else GraphedDecode)(tiny)
@@ -445,7 +447,7 @@ def test_a_captured_step_survives_going_back(tiny, device, monkeypatch):
     """The table grows with every text, shrinks to what it was, and grows to the same size again."""
     monkeypatch.setattr(table, "BLOCK", 3)
     if device.type == "cpu":
-        monkeypatch.setattr(LayerCache, "load", load_in_static_shapes)
+        compute_as_on_a_gpu(monkeypatch)
     plain, captured = (sentencekv_cache(SentenceKVConfig(**SMALL), 100, device) for _ in range(2))
     decode, ids = (Traced if device.type == "cpu" else GraphedDecode)(tiny), random_ids(170, device)
     for cache in (plain, captured):
