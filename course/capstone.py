@@ -11,7 +11,7 @@ import argparse
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from statistics import median
 
@@ -63,11 +63,12 @@ def judge(name: str, cache_class, path: Path) -> Result:
     begin = time.monotonic()
     try:
         for n_prompt, longest, changes in RUNS:
-            write(cache_class, n_prompt, longest, SMALL | changes)
+            with redirect_stdout(sys.stderr):
+                write(cache_class, n_prompt, longest, SMALL | changes)
         status, message = "right", f"{len(RUNS)} prompts with {N_WRITTEN} tokens after each"
     except NotImplementedError:
         status, message = "not written", "it raises NotImplementedError"
-    except Exception as error:  # of the student's code: it is shown, not hidden
+    except (Exception, SystemExit) as error:  # of the student's code: it is shown, not hidden
         settings = [f"{setting} {value}" for setting, value in changes.items()]
         place = ", ".join([f"with a prompt of {n_prompt} tokens", *settings])
         status, message = "wrong", f"{said(error, path)}\n    ({place})"
@@ -173,7 +174,7 @@ def check_question(cache_class, path: Path) -> Result:
     question, begin = Question(), time.monotonic()
     try:
         text, _ = question.answer(question.cache_of(cache_class))
-    except Exception as error:  # of the student's code
+    except (Exception, SystemExit) as error:  # of the student's code
         text = said(error, path)
     return Result("the example question", "right" if COST in text else "wrong", text,
                   round(time.monotonic() - begin, 1))
@@ -190,7 +191,7 @@ def measure(cache_class, path: Path) -> str:
                         ("full", question.cache_named("full"))):
         try:
             text, seconds = question.answer(cache)
-        except Exception as error:  # of the student's code
+        except (Exception, SystemExit) as error:  # of the student's code
             raise ValueError(f"the cache does not work yet: {said(error, path)}") from error
         report = cache.report()
         held, moved = report["device_kv_bytes"], report["loaded_bytes"] / len(seconds)
@@ -248,6 +249,8 @@ def main(arguments=None) -> int:
     args = parse(arguments)
     try:
         cache_class = load(args.file, "Cache")
+        if not isinstance(getattr(cache_class, "Layer", None), type):
+            raise ValueError(f"{args.file}: Cache is no class with a class Layer in it")
         if args.measure:
             print(measure(cache_class, args.file))
             return 0

@@ -87,6 +87,8 @@ class Watcher:
         return found
 
     def decoded(self, layer, found) -> tuple:
+        if not isinstance(found, (tuple, list)) or len(found) != 3:
+            raise Difference("`decode` returns keys, values and None")
         keys, values, mask = found
         if keys.shape != values.shape or keys.shape[::2] != self.kv.shape[::3]:
             raise Difference(f"`decode` returns keys {tuple(keys.shape)} and values"
@@ -107,6 +109,8 @@ class Watcher:
         """The tokens whose rows (m, 2, D) these are."""
         same = (rows[:, None, 0] == self.kv[head, :, 0]).all(dim=-1)  # (m, n)
         for i in (~same.any(dim=-1)).nonzero().flatten().tolist()[:1]:
+            if (self.kv[head, :, 1] == rows[i, 0]).all(dim=-1).any():
+                raise Difference(f"{what} a value in the place of a key: keys come first")
             others = (self.kv[:, :, 0] == rows[i, 0]).all(dim=-1).nonzero().tolist()
             raise Difference(f"{what} a key for KV head {head} that " + (
                 f"is one of KV head {others[0][0]}" if others else
@@ -197,7 +201,9 @@ class Watcher:
             vars(other).update(changes)
             if other.best_sentences() == mine:
                 return f"your scores {reason}"
-        return f"the best sentences are {right[:3]}, and by your scores {mine[:3]}"
+        n = next(n for n, (a, b) in enumerate(zip_longest(right, mine)) if a != b)  # as far, alike
+        return (f"the best sentences are {right[: n + 1][-3:]}, and by your scores"
+                f" {mine[: n + 1][-3:]}")
 
     def ranking(self, layer, i: int) -> list:
         """The sentences by a student's scores, the best first."""
@@ -213,7 +219,8 @@ class Watcher:
 
         n_open = len(head.queries)
         strided = [q.unflatten(0, (-1, n_heads))[:, i] for q in self.queries[-n_open:]]
-        others = [of_head(layer.queries[-n_open:]) for layer in self.layers if layer is not self]
+        others = [of_head(layer.queries[-n_open:]) for layer in self.layers
+                  if layer is not self and len(layer.queries) == len(self.queries)]
         return [
             ("use the queries of other heads: query heads 0 to G - 1 share KV head 0",
              {"queries": strided}),

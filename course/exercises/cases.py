@@ -62,10 +62,10 @@ def attention_case(name: str, q, keys, values, mask=None, tolerance=1e-4) -> Cas
 
 
 def attend() -> Iterator[Case]:
-    q = 100.0 * torch.tensor([[[1, 0]], [[0, 1]], [[-1, -1]], [[0, 1]]])  # finds one key each
+    q = 200.0 * torch.tensor([[[1, 0]], [[0, 1]], [[-1, -1]], [[0, 1]]])  # finds one key each
     keys = torch.tensor([[[1.0, 0], [0, 1], [0, 0]], [[0, 1], [1, 0], [0, 0]]])
     values = torch.arange(1.0, 13).view(2, 3, 2)
-    mask = torch.tensor([[[0, 1, 1]], [[0, 1, 0]]]).bool()
+    mask = torch.tensor([[[0, 1, 1]], [[1, 0, 0]]]).bool()
     yield attention_case("without a mask", q, keys, values)
     yield attention_case("with a mask", q, keys, values, mask)
     q = torch.tensor([[[2.0, 0, 0, 0]], [[0, 2.0, 0, 0]]])
@@ -226,6 +226,8 @@ def select_rows() -> Iterator[Case]:
     yield Case("the best sentence is too long", (scores.flip(-1), available, 4))
     yield Case("at most 4 sentences", (scores, available, 4, 4))
     yield Case("no rows of the best sentence", (scores, available * (scores < 4), 7))
+    yield Case("one sentence, not the best, which has no rows",
+               (scores, available * (scores < 4), 1, 1))
     sinks = torch.tensor([[math.inf, 0.9, 0.5], [math.inf, -0.9, -0.5]])
     yield Case("a score of infinity", (sinks, torch.tensor([[12, 40, 20], [4, 40, 20]]), 50))
     scores = torch.tensor([[0.5, -2, -0.5, 0, 0, 0]])
