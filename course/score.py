@@ -33,7 +33,7 @@ def check_score(file: Path, function):
     arguments = scores_at_random(Draw(1)).arguments
     try:
         scores = function(*arguments)
-    except Exception as error:  # whatever the student wrote
+    except (Exception, SystemExit) as error:  # whatever the student wrote
         raise ValueError(f"{file}: {type(error).__name__}: {error}") from error
     shape, expected = tuple(getattr(scores, "shape", ())), tuple(arguments[-1].shape)
     if shape != expected:

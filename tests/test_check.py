@@ -59,10 +59,10 @@ def test_arguments_that_can_be_redone_by_hand_are_shown():
     assert message_of("02_attend", wrong).splitlines() == [
         "with a mask",
         "  you attended to slots that the mask excludes",
-        "  q = [[[100, 0]], [[0, 100]], [[-100, -100]], [[0, 100]]]",
+        "  q = [[[200, 0]], [[0, 200]], [[-200, -200]], [[0, 200]]]",
         "  keys = [[[1, 0], [0, 1], [0, 0]], [[0, 1], [1, 0], [0, 0]]]",
         "  values = [[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 10], [11, 12]]]",
-        "  mask = [[[False, True, True]], [[False, True, False]]]",
+        "  mask = [[[False, True, True]], [[True, False, False]]]",
         "  the result: at [0, 0] it is 1 and should be 4",
     ]
 

@@ -64,7 +64,7 @@ class Layer:
 
     def most_important(self, q, k, secondary) -> torch.Tensor:
         """Step 4. The positions of the tokens of the prompt that each head keeps, in reading order:
-        all if `config.n_kept` allows it. q (H, T, D), k (H_kv, T, D) -> (H_kv, N)"""
+        all if `config.n_kept(T)` is T. q (H, T, D), k (H_kv, T, D) -> (H_kv, N)"""
         raise NotImplementedError
 
     def select(self, window_start: int) -> torch.Tensor:
@@ -94,7 +94,8 @@ class Layer:
     def window_start(self) -> int:
         """Step 6. The first row of the window, which ends with the last open row. It has
         `recent_window` rows, or begins with the open sentence if that is longer. It leaves room in
-        the budget for as many sinks as a head can have, and begins after the first sinks."""
+        the budget for `config.sink_tokens + config.secondary_sinks` rows, even if the prompt has
+        fewer sinks, and begins after the first sinks."""
         raise NotImplementedError
 
     def seal(self, length: int):

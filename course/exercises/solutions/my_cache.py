@@ -72,7 +72,7 @@ class Layer:
 
     def most_important(self, q, k, secondary) -> torch.Tensor:
         """Step 4. The positions of the tokens of the prompt that each head keeps, in reading order:
-        all if `config.n_kept` allows it. q (H, T, D), k (H_kv, T, D) -> (H_kv, N)"""
+        all if `config.n_kept(T)` is T. q (H, T, D), k (H_kv, T, D) -> (H_kv, N)"""
         n_tokens = k.shape[1]
         if self.config.n_kept(n_tokens) == n_tokens:
             return torch.arange(n_tokens, device=k.device).expand(len(k), -1)
@@ -128,7 +128,8 @@ class Layer:
     def window_start(self) -> int:
         """Step 6. The first row of the window, which ends with the last open row. It has
         `recent_window` rows, or begins with the open sentence if that is longer. It leaves room in
-        the budget for as many sinks as a head can have, and begins after the first sinks."""
+        the budget for `config.sink_tokens + config.secondary_sinks` rows, even if the prompt has
+        fewer sinks, and begins after the first sinks."""
         config, open_row = self.config, self.host.shape[1]
         end = open_row + self.open.shape[1]
         most = config.token_budget - config.sink_tokens - config.secondary_sinks
