@@ -12,17 +12,21 @@ def largest(scores: torch.Tensor, n: int) -> torch.Tensor:
     """
     if scores.device.type != "cpu":
         return scores.topk(n, dim=-1).indices
-    sort = torch.ops.sentencekv.sort if torch.compiler.is_compiling() else sort_on_cpu
-    return sort(scores)[:, :n]
+    find = torch.ops.sentencekv.largest if torch.compiler.is_compiling() else largest_on_cpu
+    return find(scores, n)
 
 
-def sort_on_cpu(scores: torch.Tensor) -> torch.Tensor:
-    """(H, S) -> (H, S), the indices of all numbers, the largest first."""
-    return torch.from_numpy(np.negative(scores.numpy()).argsort(axis=-1))
+def largest_on_cpu(scores: torch.Tensor, n: int) -> torch.Tensor:
+    negative = np.negative(scores.numpy())
+    if n == scores.shape[1]:
+        return torch.from_numpy(negative.argsort(axis=-1))
+    best = np.argpartition(negative, n - 1, axis=-1)[:, :n]  # in any order
+    order = np.take_along_axis(negative, best, axis=-1).argsort(axis=-1)
+    return torch.from_numpy(np.take_along_axis(best, order, axis=-1))
 
 
 # For `torch.compile` it is one operator, whose inside it does not see.
-torch.library.define("sentencekv::sort", "(Tensor scores) -> Tensor")
-torch.library.impl("sentencekv::sort", "cpu", sort_on_cpu)
-torch.library.register_fake(
-    "sentencekv::sort", lambda scores: torch.empty_like(scores, dtype=torch.long))
+torch.library.define("sentencekv::largest", "(Tensor scores, SymInt n) -> Tensor")
+torch.library.impl("sentencekv::largest", "cpu", largest_on_cpu)
+torch.library.register_fake("sentencekv::largest", lambda scores, n: scores.new_empty(
+    len(scores), n, dtype=torch.long))

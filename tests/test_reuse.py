@@ -58,3 +58,10 @@ def test_only_anchors_hold_vectors(tiny, device):
 
 def test_the_examples_are_right():
     assert doctest.testmod(reuse).failed == doctest.testmod(largest).failed == 0
+
+
+@pytest.mark.parametrize("n", [1, 7, 49, 50])
+def test_the_largest_are_those_of_topk(n):
+    scores = torch.randn(3, 50)
+    scores[:, 4], scores[:, 9] = float("inf"), -float("inf")
+    assert torch.equal(largest.largest(scores, n), scores.topk(n, dim=-1).indices)
