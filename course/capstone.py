@@ -8,6 +8,7 @@ example question. The exit status is 0 if all is right, 1 if not, and 2 if nothi
 import support.environment  # noqa: F401  before torch, which reads the variables that it sets
 
 import argparse
+import signal
 import sys
 import time
 import traceback
@@ -17,7 +18,7 @@ from statistics import median
 
 import torch
 
-from course.check import Result, shown
+from course.check import WRITE_IT, Result, TooSlow, shown
 from course.exercises.solutions import my_cache
 from course.exercises.student import ROOT, load
 from course.exercises.stubs import STEPS
@@ -58,20 +59,44 @@ def with_step(cache_class, step: int):
     return type("Cache", (cache_class,), {"Layer": type("Layer", (cache_class.Layer,), methods)})
 
 
-def judge(name: str, cache_class, path: Path) -> Result:
-    """What is found of a cache of the file `path`."""
+def imported(cache_class, step: int, path: Path) -> bool:
+    """Whether a method of a step is not written in the file `path`."""
+    methods = (getattr(cache_class.Layer, name, None) for name in STEPS[step][1])
+    codes = (getattr(method, "__code__", None) for method in methods)
+    return any(code is not None and code.co_filename != str(path) for code in codes)
+
+
+@contextmanager
+def limited(seconds: float):
+    """Raises TooSlow in what takes longer."""
+    def stop(*_):
+        raise TooSlow(f"{seconds:g} seconds are the limit")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def judge(name: str, cache_class, args) -> Result:
+    """What is found of a cache of the file `args.file`."""
     begin = time.monotonic()
     try:
-        for n_prompt, longest, changes in RUNS:
-            with redirect_stdout(sys.stderr):
+        with limited(args.limit), redirect_stdout(sys.stderr):
+            for n_prompt, longest, changes in RUNS:
                 write(cache_class, n_prompt, longest, SMALL | changes)
         status, message = "right", f"{len(RUNS)} prompts with {N_WRITTEN} tokens after each"
+    except TooSlow as slow:
+        status, message = "too slow", str(slow)
     except NotImplementedError:
         status, message = "not written", "it raises NotImplementedError"
     except (Exception, SystemExit) as error:  # of the student's code: it is shown, not hidden
         settings = [f"{setting} {value}" for setting, value in changes.items()]
         place = ", ".join([f"with a prompt of {n_prompt} tokens", *settings])
-        status, message = "wrong", f"{said(error, path)}\n    ({place})"
+        status, message = "wrong", f"{said(error, args.file)}\n    ({place})"
     return Result(name, status, message, round(time.monotonic() - begin, 1))
 
 
@@ -114,20 +139,21 @@ def watched(cache_class, config) -> tuple:
     return slow, cache
 
 
-def check_steps(cache_class, path: Path, asked: list):
+def check_steps(cache_class, args):
     """Yield what is found of each step. If the whole cache is right, all of its steps are. If not,
     each step is tried by itself."""
-    names = {step: f"step {step}, {STEPS[step][0]}" for step in asked}
-    whole = judge("all steps together", cache_class, path) if len(asked) == len(STEPS) else None
-    if whole and whole.status == "right":
-        yield from (whole._replace(name=name) for name in names.values())
-        return
-    statuses = set()
-    for step, name in names.items():
-        result = judge(name, with_step(cache_class, step), path)
+    whole, statuses = None if args.step else judge("all steps together", cache_class, args), set()
+    for step in [args.step] if args.step else STEPS:
+        name = f"step {step}, {STEPS[step][0]}"
+        if whole and whole.status == "right":
+            result = whole._replace(name=name)
+        else:
+            result = judge(name, with_step(cache_class, step), args)
+        if result.status == "right" and imported(cache_class, step, args.file):
+            result = result._replace(status="imported", message=WRITE_IT)
         statuses.add(result.status)
         yield result
-    if whole and statuses == {"right"}:
+    if whole and whole.status != "right" and statuses == {"right"}:
         yield whole
 
 
@@ -169,15 +195,19 @@ class Question:
         return text, seconds
 
 
-def check_question(cache_class, path: Path) -> Result:
+def check_question(cache_class, args) -> Result:
     """What is found of the answer to the example question."""
+    print("the example question follows; it can take a minute", file=sys.stderr, flush=True)
     question, begin = Question(), time.monotonic()
     try:
-        text, _ = question.answer(question.cache_of(cache_class))
+        with limited(args.limit):
+            text, _ = question.answer(question.cache_of(cache_class))
+        status = "right" if COST in text else "wrong"
+    except TooSlow as slow:
+        status, text = "too slow", str(slow)
     except (Exception, SystemExit) as error:  # of the student's code
-        text = said(error, path)
-    return Result("the example question", "right" if COST in text else "wrong", text,
-                  round(time.monotonic() - begin, 1))
+        status, text = "wrong", said(error, args.file)
+    return Result("the example question", status, text, round(time.monotonic() - begin, 1))
 
 
 def measure(cache_class, path: Path) -> str:
@@ -226,11 +256,11 @@ def counted(cache_class):
 def check_all(cache_class, args):
     """Yield what is found of the steps, and then of the question if they are right."""
     right = True
-    for result in check_steps(cache_class, args.file, [args.step] if args.step else [*STEPS]):
+    for result in check_steps(cache_class, args):
         right = right and result.status == "right"
         yield result
     if right and not args.quick:
-        yield check_question(cache_class, args.file)
+        yield check_question(cache_class, args)
 
 
 def parse(arguments):
@@ -240,6 +270,8 @@ def parse(arguments):
     parser.add_argument("--quick", action="store_true", help="without the example question")
     parser.add_argument("--json", action="store_true",
                         help="for a grader: a line of JSON for each step, and for the question")
+    parser.add_argument("--limit", type=float, default=300,
+                        help="seconds for a step, and for the question")
     parser.add_argument("--measure", action="store_true",
                         help="check nothing, but compare bytes and times with the project's cache")
     return parser.parse_args(arguments)
@@ -248,6 +280,8 @@ def parse(arguments):
 def main(arguments=None) -> int:
     args = parse(arguments)
     try:
+        if not 0 < args.limit <= 10**6:
+            raise ValueError(f"limit is {args.limit:g}, must be above 0 and at most 1000000")
         cache_class = load(args.file, "Cache")
         if not isinstance(getattr(cache_class, "Layer", None), type):
             raise ValueError(f"{args.file}: Cache is no class with a class Layer in it")

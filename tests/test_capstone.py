@@ -60,7 +60,8 @@ def slow_caches(monkeypatch) -> list:
 
 
 def test_the_solution_is_right_and_the_runs_have_what_is_difficult(slow_caches):
-    assert capstone.judge("it", Cache, SOLUTION).status == "right"
+    args = capstone.parse([str(SOLUTION)])
+    assert capstone.judge("it", Cache, args).status == "right"
     caches = [slow for slow, _ in slow_caches]
     heads = [head for cache in caches for head in cache.heads.values()]
     assert len(caches) == len(RUNS)
@@ -197,6 +198,21 @@ def test_steps_that_are_right_alone_can_be_wrong_together(capsys, mistaken, one_
     status, out = check(capsys, file, "--quick")
     assert status == 1 and out.count(": right: ") == 6
     assert "all steps together: wrong: `host` of KV head 0 has 120 rows, and should have 1" in out
+
+
+def test_an_imported_method_does_not_count(capsys, tmp_path, one_run):
+    file = tmp_path / "my_cache.py"
+    file.write_text("from course.exercises.solutions import my_cache\n"
+                    "class Cache(my_cache.Cache):\n    class Layer(my_cache.Layer):\n"
+                    "        def load(self, rows):\n            return super().load(rows)\n")
+    status, out = check(capsys, file, "--quick")
+    assert status == 1 and out.count(": imported: ") == 6
+
+
+def test_what_does_not_end_is_ended(capsys, mistaken, one_run):
+    file = mistaken("n_tokens = k.shape[1]", "while True:\n            pass")
+    status, out = check(capsys, file, "--step", 4, "--quick", "--limit", 0.5)
+    assert status == 1 and "budget: too slow: 0.5 seconds are the limit" in out
 
 
 @pytest.mark.parametrize("text, message", [

@@ -270,6 +270,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("02_attend", ("torch.cat(out).unsqueeze(0)", "torch.stack(out)"), "shape"),
     ("02_attend", ("softmax(0)", "sigmoid()"), "without a mask"),
     ("02_attend", (".to(q.dtype) @", " @"), "dtype"),
+    ("02_attend", ("logits.softmax(0)", "(logits.exp() / logits.exp().sum())"), "exp of hundreds"),
     # Lesson 3
     ("03_is_end", (" and GOES_ON.match(after) is None", ""), "GOES_ON"),
     ("03_is_end", ("item or line or wide", "item or wide"), "line end"),
@@ -309,6 +310,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("06_mean_query", "return (q @ vectors.mT).mean(1) / lengths", "lengths"),
     ("06_gaussian", (" / (2 * dim)", " / dim"), "half"),
     ("06_gaussian", (" / (2 * dim)", " / 2"), "divide by D"),
+    ("06_gaussian", (" / (2 * dim)", " / (2 * math.sqrt(dim))"), "by the root of D"),
     ("06_gaussian", ("variances[head, full]", "variances[head, full].sqrt()"), "no root"),
     ("06_gaussian", ("(weights * lengths[head, full]).sum()", "weights.sum()"), "ln n"),
     ("06_gaussian", ("scores[head, full] += weights", "scores[head, full] += weights *"
@@ -329,6 +331,11 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     # Lesson 7
     ("07_select_rows", ("-scores[head, s]", "-scores[head, s] * available[head, s]"), "multiply"),
     ("07_select_rows", ("-scores[head, s]", "scores[head, s]"), "highest"),
+    ("07_select_rows", """
+        best = scores.topk(min(max_sentences, scores.shape[-1]), dim=-1).indices
+        counts = available.gather(-1, best)
+        taken = (budget - counts.cumsum(-1) + counts).clamp(min=0).minimum(counts)
+        return torch.zeros_like(available).scatter_(-1, best, taken.int())""", "without rows"),
     ("07_select_rows", ("for head in range(len(scores)):\n    left = int(budget)",
                         "left = int(budget)\nfor head in range(len(scores)):"), "each head"),
     ("07_select_rows", ("min(left, int(available[head, s]))",
