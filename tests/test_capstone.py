@@ -253,5 +253,14 @@ def test_the_solution_answers_the_example_question(capsys):
     status, out = check(capsys, SOLUTION, "--step", 3)
     assert status == 0
     assert out.endswith("\nthe example question: right: The boards cost $8.03½.\n")
+
+
+@pytest.mark.slow
+@needs_weights
+def test_a_cache_is_measured_beside_the_project_s(capsys, monkeypatch, tmp_path):
+    text, short = capstone.PROMPT.read_text(encoding="utf-8"), tmp_path / "short.txt"
+    short.write_text(text[text.index("for such materials") :], encoding="utf-8")
+    monkeypatch.setattr(capstone, "PROMPT", short)
     status, out = check(capsys, SOLUTION, "--measure")
-    assert status == 0 and out.count("| The boards cost $8.03½. |\n") == 3
+    answers = re.findall(r"^\| (?:your own|sentencekv|full) \| .* \| (.*) \|$", out, re.MULTILINE)
+    assert status == 0 and len(answers) == 3 and all(capstone.COST in text for text in answers)

@@ -145,6 +145,10 @@ def test_there_are_twelve_lessons_and_the_map_names_them():
 def test_a_score_is_compared_with_the_project_s(tmp_path, capsys, monkeypatch, default_folder):
     file = tmp_path / "06_mine.py"
     file.write_text("def mine(q, vectors, variances, lengths):\n    return -variances\n")
+    book = score.BOOK.read_text(encoding="utf-8")
+    short = tmp_path / "short.txt"  # from the list with the cost of the boards to the question
+    short.write_text(book[book.index("for such materials") :], encoding="utf-8")
+    monkeypatch.setattr(score, "BOOK", short)
     monkeypatch.setattr(score, "LENGTH", 300)
     monkeypatch.setitem(sentencekv.SCORES, "mine", None)  # removed after the test
     assert score.main([str(file), "--count", "1"]) == 0
