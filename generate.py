@@ -119,8 +119,7 @@ class Session:
         self.max_tokens, self.stop = max_tokens, tokenizer.stop_tokens()
         self.trace = None
         if args.trace or args.show_sentences:
-            self.trace = Trace(self.cache, model, partial(
-                FullCache, model.config, max_tokens, self.device, self.dtype))
+            self.trace = Trace(self.cache, model, FullCache)
         self.timer = StageTimer(self.device)
         watch_stages(self.timer, model, self.cache, decode=not (args.cuda_graph or args.compile))
         self.decode, self.time_step = compiled.step(model, self.cache, args, self.timer)

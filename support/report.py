@@ -130,7 +130,7 @@ def write_trace(session, stopped) -> int:
         return 0
     say("a full cache reads all tokens again, which takes as long as before; Ctrl-C ends it")
     try:
-        trace.add_full(session.ids + session.written, args.prefill_chunk,
+        trace.add_full(session.ids + session.written, session.max_tokens, args.prefill_chunk,
                        lambda parts: until(stopped, progress(parts, "full cache", "part")))
     except Stopped:
         say(f"{args.trace} does not show what a full cache attends to")

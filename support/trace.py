@@ -52,13 +52,12 @@ MOST_NUMBERS = 2**27  # in `rows`, for a browser to unpack; later steps are left
 class Trace:
     """Records the answers of a session. Recording is a part of the decode time in a report.
 
-    For `add_full` it needs the model, and `new_full_cache()` with room for all that is read and
-    written.
+    For `add_full` it needs the model, and the class `model.FullCache`.
     """
 
-    def __init__(self, cache, model=None, new_full_cache=None):
+    def __init__(self, cache, model=None, full_cache_class=None):
         self.cache, self.data = cache, {"format": "sentencekv trace 1", "answers": []}
-        self.model, self.new_full_cache, self.full_cache = model, new_full_cache, None
+        self.model, self.full_cache_class, self.full_cache = model, full_cache_class, None
         self.steps = []  # of the last answer: rows (L, H_kv, S) and attention (L, H_kv, S + 3)
         self.windows, self.n_written = [], 0
         self.attention = None  # uint8 (steps, L, H_kv, S + 3), by sentence of the document
@@ -121,14 +120,14 @@ class Trace:
             "rows": pack(np.diff(selected.numpy(), axis=0, prepend=np.uint8(0))),
             "attention": pack(self.attention.numpy()), "report": report})
 
-    def add_full(self, ids: list[int], part_size: int, progress=iter):
+    def add_full(self, ids: list[int], max_tokens: int, part_size: int, progress=iter):
         """Record what a full cache attends to while the last answer is written: all `ids` that were
-        read and written are read again, the answer's one by one. `part_size` is the most tokens to
-        be read at a time. `progress` wraps the layers, and then the answer's steps. What it raises
-        ends this, and nothing is recorded."""
+        read and written are read again, the answer's one by one. At most `max_tokens` will be, with
+        later answers, and `part_size` at a time. `progress` wraps the layers, and then the answer's
+        steps. What it raises ends this, and nothing is recorded."""
         answer, n_read = self.data["answers"][-1], len(ids) - self.n_written
         ids = torch.tensor(ids, device=self.model.embed_tokens.weight.device)
-        self.read_again(ids[:n_read], part_size, progress)
+        self.read_again(ids[:n_read], max_tokens, part_size, progress)
         columns = self.columns_of(len(ids), answer["ends"]).to(ids.device)
         attention, window = torch.zeros_like(self.attention), 0
         n_columns = attention.shape[-1]
@@ -146,9 +145,11 @@ class Trace:
                 shares.clear()
         answer["full_attention"] = pack(attention.numpy())
 
-    def read_again(self, ids: torch.Tensor, part_size: int, progress):
+    def read_again(self, ids: torch.Tensor, max_tokens: int, part_size: int, progress):
         """Read a text into the full cache: the document only the first time."""
-        self.full_cache = self.full_cache or self.new_full_cache()
+        weight = self.model.embed_tokens.weight
+        self.full_cache = self.full_cache or self.full_cache_class(
+            self.model.config, max_tokens, weight.device, weight.dtype)
         start = min(self.full_cache.num_tokens, len(self.data["pieces"]))
         self.full_cache.truncate(start)
         part_ends = tuple(range(part_size, len(ids) - start, part_size))

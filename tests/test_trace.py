@@ -10,7 +10,6 @@ import signal
 import sys
 import zlib
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import numpy as np
 import pytest
@@ -127,7 +126,7 @@ def traced(config, n_steps=40, part_size=50):
     ids, model = random_ids(330 + n_steps, "cpu"), random_llama()
     n_tokens = len(ids) + 1
     cache = SentenceKVCache(config, TINY, n_tokens, "cpu", torch.float32)
-    trace = Trace(cache, model, partial(FullCache, TINY, n_tokens, "cpu", torch.float32))
+    trace = Trace(cache, model, FullCache)
     for text, sentences in ((ids[:300], spans), (ids[300:330], more)):
         cache.expect(sentences)
         model.prefill(text, cache)
@@ -143,7 +142,7 @@ def traced(config, n_steps=40, part_size=50):
     list(trace.watch(written()))
     spans = spans + [(start + 300, end + 300) for start, end in more]
     trace.add("", ["x"] * n_tokens, spans, cache.report())
-    trace.add_full([*ids.tolist(), 0], part_size)
+    trace.add_full([*ids.tolist(), 0], n_tokens, part_size)
     return trace.data, ids, spans + [(330, 338), (338, 346)]
 
 
