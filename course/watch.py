@@ -12,7 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import TINY, random_ids, random_llama, random_spans  # noqa: F401
+from oracle import SCORES
 from slow_cache import SlowLayer, SlowSentenceKV  # noqa: F401
+
+from sentencekv import keep_tokens, token_importance
 
 
 class Difference(Exception):
@@ -30,11 +33,18 @@ class Watched:
         super().keep()
         self.watcher.keep(self)
 
+    def most_important(self, q, k, secondary):
+        return self.watcher.most_important(super().most_important(q, k, secondary), q, k, secondary)
+
     def load(self, rows):
         return self.watcher.load(super().load(rows))
 
     def window_start(self):
-        return self.watcher.window_start(super().window_start())
+        return self.watcher.window_start(self, super().window_start())
+
+    def select(self, window_start):
+        rows, self.watcher.used = super().select(window_start), self.scores.clone()
+        return rows
 
     def decode(self, q, k, v):
         self.watcher.decode(q, k, v)
@@ -53,6 +63,7 @@ class Watcher:
         self.slow, self.number, self.layers = slow, number, layers
         self.kv = None  # all keys and values so far (H_kv, n, 2, D)
         self.queries = []  # of each written token (H, D)
+        self.used = None  # the scores with which the last token selected
 
     def prefill(self, found, q, k, v) -> tuple:
         self.slow.prefill(q, k, v)
@@ -66,6 +77,18 @@ class Watcher:
         self.check_sentences(layer)
         self.check_device(layer)
 
+    def most_important(self, found, q, k, secondary) -> torch.Tensor:
+        """If other tokens are kept than by the oracle, try other queries, which would give them."""
+        config, right = self.slow.heads[0].config, [sorted(head.kv) for head in self.slow.heads]
+        if not torch.is_tensor(found) or found.tolist() == right or len(right[0]) == k.shape[1]:
+            return found
+        for which, queries in (("first queries", q[:, : config.observation_window]),
+                               ("last `recent_window` queries", q[:, -config.recent_window :])):
+            if torch.equal(found, keep_tokens(token_importance(queries, k), secondary, config)):
+                raise Difference(f"`most_important` asks the {which} of the prompt: ask the last"
+                                 " `config.observation_window`")
+        return found
+
     def load(self, loaded) -> torch.Tensor:
         budget = self.slow.heads[0].config.token_budget
         if loaded.shape[1] > budget:
@@ -77,11 +100,15 @@ class Watcher:
         self.slow.decode(q, k, v)
         self.kv = torch.cat((self.kv, torch.stack((k, v), dim=2)), dim=1)
         self.queries.append(q[:, 0])
+        self.used = None
 
-    def window_start(self, found: int) -> int:
+    def window_start(self, layer, found: int) -> int:
         head = self.slow.heads[0]
         expected = head.window()[0] - (head.n_tokens - len(head.kv))  # of a position, the row
         if found != expected:
+            if layer.open.shape[1] == head.n_tokens - 1 - head.spans[-1][1]:
+                raise Difference("`decode` must open the token's own row first: `window_start` and"
+                                 " `select` count it")
             raise Difference(f"row {len(head.kv) - 1} has a window that begins at row {expected},"
                              f" and yours begins at row {found}")
         return found
@@ -192,9 +219,11 @@ class Watcher:
 
     def wrong_ranking(self, layer, i: int) -> str:
         """Why the sentences of a head are in another order than the oracle's."""
-        head, mine = self.slow.heads[i], self.ranking(layer, i)
+        head, mine = self.slow.heads[i], self.ranking(layer, i, layer.scores)
         right = head.best_sentences()
         if mine == right:
+            if self.used is not None and self.ranking(layer, i, self.used) != right:
+                return "`decode` must add the token's score before it selects"
             return "the scores are right, so take the best sentences, and of each the first rows"
         for reason, changes in self.likely_changes(i):
             other = copy(head)
@@ -205,9 +234,9 @@ class Watcher:
         return (f"the best sentences are {right[: n + 1][-3:]}, and by your scores"
                 f" {mine[: n + 1][-3:]}")
 
-    def ranking(self, layer, i: int) -> list:
-        """The sentences by a student's scores, the best first."""
-        scores = layer.scores[i, layer.bounds[i].diff() > 0]
+    def ranking(self, layer, i: int, scores) -> list:
+        """The sentences by a student's scores (H_kv, S), the best first."""
+        scores = scores[i, layer.bounds[i].diff() > 0]
         return [kept_spans(self.slow.heads[i])[s] for s in scores.argsort(descending=True).tolist()]
 
     def likely_changes(self, i: int) -> list:
@@ -225,7 +254,10 @@ class Watcher:
             ("use the queries of other heads: query heads 0 to G - 1 share KV head 0",
              {"queries": strided}),
             *(("use the queries of another layer", {"queries": other}) for other in others),
-            ("count all queries alike: multiply by the query decay",
+            *((f"are those of `{score}`: use `config.score`",
+               {"config": replace(head.config, score=score)}) for score in SCORES),
+            ("count all queries alike: multiply the scores so far by the query decay, not the new"
+             " one",
              {"config": replace(head.config, query_decay=1.0)}),
             ("count the last query alone: add them up", {"queries": head.queries[-1:]}),
             ("count queries from before the last seal", {"queries": of_head(self.queries)})]

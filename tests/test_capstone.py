@@ -75,6 +75,13 @@ def test_the_solution_is_right_and_the_runs_have_what_is_difficult(slow_caches):
             i >= n_prompt for head in cache.heads.values() for part in head.selected for i in part)
 
 
+# Lines of `decode`.
+OPEN = "        self.open = torch.cat((self.open, torch.stack((k, v), dim=2)), dim=1)\n"
+SCORE = "        self.add_score(q)\n"
+SELECT = """        start = self.window_start()
+        loaded = self.load(self.select(start))
+"""
+
 # (step, text of the solution, what a student may write instead, what is said)
 MISTAKES = [
     (1, "order_rows(kept, secondary)", "kept, kept.contiguous()",
@@ -88,15 +95,24 @@ MISTAKES = [
     (2, "(keys, bounds)\n        self.vectors",
      "(keys, bounds)\n        vectors = vectors / (bounds.diff(dim=-1) > 0).unsqueeze(-1)\n"
      "        self.vectors", "has NaN: an empty sentence gets zeros"),
-    (3, "self.config.query_decay * self.scores", "self.scores", "multiply by the query decay"),
+    (3, "self.config.query_decay * self.scores", "self.scores",
+     "multiply the scores so far by the query decay"),
+    (3, "self.config.query_decay * self.scores + score",
+     "self.scores + self.config.query_decay * score", "by the query decay, not the new one"),
     (3, "self.config.query_decay * self.scores + score", "score", "the last query alone"),
     (3, "q.view(len(self.vectors), -1, q.shape[-1])",
      "q.view(-1, len(self.vectors), q.shape[-1]).transpose(0, 1)",
      "query heads 0 to G - 1 share KV head 0"),
+    (3, "SCORES[self.config.score]", "SCORES['gaussian']",
+     "your scores are those of `gaussian`: use `config.score`"),
     (3, "grouped = q.view", "Layer.seen = [*getattr(Layer, 'seen', [])[-1:], q]\n"
      "        grouped = Layer.seen[0].view", "use the queries of another layer"),
     (4, "if self.config.n_kept(n_tokens) == n_tokens:", "if True:",
      "`host` of KV head 0 has 120 rows, and should have 40"),
+    (4, "-self.config.observation_window :", ": self.config.observation_window",
+     "asks the first queries of the prompt: ask the last `config.observation_window`"),
+    (4, "-self.config.observation_window :", "-self.config.recent_window :",
+     "asks the last `recent_window` queries of the prompt"),
     (4, "self.open.shape[1] - window_start)", "self.open.shape[1] - window_start - 1)",
      "attends to 41 tokens, and the budget is 40"),
     (4, "max=min(window_start, n_host)", "max=n_host", "attends twice to"),
@@ -118,6 +134,10 @@ MISTAKES = [
     (5, "loaded = self.load(self.select(start))",
      "loaded = self.load(torch.arange(self.host.shape[1]).expand(len(k), -1))",
      "`load` copies 120 rows of each head for one token, and the budget is 40"),
+    (5, f"{OPEN}{SCORE}{SELECT}", f"{OPEN}{SELECT}{SCORE}",
+     "`decode` must add the token's score before it selects"),
+    (5, f"{OPEN}{SCORE}{SELECT}", f"{SCORE}{SELECT}{OPEN}",
+     "`decode` must open the token's own row first"),
     (5, "self.open[:, max(start - self.host.shape[1], 0) :]", "self.open[:, :-1]",
      "does not attend to the token itself"),
     (5, "self.open[:, max(start - self.host.shape[1], 0) :]", "self.open",
