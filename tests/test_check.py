@@ -242,7 +242,7 @@ def test_a_right_answer_passes_however_it_is_written(exercise, body, seed):
 LOOPS = {exercise: body for exercise, body in reversed(RIGHT)}  # the first of each
 WRONG = [  # the exercise, a change to the first right answer above or another one, a word for it
     # What passed once.
-    ("05_sentence_vectors", ("].float()", "]"), "variances"),
+    ("05_sentence_vectors", ("].float()", "]"), "compute in float32"),
     ("05_sentence_vectors", (", dtype=keys.dtype", ""), "dtype of the vectors"),
     ("05_sentence_vectors", ("zeros(heads, n_sentences)", "zeros_like(vectors[..., 0])"),
      "dtype of the variances"),
@@ -271,6 +271,18 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("02_attend", ("softmax(0)", "sigmoid()"), "without a mask"),
     ("02_attend", (".to(q.dtype) @", " @"), "dtype"),
     ("02_attend", ("logits.softmax(0)", "(logits.exp() / logits.exp().sum())"), "exp of hundreds"),
+    ("02_attend", """
+        grouped = q.view(len(keys), -1, self.head_dim).to(keys.dtype)
+        logits = grouped @ keys.mT / self.head_dim**0.5
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
+        return (logits.softmax(1) @ values).view(1, -1).to(q.dtype)""", "over keys"),
+    ("02_attend", """
+        keys, values = (x.repeat_interleave(len(q) // len(x), dim=0) for x in (keys, values))
+        logits = q.to(keys.dtype) @ keys.mT / self.head_dim**0.5
+        if mask is not None:
+            logits[~mask.repeat_interleave(len(q) // len(mask), dim=0)] = -math.inf
+        return (logits.softmax(1) @ values).view(1, -1).to(q.dtype)""", "over keys"),
     # Lesson 3
     ("03_is_end", (" and GOES_ON.match(after) is None", ""), "GOES_ON"),
     ("03_is_end", ("item or line or wide", "item or wide"), "line end"),
@@ -279,9 +291,30 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
      "abbreviation"),
     ("03_is_end", ("begins or not after[0].islower()", "after[0].isupper()"), "between"),
     ("03_is_end", ("if one_holds(INSIDE, before, after):\n    return False", "pass"), "INSIDE"),
+    ("03_is_end", """
+        if starts_item(before, after) or ends_line(before, gap, after):
+            return True
+        if WIDE_END.match(before) and not GOES_ON.match(after):
+            return True
+        if not MARK_END.match(before):
+            return False
+        small, opens = after[0].islower(), OPENING.match(after) is not None
+        if one_holds(ABBREVIATED, before, after):
+            return opens and not small
+        if one_holds(INSIDE, before, after):
+            return False
+        return opens or not small or before[-1] in "?;"
+     """, "ask INSIDE before"),
     # Lesson 4
     ("04_sentence_bounds", ("start <= position < end", "start < position <= end"), "no rows"),
     ("04_sentence_bounds", ("line.count(-1)", "0"), "-1"),
+    ("04_sentence_bounds", ("line.count(-1)", "marked[0].tolist().count(-1)"), "of head 0"),
+    ("04_sentence_bounds", """
+        first = (marked[:1] < 0).sum(dim=-1, keepdim=True).expand(len(marked), 1)
+        bounds = (marked.unsqueeze(-1) < ends).sum(dim=1)
+        before = torch.cat((first, bounds[:, :-1]), dim=-1)
+        bounds[bounds == before] = marked.shape[-1]
+        return torch.cat((first, bounds.sort(dim=-1).values), dim=-1).int()""", "of head 0"),
     ("04_sentence_bounds", ("if n > 0:", "if True:"), "end"),
     ("04_sentence_bounds", ("[len(line)]", "[ends[-1].item()]"), "N, a number of rows"),
     ("04_sentence_bounds", (" + [len(line)] * (len(ends) + 1 - len(bounds))", ""), ""),
@@ -289,6 +322,8 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("04_sentence_bounds", ("marked.tolist()", "marked[:1].tolist() * len(marked)"), "one head"),
     # Lesson 5
     ("05_sentence_vectors", ("bounds[head, s + 1]]", "bounds[head, s + 1] + 1]"), "two sentences"),
+    ("05_sentence_vectors", ("bounds[head, s] : bounds[head,", "bounds[0, s] : bounds[0,"),
+     "of head 0"),
     ("05_sentence_vectors", ("((rows - rows.mean(dim=0)) ** 2).mean()",
                              "rows.var(dim=0).mean()"), "n - 1"),
     ("05_sentence_vectors", ("((rows - rows.mean(dim=0)) ** 2).mean()",
@@ -304,7 +339,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("05_sentence_vectors", ("return vectors, variances", "return vectors"), "2 tensors"),
     # Lesson 6
     ("06_mean_query", "return (q @ vectors.mT).mean(1) / math.sqrt(q.shape[-1])", "root of D"),
-    ("06_mean_query", "return (q @ vectors.mT).amax(1)", "two query heads"),
+    ("06_mean_query", "return (q @ vectors.mT).amax(1)", "maximum"),
     ("06_mean_query", "return (q @ vectors.mT).softmax(-1).mean(1)", "keys of no variance"),
     ("06_mean_query", "return (q.mean(1) @ vectors.mT).squeeze()", ""),
     ("06_mean_query", "return (q @ vectors.mT).mean(1) / lengths", "lengths"),
@@ -317,6 +352,31 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
                      " lengths[head, full]"), "divide by the sentence's length"),
     ("06_gaussian", ("lengths[head] > 0", "lengths[head] >= 0"), "empty"),
     ("06_gaussian", ("scores[head, full] +=", "scores[head, full] ="), "two query heads"),
+    ("06_gaussian", (" / math.sqrt(dim)", ""), "m is q · µ / √D"),
+    ("06_gaussian", ("query @ query", "(query * query).mean()"), "D twice"),
+    ("06_gaussian", ("query @ query", "query.norm()"), "not |q|"),
+    ("06_gaussian", ("query @ query * variances[head, full] / (2 * dim)",
+                     "(query / math.sqrt(dim)).norm() * variances[head, full] / 2"), "not |q|"),
+    ("06_gaussian", ("weights / (weights * lengths[head, full]).sum()", "x.exp()"), "exp alone"),
+    ("06_gaussian", ("(x - x.max()).exp()\n        scores[head, full] +="
+                     " weights / (weights * lengths[head, full]).sum()",
+                     "x + lengths[head, full]\n        scores[head, full] +="
+                     " weights.softmax(0) / lengths[head, full]"), "add ln n"),
+    ("06_gaussian", """
+        x = q @ vectors.mT / math.sqrt(q.shape[-1])
+        x = x + (q * q).sum(-1, keepdim=True) * variances.unsqueeze(1) / 2 / q.shape[-1]
+        return (x + lengths.unsqueeze(1)).softmax(-1).sum(1) / lengths.clamp(min=1)""",
+     "you added n"),
+    ("06_gaussian", """
+        x = q @ vectors.mT / math.sqrt(q.shape[-1])
+        x = x + (q * q).sum(-1, keepdim=True) * variances.unsqueeze(1) / 2 / q.shape[-1]
+        return (x + lengths.log().unsqueeze(1)).exp().sum(1) / lengths.clamp(min=1)""",
+     "exp alone"),
+    ("06_gaussian", """
+        x = q @ vectors.mT / math.sqrt(q.shape[-1])
+        x = x + (q * q).sum(-1, keepdim=True) * variances.unsqueeze(1) / 2 / q.shape[-1]
+        shares = (x + lengths.log().unsqueeze(1)).softmax(-1)
+        return shares.amax(1) / lengths.clamp(min=1)""", "sum over the query heads"),
     # Lesson 7
     ("07_token_importance", (" / group", ""), "mean over the group"),
     ("07_token_importance", (": n + i + 1]", ": n + i]"), "own token"),
@@ -328,6 +388,22 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("07_token_importance", ("i + pool // 2 + 1]", "i + pool // 2]"), "no pooling"),
     ("07_token_importance", (".amax(dim=1)", ".mean(dim=1)"), "maximum"),
     ("07_token_importance", ("range(window)", "[window - 1]"), "not only the last"),
+    ("07_token_importance", ("k[head // group,", "k[head % len(k),"), "every H_kv-th head"),
+    ("07_token_importance", """
+        (n_kv, tokens, dim), window = k.shape, q.shape[1]
+        k = k.repeat_interleave(len(q) // n_kv, dim=0)
+        logits = q @ k.mT / dim**0.5
+        logits += torch.full((window, tokens), -math.inf).triu(tokens - window + 1)
+        received = logits.softmax(-1)[..., :-window].sum(dim=1)
+        pooled = F.max_pool1d(received, pool, 1, pool // 2)
+        return pooled.view(n_kv, -1, tokens - window).mean(dim=1)""", "over the group first"),
+    ("07_token_importance", """
+        (n_kv, tokens, dim), window = k.shape, q.shape[1]
+        k = k.repeat_interleave(len(q) // n_kv, dim=0)
+        future = torch.arange(tokens) > torch.arange(window).unsqueeze(-1)
+        logits = (q @ k.mT / dim**0.5).masked_fill(future, -math.inf)
+        received = logits.softmax(-1)[..., :-window].sum(dim=1).view(n_kv, -1, tokens - window)
+        return F.max_pool1d(received.mean(dim=1), pool, 1, pool // 2)""", "last tokens"),
     # Lesson 7
     ("07_select_rows", ("-scores[head, s]", "-scores[head, s] * available[head, s]"), "multiply"),
     ("07_select_rows", ("-scores[head, s]", "scores[head, s]"), "highest"),
@@ -342,6 +418,8 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
                         "int(available[head, s]) if available[head, s] <= left else 0"), "budget"),
     ("07_select_rows", ("int(budget)", "int(budget) - 1"), "one row less"),
     ("07_select_rows", ("int(budget)", "int(budget) + 1"), "one row more"),
+    ("07_select_rows", ("-scores[head, s]", "-scores[0, s]"), "of head 0"),
+    ("07_select_rows", ("int(budget)", "budget"), "`-=` changes a tensor in place"),
     ("07_select_rows", ("int(budget)", "budget.item()"), "AttributeError"),
     ("07_select_rows", ("return selected", "scores.zero_()\nreturn selected"),
      "changed the argument scores"),
@@ -352,7 +430,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
         return counts.minimum(left.clamp(min=0)).gather(1, order)""", "gather"),
     # Lesson 8
     ("08_assign_slots", ("range(int(n_resident[head, s]), int(selected[head, s]))",
-                         "range(int(selected[head, s]))"), "load"),
+                         "range(int(selected[head, s]))"), "load those after them"),
     ("08_assign_slots", ("range(int(n_resident[head, s]), int(selected[head, s]))",
                          "range(int(selected[head, s] - n_resident[head, s]))"), "after them"),
     ("08_assign_slots", ("] < starts", "] <= starts"), "off by one"),
@@ -361,6 +439,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("08_assign_slots", (".bool()", ""), "torch.bool"),
     ("08_assign_slots", ("rows[head, slot] = NO_ROW", "missing[head, slot] = True"), "empty"),
     ("08_assign_slots", ("rows[head, slot] = NO_ROW", "pass"), "empty"),
+    ("08_assign_slots", ("rows[head, slot] = NO_ROW", "rows[head, slot] = -1"), "and not -1"),
     ("08_assign_slots", ("return rows", "order = rows.argsort(-1)\nreturn rows.gather(1, order)"
                          ", places.gather(1, order), missing.gather(1, order)\nreturn rows"),
      "stay"),
@@ -375,6 +454,7 @@ WRONG = [  # the exercise, a change to the first right answer above or another o
     ("09_seal", ("range(length)", "range(length - 1)"), "host"),
     ("09_seal", ("rows[:, :, 0], torch", "rows[:, :, 0].clone() * 0, torch"), "vectors"),
     ("09_seal", ("first + i, rows", "i, rows"), "host"),
+    ("09_seal", ("first + i, rows", "self.plan.n_rows - length + i, rows"), "row to write"),
     ("09_seal", ("self.scores[:] = 0", "self.scores[:] = 0\nself.plan.n_places += 1"), ""),
     ("09_seal", ("self.scores[:] = 0", "self.scores[:] = 0\nself.plan.open_row += length"),
      "open_row"),

@@ -103,6 +103,7 @@ GAPS = [" ", " ", " ", "\n", "\n\n", ""]
 def is_end() -> Iterator[Case]:
     for before, gap, after in (
             ("He left.", " ", "She sat."), ("He sat", " ", "down."), ("Dr.", " ", "Smith sat."),
+            ("Dr.", " ", "She left."), ("e.g.", " ", "It is."),
             ("It is 3.", " ", "5 m long."), ("Why?", " ", "he asked."), ("你好。", "", "再见。"),
             ("你好。", "", "”"), ("你好。", " ", '"Hello'), ("I work at Yahoo!", " ", "in London."),
             ("Ax Inc.", " ", "The end."), ("the U.S.", " ", "Army"), ("the U.S.", " ", '"Hello'),
@@ -155,7 +156,8 @@ def sentence_vectors() -> Iterator[Case]:
     yield Case("12 sentences of 7 equal keys", (keys, torch.arange(0, 92, 7).expand(2, -1)))
     keys = torch.stack((1 + 0.2 * Draw(1).normal(2, 40, 6), Draw(2).normal(2, 40, 6)), dim=2)
     bounds = torch.tensor([[2, 9, 14, 30, 40, 40], [0, 6, 12, 25, 33, 38]])
-    yield Case("keys in bfloat16", (keys.bfloat16()[:, :, 0], bounds), tolerance=1e-3)
+    yield Case("keys in bfloat16: compute in float32, return vectors in bfloat16",
+               (keys.bfloat16()[:, :, 0], bounds), tolerance=1e-3)
 
 
 def sentence_vectors_at_random(draw: Draw) -> Case:

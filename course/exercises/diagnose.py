@@ -182,7 +182,8 @@ def difference(names: list[str], part: str, found: dict, expected: dict, case: C
     if part == ERROR:
         return wrapped(found[ERROR] + found[WHERE])
     if part == CHANGED:
-        return [f"your function changed the argument {names[found[part][0]]}: work on a copy"]
+        return [f"your function changed the argument {names[found[part][0]]}: work on a copy"
+                " (`-=` changes a tensor in place)"]
     a, b = found.get(part), expected[part]
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return wrapped(f"{part}: {shown(a)}, and it should be {shown(b)}")

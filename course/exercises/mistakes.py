@@ -7,7 +7,9 @@ counts is what the changed function gives, so a student may have written it in o
 GROUPS = "query heads 0 to G - 1 share KV head 0; you gave it every H_kv-th head"
 CAUSAL = "the rows of a group are heads, not positions: no is_causal"
 TO_INFINITY = "set the logits of excluded keys to -inf before the softmax, not to 0 or after it"
+OVER_KEYS = "the softmax is over keys, the last dimension, not over query heads"
 ALL_MOVE = "you loaded rows that were in slots already"
+NO_SHARES = "exp alone gives no shares: divide by the sum over sentences, as a softmax does"
 ATTENTION = "F.scaled_dot_product_attention(grouped[None], keys[None], values[None], mask)"
 LOGITS = "grouped @ keys.mT * self.head_dim**-0.5"
 
@@ -41,6 +43,10 @@ MISTAKES = {
          "the heads of the result are in another order: those of KV head 0 come first"),
         (".to(keys.dtype)", "",
          "keys can have another dtype than q: convert q, and convert the result back"),
+        (ATTENTION, f"({LOGITS}).where(torch.tensor(True) if mask is None else mask[0], -torch.inf)"
+                    ".softmax(1) @ values", OVER_KEYS),
+        (ATTENTION, f"({LOGITS}).where(torch.tensor(True) if mask is None else mask[0], -torch.inf)"
+                    "[:, :, None].softmax(2)[:, :, 0] @ values", OVER_KEYS),
     ],
     "is_end": [
         ("    if one_holds(ABBREVIATED, before, after):\n        return opens and not small\n", "",
@@ -62,6 +68,10 @@ MISTAKES = {
         (' or before[-1] in "?;"', "", "after `?` or `;` a lowercase letter can begin a sentence"),
         ("not small or", "after[0].isupper() or",
          "not only a capital begins a sentence: a digit or 你 is no lowercase letter"),
+        ("one_holds(INSIDE, before, after):",
+         "one_holds(INSIDE, before, after) and not one_holds(\n"
+         "            ABBREVIATED, before, after):",
+         "ask INSIDE before ABBREVIATED: after `Dr.` not even `She` begins a sentence"),
     ],
     "sentence_bounds": [
         ("F.pad(ends, (1, 0))", "F.pad(ends, (1, 0), value=-1)",
@@ -76,6 +86,11 @@ MISTAKES = {
         ("bounds.masked_fill(repeated, marked.shape[-1])",
          "bounds.masked_fill(repeated, ends[-1].item())",
          "the last bound is N, a number of rows and not of tokens"),
+        ("torch.searchsorted(marked, starts_and_end)",
+         "torch.searchsorted(marked, starts_and_end)\n    bounds[:, 0] = bounds[0, 0]",
+         "each head has its own number of rows marked with -1: you took that of head 0"),
+        ("bounds.masked_fill(", "(bounds + bounds[:1, :1] - bounds[:, :1]).masked_fill(",
+         "each head has its own number of rows marked with -1: you took that of head 0"),
     ],
     "sentence_vectors": [
         ("lengths.clamp(min=1).unsqueeze(-1)", "keys.shape[1]",
@@ -98,6 +113,9 @@ MISTAKES = {
          "you took the root: the variance is asked for, not the deviation"),
         ("variances.clamp(min=0)", "variances",
          "rounding made a variance negative: it must be at least 0"),
+        ("keys, dtype = keys.float(), keys.dtype",
+         "keys, dtype, bounds = keys.float(), keys.dtype, bounds[:1].expand(len(keys), -1)",
+         "each head has bounds of its own: you took those of head 0"),
     ],
     "mean_query": [
         ("q.mean(dim=1)", "q.sum(dim=1)", "you summed the group's queries: the mean is asked for"),
@@ -108,6 +126,8 @@ MISTAKES = {
          "lengths are unused: the score is the plain product"),
         ("vectors @", "F.normalize(vectors, dim=-1) @",
          "you divided by the length of the vector: the score is the plain product"),
+        ("(vectors @ q.mean(dim=1).unsqueeze(-1)).squeeze(-1)", "(q @ vectors.mT).amax(dim=1)",
+         "you took the maximum over the group's heads: the mean is asked for"),
     ],
     "gaussian": [
         ("scaled = q / math.sqrt(q.shape[-1])", "scaled = q",
@@ -143,6 +163,19 @@ MISTAKES = {
          "scaled.square().sum(dim=-1, keepdim=True) @ variances.unsqueeze(1)\n"
          "    variances = torch.ones_like(variances)",
          "variances and lengths are in float32, q and vectors can have another dtype"),
+        ("scaled @ vectors.mT", "q @ vectors.mT", "m is q · µ / √D: you did not divide it by √D"),
+        ("lengths.log()", "lengths", "you added n to the exponent: add ln n"),
+        ("lengths.log()", "lengths.masked_fill(lengths == 0, -math.inf)",
+         "you added n to the exponent: add ln n"),
+        ("softmax(-1)", "exp()", NO_SHARES),
+        ("(log_mean_exp + lengths.log().unsqueeze(1)).softmax(-1)",
+         "log_mean_exp.exp() * lengths.clamp(min=1).unsqueeze(1)", NO_SHARES),
+        ("attention.sum(dim=1)", "attention.amax(dim=1)", "sum over the query heads of the group"),
+        ("scaled.float().square().sum(", "scaled.float().square().mean(",
+         "you divided |q|² by D twice: the mean over channels is |q|² / D already"),
+        ("scaled.float().square().sum(dim=-1, keepdim=True)",
+         "q.float().norm(dim=-1, keepdim=True) / q.shape[-1]", "the exponent has |q|², not |q|"),
+        ("scaled.float().square().sum(", "scaled.float().norm(", "the exponent has |q|², not |q|"),
     ],
     "token_importance": [
         (".sum(dim=2).mean(dim=1)", ".sum(dim=2).sum(dim=1)",
@@ -168,6 +201,15 @@ MISTAKES = {
         ("padding=pool // 2)", "padding=pool // 2) * 0 + received[:, : tokens - window]",
          "you did not pool: each token gets the maximum of its neighbours"),
         ("F.max_pool1d(", "F.avg_pool1d(", "the maximum of the neighbours is asked for"),
+        ("(grouped @ k.mT)", "(q @ k.repeat(len(q) // kv_heads, 1, 1).mT)", GROUPS),
+        (".mean(dim=1)  # (H_kv, T)\n    return F.max_pool1d(received[:, : tokens - window],"
+         " pool, stride=1, padding=pool // 2)",
+         "[..., : tokens - window]\n"
+         "    return torch.stack([F.max_pool1d(x, pool, stride=1, padding=pool // 2)\n"
+         "                        for x in received.unbind(dim=1)]).mean(dim=0)",
+         "take the mean over the group first, then the maximum of the neighbours"),
+        ("triu(tokens - window + 1)", "triu(1)",
+         "the W queries are of the last tokens: query i is token T - W + i"),
     ],
     "select_rows": [
         ("largest(scores, n)", "largest(-scores, n)",
@@ -189,6 +231,8 @@ MISTAKES = {
          "gather puts nothing back: use scatter, or gather with order.argsort()"),
         ("scatter_(-1, best, selected)", "copy_(selected)",
          "your result is in the order of the scores: put it back in the sentences' order"),
+        ("largest(scores, n)", "largest(scores[:1], n).expand(len(scores), -1)",
+         "each head has an order of its own: you took that of head 0"),
     ],
     "assign_slots": [
         ("n_loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)",
@@ -211,6 +255,10 @@ MISTAKES = {
         ("torch.where(free, place, places)",
          "torch.where(free, place, places).masked_fill(rows == NO_ROW, -1)",
          "the place of an empty slot is an index, too: from 0 to P - 1"),
+        ("(selected - n_resident).clamp(min=0)", "selected",
+         "the first `n_resident` rows of a place are in slots: load those after them"),
+        ("masked_fill(free, NO_ROW)", "masked_fill(free, -1)",
+         "the row of an empty slot is NO_ROW, larger than any row, and not -1"),
     ],
     "seal": [
         ("self.scores.zero_()", "None", "scores must begin at zero for the next sentence"),
@@ -232,5 +280,7 @@ MISTAKES = {
         ("self.offload(first_row, kv)", "None", "the rows are not on the host: offload them"),
         ("self.scores.zero_()", "self.scores.zero_()\n    self.plan.open_row += length",
          "the cache moves `open_row`, once for all layers: do not move it"),
+        ("self.offload(first_row, kv)", "self.offload(self.plan.n_rows - length, kv)",
+         "rows can be open after the sentence: the first row to write is `plan.open_row`"),
     ],
 }
