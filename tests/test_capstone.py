@@ -14,13 +14,9 @@ from course.capstone import RUNS, SMALL
 from course.exercises import stubs
 from course.exercises.solutions.my_cache import Cache, Layer
 from sentencekv import SentenceKVConfig
-from weights.download import MODELS, is_whole
 
 PAGE = ROOT / "course" / "capstone.md"
 SOLUTION = ROOT / "course" / "exercises" / "solutions" / "my_cache.py"
-DEFAULT = ROOT / "weights" / MODELS["smollm2-135m-instruct"].folder
-needs_weights = pytest.mark.skipif(not is_whole(DEFAULT),
-                                   reason="python weights/download.py was not run")
 
 
 @pytest.mark.parametrize("n_prompt, settings", [
@@ -268,16 +264,14 @@ def test_the_page_says_what_the_steps_and_the_check_say(capsys, mistaken):
 
 
 @pytest.mark.slow
-@needs_weights
-def test_the_solution_answers_the_example_question(capsys):
+def test_the_solution_answers_the_example_question(capsys, default_folder):
     status, out = check(capsys, SOLUTION, "--step", 3)
     assert status == 0
     assert out.endswith("\nthe example question: right: The boards cost $8.03½.\n")
 
 
 @pytest.mark.slow
-@needs_weights
-def test_a_cache_is_measured_beside_the_project_s(capsys, monkeypatch, tmp_path):
+def test_a_cache_is_measured_beside_the_project_s(capsys, monkeypatch, tmp_path, default_folder):
     text, short = capstone.PROMPT.read_text(encoding="utf-8"), tmp_path / "short.txt"
     short.write_text(text[text.index("for such materials") :], encoding="utf-8")
     monkeypatch.setattr(capstone, "PROMPT", short)

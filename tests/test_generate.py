@@ -138,7 +138,8 @@ def test_the_last_line_end_is_no_part_of_the_prompt(capfd, default_folder, tmp_p
     path = tmp_path / "question.txt"
     for ending in (b"", b"\n", b"\r\n"):
         path.write_bytes(b"What is the capital of France?" + ending)
-        report = run_json(capfd, "--prompt", path, "--max-new-tokens", 12, "--device", "cpu")
+        report = run_json(capfd, "--prompt", path, "--max-new-tokens", 12, "--device", "cpu",
+                          "--dtype", "float32")  # bfloat16 rounds to another answer on some CPUs
         assert report["text"] == "The capital of France is Paris."
 
 

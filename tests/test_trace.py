@@ -370,14 +370,17 @@ def test_a_recorded_page_is_what_its_command_writes(capfd, default_folder, tmp_p
                          "--trace", tmp_path / "again.json")
     assert status == 0, err
     kept, again = recorded(name), data_of(tmp_path / "again.json")
-    numbers = []
+    numbers, sinks = [], []
     for trace in (kept, again):
         (answer,) = trace["answers"]
+        sinks.append({(layer, head, position) for layer, heads in enumerate(trace.pop("secondary"))
+                      for head, positions in enumerate(heads) for position in positions})
         fields = "attention", "full_attention", "rows"
         numbers.append([unpack(answer, name) for name in fields])
         for name in (*fields, "report"):
             del answer[name]
     assert kept == again
+    assert len(sinks[0] ^ sinks[1]) < 0.02 * len(sinks[0])
     (*shares, rows), (*shares_again, rows_again) = numbers
     for before, after in zip(shares, shares_again):
         assert abs(before - after).mean() < 1e-3
