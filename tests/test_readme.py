@@ -94,9 +94,10 @@ def test_the_text_without_a_question_is_the_one_with_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["full", "sentencekv"])
-@pytest.mark.parametrize("file, answer", [("walden_house.txt", "8.03"),
-                                          ("needle_two_cities.txt", "marmalade")])
+@pytest.mark.parametrize("file, answer, cache", [
+    ("walden_house.txt", "8.03", "sentencekv"),  # with the full cache: see tests/test_lessons.py
+    ("needle_two_cities.txt", "marmalade", "sentencekv"),
+    ("needle_two_cities.txt", "marmalade", "full")])
 def test_the_examples_are_answered_rightly(capfd, default_folder, file, answer, cache):
     report = run_json(capfd, "--prompt", ROOT / "examples" / file, "--cache", cache,
                       "--token-budget", 256, "--max-new-tokens", 40, "--device", "cpu")
