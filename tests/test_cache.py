@@ -726,17 +726,18 @@ def test_slots_hold_what_is_wanted_and_only_what_is_not_there_moves(data):
     n_slots, n_heads = data.draw(st.integers(1, 10)), 2
     lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6))
     n, ends = len(lengths), torch.tensor(lengths).cumsum(0)
-    starts = (ends - torch.tensor(lengths)).expand(n_heads, -1).contiguous()
-    rows = torch.full((n_heads, n_slots), NO_ROW)
-    sentences = torch.zeros_like(rows)
-    n_resident = torch.zeros(n_heads, n, dtype=torch.long)
+    starts = (ends - torch.tensor(lengths)).int().expand(n_heads, -1).contiguous()
+    rows = torch.full((n_heads, n_slots), NO_ROW, dtype=torch.int32)  # as in a cache
+    sentences = torch.zeros_like(rows, dtype=torch.long)
+    n_resident = torch.zeros(n_heads, n, dtype=torch.int32)
     for _ in range(data.draw(st.integers(1, 5))):
         scores = torch.tensor([data.draw(st.permutations(range(n))) for _ in range(n_heads)]).float()
-        there = torch.tensor([data.draw(st.integers(0, length)) for length in lengths])
-        room = torch.tensor([data.draw(st.integers(0, n_slots))])
+        there = torch.tensor([data.draw(st.integers(0, length)) for length in lengths]).int()
+        room = torch.tensor([data.draw(st.integers(0, n_slots))]).int()
         selected = select_rows(scores, there.expand(n_heads, -1), room)
         was_here = rows
         rows, sentences, missing = assign_slots(rows, sentences, starts, n_resident, selected)
+        rows, selected = rows.int(), selected.int()  # a cache copies them into its own tensors
         for head in range(n_heads):
             wanted = {row.item() for s in range(n)
                       for row in starts[head, s] + torch.arange(selected[head, s])}

@@ -623,6 +623,8 @@ def own_tests(exercises: list, folder) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_right_answers_in_other_words_pass_the_project_s_own_tests(mine):
+    for exercise, body in RIGHT:  # the last of each: loops take long
+        (mine / f"{exercise}.py").write_text(text_of(exercise, body), encoding="utf-8")
     done = own_tests(list(stubs.EXERCISES), mine)
     assert json.loads(done.stdout) == {"failed": ""}, done.stdout + done.stderr
 
