@@ -59,15 +59,10 @@ def test_the_page_of_the_bugs_names_the_line(patch):
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(copy, bug):
+    """Without it the oracles pass: they are tests of this suite."""
     bugs.apply(bugs.FOLDER / f"{bug}.patch", copy)
     done = run_tests(copy, BUGS[bug])
     assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout
-
-
-@pytest.mark.slow
-def test_without_a_bug_the_oracles_pass(copy):
-    done = run_tests(copy, *set(BUGS.values()))
-    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.slow
