@@ -225,6 +225,8 @@ class Watcher:
             if self.used is not None and self.ranking(layer, i, self.used) != right:
                 return "`decode` must add the token's score before it selects"
             return "the scores are right, so take the best sentences, and of each the first rows"
+        if not layer.scores.any():
+            return "your scores are all 0: `decode` calls `add_score`, which sets `scores`"
         for reason, changes in self.likely_changes(i):
             other = copy(head)
             vars(other).update(changes)

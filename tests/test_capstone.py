@@ -132,6 +132,7 @@ MISTAKES = [
      "`load` copies 120 rows of each head for one token, and the budget is 40"),
     (5, f"{OPEN}{SCORE}{SELECT}", f"{OPEN}{SELECT}{SCORE}",
      "`decode` must add the token's score before it selects"),
+    (5, f"{OPEN}{SCORE}{SELECT}", f"{OPEN}{SELECT}", "your scores are all 0"),
     (5, f"{OPEN}{SCORE}{SELECT}", f"{SCORE}{SELECT}{OPEN}",
      "`decode` must open the token's own row first"),
     (5, "self.open[:, max(start - self.host.shape[1], 0) :]", "self.open[:, :-1]",
