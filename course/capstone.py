@@ -142,7 +142,8 @@ def watched(cache_class, config) -> tuple:
 def check_steps(cache_class, args):
     """Yield what is found of each step. If the whole cache is right, all of its steps are. If not,
     each step is tried by itself."""
-    whole, statuses = None if args.step else judge("all steps together", cache_class, args), set()
+    whole = None if args.step else judge("all steps together", cache_class, args)
+    statuses = set()
     for step in [args.step] if args.step else STEPS:
         name = f"step {step}, {STEPS[step][0]}"
         if whole and whole.status == "right":

@@ -43,8 +43,8 @@ class Watched:
         return self.watcher.window_start(self, super().window_start())
 
     def select(self, window_start):
-        rows, self.watcher.used = super().select(window_start), self.scores.clone()
-        return rows
+        self.watcher.used = self.scores.clone()
+        return super().select(window_start)
 
     def decode(self, q, k, v):
         self.watcher.decode(q, k, v)

@@ -122,9 +122,10 @@ class Trace:
 
     def add_full(self, ids: list[int], max_tokens: int, part_size: int, progress=iter):
         """Record what a full cache attends to while the last answer is written: all `ids` that were
-        read and written are read again, the answer's one by one. At most `max_tokens` will be, with
-        later answers, and `part_size` at a time. `progress` wraps the layers, and then the answer's
-        steps. What it raises ends this, and nothing is recorded."""
+        read and written are read again, the answer's one by one. The full cache has room for
+        `max_tokens`, for later answers too. At most `part_size` tokens are read at a time. `progress`
+        wraps the layers, and then the answer's steps. What it raises ends this, and nothing is
+        recorded."""
         answer, n_read = self.data["answers"][-1], len(ids) - self.n_written
         ids = torch.tensor(ids, device=self.model.embed_tokens.weight.device)
         self.read_again(ids[:n_read], max_tokens, part_size, progress)

@@ -12,7 +12,7 @@ from slow_cache import SlowSentenceKV
 from course import capstone
 from course.capstone import RUNS, SMALL
 from course.exercises import stubs
-from course.exercises.solutions.my_cache import Cache, Layer
+from course.exercises.solutions.my_cache import Cache
 from sentencekv import SentenceKVConfig
 
 PAGE = ROOT / "course" / "capstone.md"

@@ -9,6 +9,7 @@ CAUSAL = "the rows of a group are heads, not positions: no is_causal"
 TO_INFINITY = "set the logits of excluded keys to -inf before the softmax, not to 0 or after it"
 OVER_KEYS = "the softmax is over keys, the last dimension, not over query heads"
 ALL_MOVE = "you loaded rows that were in slots already"
+OVERFLOWS = "exp of hundreds is infinite: a softmax subtracts the maximum first"
 NO_SHARES = "exp alone gives no shares: divide by the sum over sentences, as a softmax does"
 ATTENTION = "F.scaled_dot_product_attention(grouped[None], keys[None], values[None], mask)"
 LOGITS = "grouped @ keys.mT * self.head_dim**-0.5"
@@ -38,7 +39,7 @@ MISTAKES = {
          TO_INFINITY),
         (ATTENTION, f"((w := ({LOGITS}).exp() * (1 if mask is None else mask[0]))"
                     " / w.sum(-1, keepdim=True)) @ values",
-         "exp of hundreds is infinite: a softmax subtracts the maximum first"),
+         OVERFLOWS),
         ("out.reshape(1, -1)", "out.transpose(1, 2).reshape(1, -1)",
          "the heads of the result are in another order: those of KV head 0 come first"),
         (".to(keys.dtype)", "",
@@ -158,7 +159,7 @@ MISTAKES = {
         ("(log_mean_exp + lengths.log().unsqueeze(1)).softmax(-1)",
          "log_mean_exp.exp() * lengths.unsqueeze(1)\n"
          "    attention = attention / attention.sum(-1, keepdim=True)",
-         "exp of hundreds is infinite: a softmax subtracts the maximum first"),
+         OVERFLOWS),
         ("scaled.float().square().sum(dim=-1, keepdim=True)  # |q|² / D (H_kv, G, 1)",
          "scaled.square().sum(dim=-1, keepdim=True) @ variances.unsqueeze(1)\n"
          "    variances = torch.ones_like(variances)",

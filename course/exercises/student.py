@@ -43,7 +43,8 @@ OF_SENTENCES = ["test_sentencekv.py", SLOW]
 
 
 def load(path: Path, name: str):
-    """The function or class that a student's file defines. Raises ValueError if the file cannot be run."""
+    """The function or class of this name in a student's file. Raises ValueError if the file cannot
+    be run, or does not define it."""
     scope = {"__name__": path.stem}
     try:
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
