@@ -28,8 +28,8 @@ def compile_layers(model):
     """The same model, with the same weights, which decodes in compiled code: small operations are
     fused, and on a CPU, C++ and not Python calls the others. A few layers are one piece of code. It
     is compiled when it first runs, for all pieces and lengths of the text: once, and once more if
-    there come to be more places than slots for rows. With layers that reuse a choice, it is compiled
-    for each order of such layers in a piece."""
+    there come to be more places than slots for rows. With layers that reuse a choice, it is
+    compiled for each order of such layers in a piece."""
     n_layers = len(model.layers)
     size = max(n for n in range(1, MOST_LAYERS + 1) if n_layers % n == 0)
     firsts = range(0, n_layers, size)

@@ -123,9 +123,9 @@ class Trace:
     def add_full(self, ids: list[int], max_tokens: int, part_size: int, progress=iter):
         """Record what a full cache attends to while the last answer is written: all `ids` that were
         read and written are read again, the answer's one by one. The full cache has room for
-        `max_tokens`, for later answers too. At most `part_size` tokens are read at a time. `progress`
-        wraps the layers, and then the answer's steps. What it raises ends this, and nothing is
-        recorded."""
+        `max_tokens`, for later answers too. At most `part_size` tokens are read at a time.
+        `progress` wraps the layers, and then the answer's steps. What it raises ends this, and
+        nothing is recorded."""
         answer, n_read = self.data["answers"][-1], len(ids) - self.n_written
         ids = torch.tensor(ids, device=self.model.embed_tokens.weight.device)
         self.read_again(ids[:n_read], max_tokens, part_size, progress)
@@ -195,8 +195,8 @@ class Trace:
 
 def number_places(starts, positions, ends, n_first: int) -> torch.Tensor:
     """Which sentence each place of the table is. A head that keeps nothing of a sentence of the
-    document has no place for it, or an empty one (`support/reuse.py`). After these `n_first` places,
-    all heads have the same sentences.
+    document has no place for it, or an empty one (`support/reuse.py`). After these `n_first`
+    places, all heads have the same sentences.
 
     starts (L, H_kv, S) and positions (L, H_kv, N) of rows, ends of the document's sentences
     -> (L, H_kv, S)
