@@ -55,6 +55,8 @@ class HuggingFace:
         import torch
         import transformers
 
+        from support.huge_pages import use_huge_pages
+
         transformers.utils.logging.disable_progress_bar()
         self.torch, self.transformers, self.request = torch, transformers, request
         self.device, dtype = torch.device(request["device"]), getattr(torch, request["dtype"])
@@ -70,6 +72,8 @@ class HuggingFace:
         if self.device.type == "cuda":
             self.before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
+        else:
+            use_huge_pages()  # as `load_model` does
 
     def prefill(self):
         self.cache = self.transformers.DynamicCache(config=self.model.config,

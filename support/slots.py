@@ -28,10 +28,10 @@ def assign_slots(rows, places, starts, n_resident, selected) -> tuple:
     """
     ends = starts + selected  # after the selected rows of each place: 0, 4, 10, 13
     free = rows >= ends.gather(-1, places)  # yes, no, yes; also where a slot is empty
-    number = free.cumsum(dim=-1)  # of a free slot, from 1: 1, -, 2
+    number = free.cumsum(dim=-1, dtype=rows.dtype)  # of a free slot, from 1: 1, -, 2
     # Rows to load of each place and of those before it: 0, 0, 1, 2. The first place that reaches a
     # slot's number has the row for it: places 2, -, 3.
-    n_loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)
+    n_loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1, dtype=rows.dtype)
     place = torch.searchsorted(n_loads, number)
     n_places = selected.shape[-1]
     missing = free & (place < n_places)  # there can be more free slots than rows to load

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from model import Llama, LlamaConfig
+from support.huge_pages import use_huge_pages
 from support.ranks import RANKS, connect, own_part, own_slice, read_part
 from support.report import say
 from weights.config import load_config, unknown_fields
@@ -182,4 +183,6 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
         weights["lm_head.weight"] = weights["embed_tokens.weight"][own_slice(config.vocab_size)]
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False).eval()
+    if device.type == "cpu":
+        use_huge_pages()
     return model

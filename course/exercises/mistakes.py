@@ -236,7 +236,7 @@ MISTAKES = {
          "each head has an order of its own: you took that of head 0"),
     ],
     "assign_slots": [
-        ("n_loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1)",
+        ("n_loads = (selected - n_resident).clamp(min=0).cumsum(dim=-1, dtype=rows.dtype)",
          "free, n_loads = free | True, selected.cumsum(dim=-1)\n"
          "    number = free.cumsum(dim=-1)",
          ALL_MOVE),
