@@ -34,7 +34,7 @@ N_NEW = 90
 
 
 def slow_votes(q, keys: list):
-    """`benchmarks.scores.votes`: the attention that each sentence receives, if its keys are equal."""
+    """`benchmarks.scores.votes`: the attention that a sentence receives, if its keys are equal."""
     means, lengths = torch.stack([k.mean(0) for k in keys]), torch.tensor([len(k) for k in keys])
     logits = q @ means.T / math.sqrt(q.shape[-1])  # (n, G, S)
     return (logits + lengths.to(q).log()).softmax(-1).sum(1)
@@ -223,7 +223,8 @@ def test_a_second_text_is_read_and_remembered(tiny, device, budget, keep_factor,
     if budget == 1024:
         caches.append(FullCache(TINY, 600, device, torch.float32))
     ids = random_ids(600, device)
-    runs = [read_and_write(tiny, cache, ids, parts if cache is caches[0] else 1) for cache in caches]
+    runs = [read_and_write(tiny, cache, ids, parts if cache is caches[0] else 1)
+            for cache in caches]
     for ours, *others in zip(*runs):
         for expected in others:
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
@@ -553,7 +554,8 @@ def test_offloaded_keys_and_values_leave_the_device(device):
     config, sizes = SentenceKVConfig(token_budget=96), []
     for n_prompt in (200, 2000):
         spans = [(i * n_prompt // 20, (i + 1) * n_prompt // 20) for i in range(20)]
-        cache = expecting(SentenceKVCache(config, TINY, n_prompt + 10, device, torch.float32), spans)
+        cache = SentenceKVCache(config, TINY, n_prompt + 10, device, torch.float32)
+        cache.expect(spans)
         for layer in cache.layers:
             q, k, v = (torch.randn(h, n_prompt, TINY.head_dim, device=device) for h in (6, 2, 2))
             layer.prefill(q, k, v)
@@ -731,7 +733,8 @@ def test_slots_hold_what_is_wanted_and_only_what_is_not_there_moves(data):
     sentences = torch.zeros_like(rows, dtype=torch.long)
     n_resident = torch.zeros(n_heads, n, dtype=torch.int32)
     for _ in range(data.draw(st.integers(1, 5))):
-        scores = torch.tensor([data.draw(st.permutations(range(n))) for _ in range(n_heads)]).float()
+        ranks = [data.draw(st.permutations(range(n))) for _ in range(n_heads)]
+        scores = torch.tensor(ranks).float()
         there = torch.tensor([data.draw(st.integers(0, length)) for length in lengths]).int()
         room = torch.tensor([data.draw(st.integers(0, n_slots))]).int()
         selected = select_rows(scores, there.expand(n_heads, -1), room)

@@ -57,12 +57,16 @@ def test_new_tokens_attend_to_all_before_them_and_to_themselves(n_new):
 
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
-def test_a_token_alone_is_what_it_is_among_others(dtype, atol, n_threads):
-    """Its projections are computed in another way, on CPUs: in a block of rows for each thread."""
+@pytest.mark.parametrize("on_intel", [False, True])
+def test_a_token_alone_is_what_it_is_among_others(dtype, atol, n_threads, on_intel, monkeypatch):
+    """Its projections are computed in another way, on CPUs. In float32 they are computed in a block
+    of rows for each thread, but not on Intel's."""
+    monkeypatch.setattr("support.linear.ON_INTEL", on_intel)
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)
     try:
-        model = random_llama(config=replace(TINY, attention_bias=True, o_proj_bias=True, mlp_bias=True)).to(dtype)
+        config = replace(TINY, attention_bias=True, o_proj_bias=True, mlp_bias=True)
+        model = random_llama(config=config).to(dtype)
         ids, cache = random_ids(60, CPU), full_cache(model, 60)
         model.prefill(ids[:59], cache)
         alone = model.logits(model.decode(ids[59:], cache))[0]
