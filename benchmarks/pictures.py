@@ -100,7 +100,7 @@ def lines(panels: dict, path: Path, ticks: list | None = None, title: str = ""):
             axis.minorticks_off()
         axis.set_ylim(bottom=0)
         axis.set(xlabel=x_label, ylabel=y_label)
-        axis.legend()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)  # covers no line
     figure.suptitle(title)
     save(figure, path)
 
