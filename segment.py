@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 
 import regex
 
-from support.lines import BEFORE, BULLETS, LINE_ENDS, ends_line
+from support.lines import BEFORE, BULLETS, LINE_ENDS, MARKERS, ends_line
 from support.words import WORDS
 
 # A gap is where a sentence may end: white space, or nothing, as after `。`. The rules see at most
@@ -164,12 +164,6 @@ def one_holds(rules: dict, before: str, after: str) -> bool:
 # Part 3: marks and rules. In a pattern, \p{..} is a kind of character: L letter, Lu capital,
 # Ll lowercase, N number, Pe and Pf closing bracket and quotation mark.
 
-# Most short words without a vowel are abbreviations: Ltd, pp, стр. But index.html and 5 kg are not.
-CONSONANT = "[b-df-hj-np-tv-xzçćčďđğłńňñřśšşťžźżб-джзй-нп-тф-щ]"
-VOWELLESS = rf"(?<![^\s(\"“]|\p{{N}}\s)(?i:{CONSONANT}){CONSONANT}{{1,4}}"
-# Two markers of a list that follow each other, up to the second: `1. Tea 2.`
-NEIGHBOURS = [*pairwise("123456789"), *pairwise("abcdefg")]
-MARKERS = "|".join(rf"\b{a}[.)]{{1,2}}\s.{{1,150}}\s{b}[.)]" for a, b in NEIGHBOURS)
 WIDE = "。！？｡؟۔।॥։።፧။។៕‼⁇⁈⁉"  # marks that need no space after them
 # `;` is the Greek question mark; `:` and `|` are typed for the full stops of Armenian and Hindi.
 MARK = r"[.!?…]|\p{Greek};|\p{Armenian}:|\p{Devanagari} ?\||(?<!\S)[:;]-?[()]|[=*_~-]{5}|\*{3}"
@@ -193,7 +187,7 @@ NEXT_MARKER = regex.compile(f"(?r)(?:{MARKERS})")
 INSIDE = {  # no sentence ends
     "after a title": (rf"\b(?:{WORDS['titles']})\.", "", "Prof. Li met Sen. Ax. |He left."),
     "before a number": (
-        rf"\b(?:\p{{Ll}}|(?i:{WORDS['numbered']})|{VOWELLESS}|(?<=\p{{N}}\s?)\p{{L}}{{1,3}})\.",
+        rf"\b(?:\p{{Ll}}|(?i:{WORDS['numbered']})|{WORDS['vowelless']}|(?<=\p{{N}}\s?)\p{{L}}{{1,3}})\.",
         r"\p{N}", "See p. 5 of Vol. 2. |He is 5 ft. 3 in. tall."),
     "before a bracketed or Roman number": (
         rf"\b(?i:{WORDS['numbered']})\.", r"[(\[](?!\P{N})|[IVXLC]+\Z|(?:[IVXLC]{2,}|[VX])(?!\w)",
@@ -218,7 +212,7 @@ ABBREVIATED = {  # a sentence ends after these only before a quotation or a word
         r"(?<![^\s(\"'“‘])(?:\p{L}{1,2}\.)*\p{L}\.", "",
         "J. K. Li left the U.S. |He has a Ph.D. in law."),
     "an abbreviation": (
-        rf"\b(?:{WORDS['shortened']}|{VOWELLESS})\.{REFERENCE}?", "",
+        rf"\b(?:{WORDS['shortened']}|{WORDS['vowelless']})\.{REFERENCE}?", "",
         "Ax Inc. Bonn owns Li Ltd. Rome. |It pays."),
     "an ordinal": (r"\b\p{N}{1,2}\.", r"\p{Lu}", "Es war der 3. Mai. |Sie war 20. |Er kam."),
 }

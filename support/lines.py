@@ -13,6 +13,9 @@ BEFORE = 400  # at most so many characters before a line end are given: three li
 LINE_ENDS = "\n\r\v\f\x85\u2028\u2029"  # inside [ ] of a pattern
 LINE_END = regex.compile(rf"\r\n|[{LINE_ENDS}]")
 BULLETS = "•‣◦⁃▪▫●○■□◆◇▸►▶➢➤❖"  # also in the middle of a line
+# Two markers of a list that follow each other, up to the second: `1. Tea 2.`
+NEIGHBOURS = [*pairwise("123456789"), *pairwise("abcdefg")]
+MARKERS = "|".join(rf"\b{a}[.)]{{1,2}}\s.{{1,150}}\s{b}[.)]" for a, b in NEIGHBOURS)
 
 # Beginnings of lines that stand alone. More text after a match changes nothing, as `segment.is_end`
 # promises: no pattern looks ahead to say no, or ends with \b.

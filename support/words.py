@@ -4,6 +4,8 @@
     numbered   a number follows their full stop, or a bracket: `Fig. 2`, `ref. [4]`
     shortened  other abbreviations: a sentence may end at their full stop; in any case, but for
                CAPITALS, which are words if their case does not count, as `Am.`, `Fed.`
+    vowelless  short words without a vowel: most are abbreviations, as `Ltd`, `pp`, `стр`, but not in
+               `index.html` and `5 kg`
     first      words that open a sentence, in any case
 """
 
@@ -53,6 +55,7 @@ are was if in on at but and so for please his her my our your as to no not or ju
 some after before then now even since because however although though while once it its im http
 https der die das er sie es wir el los las le les il он она они в на и но
 """
+CONSONANT = "[b-df-hj-np-tv-xzçćčďđğłńňñřśšşťžźżб-джзй-нп-тф-щ]"
 
 
 def pattern(words: str) -> str:
@@ -68,5 +71,6 @@ WORDS = {
     "titles": pattern(TITLES),
     "numbered": pattern(NUMBERED),
     "shortened": f"(?i:{pattern(SHORTENED)})|{pattern(CAPITALS)}",
+    "vowelless": rf"(?<![^\s(\"“]|\p{{N}}\s)(?i:{CONSONANT}){CONSONANT}{{1,4}}",
     "first": "|".join(FIRST.split()),
 }
