@@ -187,8 +187,8 @@ NEXT_MARKER = regex.compile(f"(?r)(?:{MARKERS})")
 INSIDE = {  # no sentence ends
     "after a title": (rf"\b(?:{WORDS['titles']})\.", "", "Prof. Li met Sen. Ax. |He left."),
     "before a number": (
-        rf"\b(?:\p{{Ll}}|(?i:{WORDS['numbered']})|{WORDS['vowelless']}|(?<=\p{{N}}\s?)\p{{L}}{{1,3}})\.",
-        r"\p{N}", "See p. 5 of Vol. 2. |He is 5 ft. 3 in. tall."),
+        rf"\b(?:\p{{Ll}}|(?i:{WORDS['numbered']})|{WORDS['vowelless']}|"
+        r"(?<=\p{N}\s?)\p{L}{1,3})\.", r"\p{N}", "See p. 5 of Vol. 2. |He is 5 ft. 3 in. tall."),
     "before a bracketed or Roman number": (
         rf"\b(?i:{WORDS['numbered']})\.", r"[(\[](?!\P{N})|[IVXLC]+\Z|(?:[IVXLC]{2,}|[VX])(?!\w)",
         "See ref. [4], sec. (2) and ch. IV. |It rose."),

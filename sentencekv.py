@@ -210,7 +210,7 @@ def select_rows(scores, available, budget, max_sentences: int = MAX_COUNT) -> to
     >>> select_rows(torch.tensor([[0.1, 0.9, 0.5]]), torch.tensor([[3, 3, 2]]), budget=4)
     tensor([[0, 3, 1]])
     """
-    n = min(max_sentences, scores.shape[-1])  # to find the best few is faster than to sort all
+    n = min(max_sentences, scores.shape[-1])  # a few of many are found faster than all are sorted
     if n < scores.shape[-1]:  # else one without rows could take another's place
         scores = scores.masked_fill(available == 0, -math.inf)
     best = largest(scores, n)  # 1, 2, 0

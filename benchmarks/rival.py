@@ -73,7 +73,9 @@ class HuggingFace:
             self.before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         else:
-            use_huge_pages()  # as `load_model` does
+            for weight in self.model.parameters():
+                weight.data = weight.data.clone()  # as in `load_model`: not a page of the file
+            use_huge_pages()
 
     def prefill(self):
         self.cache = self.transformers.DynamicCache(config=self.model.config,

@@ -18,7 +18,7 @@ def largest(scores: torch.Tensor, n: int) -> torch.Tensor:
 
 def largest_on_cpu(scores: torch.Tensor, n: int) -> torch.Tensor:
     negative = np.negative(scores.numpy())
-    if scores.shape[1] <= 2 * n:  # to sort all is faster than to find the best half first
+    if n <= scores.shape[1] <= 2 * n:  # to sort all is faster than to find the best half first
         return torch.from_numpy(np.ascontiguousarray(negative.argsort(axis=-1)[:, :n]))
     best = np.argpartition(negative, n - 1, axis=-1)[:, :n]  # in any order
     order = np.take_along_axis(negative, best, axis=-1).argsort(axis=-1)

@@ -12,13 +12,13 @@ ON_INTEL = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
 class Linear(nn.Linear):
     """`nn.Linear`, x (n, in) -> (n, out), with another way to compute it for one token on a CPU.
 
-    One token is bandwidth bound. In float32, PyTorch multiplies with Intel's library. On Intel's
-    processors, that reaches the memory's bandwidth. On others it multiplies a matrix and a vector
-    with one thread; but a batched product runs on all threads, so each gets a block of rows.
+    One token is bandwidth bound. In float32, PyTorch multiplies with MKL, Intel's library. On
+    Intel's processors it reaches the memory's bandwidth. On others it multiplies a matrix and a
+    vector with one thread. A batched product runs on all: so there each gets a block of rows.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.is_cuda or x.shape[0] > 1 or x.dtype == torch.float32 and ON_INTEL:
+        if x.is_cuda or x.shape[0] > 1 or (x.dtype == torch.float32 and ON_INTEL):
             return super().forward(x)
         if x.dtype == torch.float32:
             n_blocks = math.gcd(self.out_features, n_threads())

@@ -4,8 +4,8 @@
     numbered   a number follows their full stop, or a bracket: `Fig. 2`, `ref. [4]`
     shortened  other abbreviations: a sentence may end at their full stop; in any case, but for
                CAPITALS, which are words if their case does not count, as `Am.`, `Fed.`
-    vowelless  short words without a vowel: most are abbreviations, as `Ltd`, `pp`, `стр`.
-               But not in `index.html` and `5 kg`
+    vowelless  short words without a vowel: most are abbreviations, as `Ltd`, `pp`, `стр`. Those in
+               `index.html` and `5 kg` are not
     first      words that open a sentence, in any case
 """
 

@@ -59,8 +59,8 @@ def test_new_tokens_attend_to_all_before_them_and_to_themselves(n_new):
 @pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
 @pytest.mark.parametrize("on_intel", [False, True])
 def test_a_token_alone_is_what_it_is_among_others(dtype, atol, n_threads, on_intel, monkeypatch):
-    """Its projections are computed in another way, on CPUs. In float32 they are computed in a block
-    of rows for each thread, but not on Intel's."""
+    """Its projections are computed in another way, on CPUs. In float32, each thread computes a
+    block of rows, except on Intel's processors."""
     monkeypatch.setattr("support.linear.ON_INTEL", on_intel)
     before = torch.get_num_threads()
     torch.set_num_threads(n_threads)

@@ -60,7 +60,7 @@ def test_the_examples_are_right():
     assert doctest.testmod(reuse).failed == doctest.testmod(largest).failed == 0
 
 
-@pytest.mark.parametrize("n", [1, 7, 49, 50])
+@pytest.mark.parametrize("n", [1, 7, 24, 25, 26, 49, 50])
 def test_the_largest_are_those_of_topk(n):
     scores = torch.randn(3, 50)
     scores[:, 4], scores[:, 9] = float("inf"), -float("inf")
