@@ -89,7 +89,7 @@ def test_spare_tensors_of_older_checkpoints_are_passed_over(tmp_path):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
 
     change(folder, edit)
-    load_model(folder, CPU, torch.float32)
+    load_model(folder, "cpu", torch.float32)  # a device by its name, too
 
 
 @pytest.mark.parametrize("place", [0, 40, -1])

@@ -183,6 +183,6 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Llama:
         weights["lm_head.weight"] = weights["embed_tokens.weight"][own_slice(config.vocab_size)]
     model.load_state_dict(weights, assign=True)
     model.requires_grad_(False).eval()
-    if device.type == "cpu":
+    if not model.lm_head.weight.is_cuda:
         use_huge_pages()
     return model
