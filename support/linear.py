@@ -14,7 +14,8 @@ class Linear(nn.Linear):
 
     One token is bandwidth bound. In float32, PyTorch multiplies with MKL, Intel's library. On
     Intel's processors it reaches the memory's bandwidth. On others it multiplies a matrix and a
-    vector with one thread. A batched product runs on all: so there each gets a block of rows.
+    vector with one thread. A batched product runs on all threads, so there each thread gets a block
+    of rows.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

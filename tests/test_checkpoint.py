@@ -250,7 +250,8 @@ def test_absent_and_broken_files_are_named(tmp_path):
     weights = (folder / "model.safetensors").read_bytes()
     for content in (weights[:-1000], weights[:50], b"not safetensors at all", b""):
         (folder / "model.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match="safetensors is not a complete safetensors file"):
+        message = "model.safetensors is not a complete safetensors file"
+        with pytest.raises(ValueError, match=message):
             load_model(folder, CPU, torch.float32)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="has no model.safetensors"):
